@@ -1,0 +1,19 @@
+"""Prompt Generation Networks for frozen Vision Transformers, as a PEFT method.
+
+Importing this package makes `peft.get_peft_model` and all of PEFT's loaders know `PGNConfig`.
+"""
+
+from importlib.util import find_spec
+
+from pgn_peft.version import __version__
+
+__all__ = ["ImageCollator", "PGNConfig", "PGNModel", "__version__"]
+
+# Parts of the package serve clients that have torch and no PEFT.
+if find_spec("peft") is not None:
+    from pgn_peft.collator import ImageCollator
+    from pgn_peft.config import PGNConfig
+    from pgn_peft.model import PGNModel
+    from pgn_peft.registration import register
+
+    register()

@@ -1,0 +1,122 @@
+"""The backbones that PGN works with: where their tokens are made, where they are read, and which are refused.
+
+The only file that knows an architecture's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where PGN takes hold of a model.
+
+    Args:
+        embeddings: name of the module that turns pixels into tokens.
+        head: name of the classification head, or None for a model that answers with features.
+    """
+
+    embeddings: str
+    head: str | None
+
+
+# Each of these reads token 0 (CLS) and nothing else, so that appended tokens act through attention alone.
+SUPPORTED: dict[str, Backbone] = {
+    "ViTForImageClassification": Backbone("vit.embeddings", "classifier"),
+    "DeiTForImageClassification": Backbone("deit.embeddings", "classifier"),
+    "ViTMSNForImageClassification": Backbone("vit.embeddings", "classifier"),
+    "ViTModel": Backbone("embeddings", None),
+    "DeiTModel": Backbone("embeddings", None),
+    "ViTMSNModel": Backbone("embeddings", None),
+}
+
+_AVERAGES = "its classifier averages the tokens, so appended prompts would leak into the average"
+_COUNTS = "its attention adds positions to every token and counts them, and a prompt has no position"
+_WINDOWS = "it has no sequence that a token could be appended to"
+_CLIP = "CLIP's towers are not supported yet"
+
+# The longest prefix of the class name decides.
+REFUSED: dict[str, str] = {
+    "ViTForMaskedImageModeling": "it rebuilds the image from the patch tokens, and prompts would be taken for patches",
+    "DeiTForMaskedImageModeling": "it rebuilds the image from the patch tokens, and prompts would be taken for patches",
+    "DeiTForImageClassificationWithTeacher": "it has two heads, and Transformers offers it for inference only; load "
+    "the checkpoint as DeiTForImageClassification",
+    "CLIPForImageClassification": _AVERAGES,
+    "CLIP": _CLIP,
+    "Siglip": _AVERAGES,
+    "IJepa": _AVERAGES,
+    "Beit": _AVERAGES + "; and " + _COUNTS,
+    "Data2VecVision": _AVERAGES + "; and " + _COUNTS,
+    "Dinov2": _AVERAGES,
+    "DINOv3": _COUNTS,
+    "Swin": _WINDOWS,
+    "Convnext": _WINDOWS,
+    "ConvNext": _WINDOWS,
+    "ResNet": _WINDOWS,
+}
+
+
+def find_backbone(model: nn.Module, target_modules: list[str] | None = None) -> Backbone:
+    """Find where PGN takes hold of `model`, or say why it cannot.
+
+    Args:
+        model: the model to adapt. A subclass of a supported architecture counts as that architecture.
+        target_modules: one name, in full or its end, of the embeddings module. Needed for a look-alike only; its
+            head is then its `classifier`, if it has one.
+
+    Returns:
+        Full names of the embeddings and the head in `model`.
+
+    Raises:
+        TypeError: the architecture is not supported.
+        ValueError: `target_modules` names no module, or one that is not the embeddings of a ViT.
+    """
+    name = type(model).__name__
+    supported = next((SUPPORTED[base.__name__] for base in type(model).__mro__ if base.__name__ in SUPPORTED), None)
+    if supported is not None:
+        if target_modules is not None and not _ends_with(supported.embeddings, target_modules[0]):
+            raise ValueError(
+                f"`target_modules` must be [{supported.embeddings!r}] for a {name}, but got {target_modules!r}. "
+                "Leave it out."
+            )
+        return supported
+
+    prefix = max((prefix for prefix in REFUSED if name.startswith(prefix)), key=len, default=None)
+    if prefix is not None:
+        raise TypeError(f"`model` must be one of {_supported_names()}, but got a {name}: {REFUSED[prefix]}.")
+    if target_modules is None:
+        raise TypeError(
+            f"`model` must be one of {_supported_names()}, but got a {name}. PGN needs a Vision Transformer that "
+            "classifies from token 0. If this is a look-alike of one, name the module that makes its tokens: "
+            "PGNConfig(target_modules='...embeddings')."
+        )
+    return _find_look_alike(model, target_modules[0])
+
+
+def _find_look_alike(model: nn.Module, target: str) -> Backbone:
+    matches = [name for name, _ in model.named_modules() if _ends_with(name, target)]
+    if len(matches) != 1:
+        found = f"{len(matches)} modules: {', '.join(matches)}" if matches else "no module"
+        raise ValueError(
+            f"`target_modules` must name one module of the model, but got {target!r}, which is the name of {found}. "
+            "`dict(model.named_modules())` lists the names."
+        )
+    embeddings = model.get_submodule(matches[0])
+    # A wrapped module forwards these attributes, so an adapter can be added to a look-alike that has one.
+    if not (hasattr(embeddings, "cls_token") and hasattr(embeddings, "patch_embeddings")):
+        raise ValueError(
+            f"`target_modules` must name the embeddings of a ViT, with `cls_token` and `patch_embeddings`, but got "
+            f"{target!r}, a {type(embeddings).__name__}. Name the module that turns pixels into tokens."
+        )
+    return Backbone(matches[0], "classifier" if hasattr(model, "classifier") else None)
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _supported_names() -> str:
+    return ", ".join(SUPPORTED)

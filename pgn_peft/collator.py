@@ -1,0 +1,95 @@
+"""`ImageCollator`: examples to a batch, and the place where bad values are found.
+
+A check of values inside the model would break the compiled graph in two; here it costs nothing and runs in the
+loader's workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Normalised images stay within +-3; pixels in 0..255 do not.
+LARGEST_PLAUSIBLE_PIXEL = 50.0
+
+
+@dataclass
+class ImageCollator:
+    """Stack examples into a batch for an image classifier.
+
+    Args:
+        num_labels: size of the head; checked against the labels where given.
+        interpolate_pos_encoding: also pass `interpolate_pos_encoding=True` to the model, for images of another size
+            than the backbone's own.
+    """
+
+    num_labels: int | None = None
+    interpolate_pos_encoding: bool = False
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Make a batch.
+
+        Args:
+            examples: each with `pixel_values` (C, H, W), floating point and normalised, and optionally `labels` or
+                `label`: a class index, a float (regression) or n floats (multi-label).
+
+        Returns:
+            `pixel_values` (B, C, H, W) and, where the examples have them, `labels`: (B,) int64, or float32 (B,) or
+            (B, n).
+
+        Raises:
+            TypeError: an image is not a floating-point tensor.
+            ValueError: images differ in shape, hold NaN, infinity or pixels in 0..255, or a label is out of range.
+        """
+        images = [torch.as_tensor(example["pixel_values"]) for example in examples]
+        for index, image in enumerate(images):
+            _check_image(index, image, images[0])
+        batch: dict[str, Any] = {"pixel_values": torch.stack(images)}
+        labels = [example.get("labels", example.get("label")) for example in examples]
+        if labels[0] is not None:
+            batch["labels"] = self._stack_labels(labels)
+        if self.interpolate_pos_encoding:
+            batch["interpolate_pos_encoding"] = True
+        return batch
+
+    def _stack_labels(self, labels: list[Any]) -> Tensor:
+        stacked = torch.stack([torch.as_tensor(label) for label in labels])
+        if stacked.is_floating_point():
+            if not torch.isfinite(stacked).all():
+                raise ValueError(f"`labels` must be finite, but got {stacked.tolist()}. Remove examples without a label.")
+            return stacked.float()
+        if self.num_labels is not None and stacked.ndim == 1:
+            outside = [int(label) for label in stacked if not 0 <= label < self.num_labels]
+            if outside:
+                raise ValueError(
+                    f"`labels` must lie in 0..{self.num_labels - 1}, the range of the head, but got {outside}. The data "
+                    "set has other labels than the adapter; make the adapter with PGNConfig(id2label=...) of this one."
+                )
+        return stacked.long()
+
+
+def _check_image(index: int, image: Tensor, first: Tensor) -> None:
+    if not image.is_floating_point():
+        raise TypeError(
+            f"`pixel_values` must be normalised floating-point images, but got {image.dtype} in example {index}. Run "
+            "the image processor on it."
+        )
+    if image.ndim != 3 or image.shape != first.shape:
+        raise ValueError(
+            f"`pixel_values` must all have one shape (C, H, W), but got {tuple(image.shape)} in example {index} beside "
+            f"{tuple(first.shape)}. Resize the images and convert them to the same number of channels."
+        )
+    if not torch.isfinite(image).all():
+        raise ValueError(
+            f"`pixel_values` must be finite, but got NaN or infinity in example {index} of the batch. Look at the image "
+            "and at the transforms; a division by a standard deviation of zero does this."
+        )
+    if image.abs().max() > LARGEST_PLAUSIBLE_PIXEL:
+        raise ValueError(
+            f"`pixel_values` must be normalised, but got {image.abs().max():g} in example {index}, which looks like "
+            "pixels in 0..255. Run the image processor on it."
+        )

@@ -1,0 +1,176 @@
+"""The prompt generator: a light CNN that looks at an image and answers with mixing coefficients.
+
+Plain torch: it knows nothing of PEFT or Transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that keeps its promises at the edges.
+
+    Differs from `torch.nn.BatchNorm2d` in training mode, where it normalises with the running statistics and leaves
+    them alone if
+
+    - a channel has a single value (one image, 1 x 1 pixels), whose variance does not exist: torch raises there, and
+      the last batch of an epoch or a small generator image gets there;
+    - its weight is frozen: the statistics belong to the adapter, and a frozen adapter must not change.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        values_per_channel = input.shape[0] * input.shape[2] * input.shape[3]
+        if self.training and (values_per_channel == 1 or not self.weight.requires_grad):
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(input)
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(num_groups=math.gcd(channels, 8), num_channels=channels)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm2d, "group": _group_norm}
+
+
+class ResidualBlock(nn.Module):
+    """conv-norm-ReLU-conv-norm plus a shortcut, then ReLU of the sum.
+
+    The shortcut of a strided block is a 1 x 1 convolution with a bias and without a norm, as in the official code.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.norm1 = norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.norm2 = norm(out_channels)
+        self.shortcut = (
+            nn.Identity() if stride == 1 else nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        residual = F.relu(self.norm1(self.conv1(features)))
+        residual = self.norm2(self.conv2(residual))
+        return F.relu(residual + self.shortcut(features))
+
+
+class ResNet10(nn.Module):
+    """The official trunk: a strided stem, a max-pool, four residual blocks, a global average.
+
+    Args:
+        num_channels: channels of the image.
+        width: channels of the stem; the blocks have 1, 2, 4 and 8 times as many.
+        norm: "batch" or "group".
+
+    Source: the "resnet10" of the official code of arXiv:2210.06466, which has width 16 and batch norm.
+    """
+
+    def __init__(self, num_channels: int = 3, width: int = 16, norm: str = "batch") -> None:
+        super().__init__()
+        make_norm = NORMS[norm]
+        self.stem_conv = nn.Conv2d(num_channels, width, kernel_size=3, stride=2, padding=1, bias=False)
+        self.stem_norm = make_norm(width)
+        # Spelt out rather than kept in a list: an adapter could be called "0", and PEFT drops the keys of other
+        # adapters by looking for their names between the dots.
+        self.block1 = ResidualBlock(width, width, stride=1, norm=make_norm)
+        self.block2 = ResidualBlock(width, 2 * width, stride=2, norm=make_norm)
+        self.block3 = ResidualBlock(2 * width, 4 * width, stride=2, norm=make_norm)
+        self.block4 = ResidualBlock(4 * width, 8 * width, stride=2, norm=make_norm)
+        self.num_features = 8 * width
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Map images (B, C, H, W) of any size to features (B, 8 * width)."""
+        features = F.relu(self.stem_norm(self.stem_conv(pixel_values)))
+        features = F.max_pool2d(features, kernel_size=3, stride=2, padding=1)
+        features = self.block4(self.block3(self.block2(self.block1(features))))
+        return features.mean(dim=(2, 3))  # (B, 8 * width)
+
+
+TRUNKS: dict[str, type[nn.Module]] = {"resnet10": ResNet10}
+MIXINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+}
+
+
+def resize_shorter_side(pixel_values: Tensor, size: int) -> Tensor:
+    """Resize images so that their shorter side measures `size` pixels, keeping the aspect ratio.
+
+    Args:
+        pixel_values: (B, C, H, W), floating point.
+        size: target length of the shorter side, in pixels.
+
+    Returns:
+        (B, C, H', W') with min(H', W') = `size`; the input itself where it has that size already.
+    """
+    height, width = pixel_values.shape[-2:]
+    shorter = min(height, width)
+    if shorter == size:
+        return pixel_values
+    target = (size * height // shorter, size * width // shorter)
+    return F.interpolate(pixel_values, size=target, mode="bilinear", antialias=True)
+
+
+class PromptGenerator(nn.Module):
+    """Look at an image and say how to mix the prompts for it out of the library.
+
+    Args:
+        num_virtual_tokens: prompts per image, P.
+        library_size: entries of the library, L.
+        trunk: the CNN, a key of `TRUNKS`.
+        num_channels: channels of the image.
+        image_size: side to which the shorter side is resized first, in pixels; None looks at the image as it is.
+        width: channels of the trunk's stem.
+        norm: "batch", as in the official code, or "group", which needs no running statistics.
+        mixing: "softmax" (coefficients of a prompt sum to 1) or "sigmoid" (each lies in [0, 1] by itself).
+
+    Source: arXiv:2210.06466 and its official code.
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        library_size: int,
+        trunk: str = "resnet10",
+        num_channels: int = 3,
+        image_size: int | None = None,
+        width: int = 16,
+        norm: str = "batch",
+        mixing: str = "softmax",
+    ) -> None:
+        super().__init__()
+        self.num_virtual_tokens = num_virtual_tokens
+        self.library_size = library_size
+        self.image_size = image_size
+        self.mixing = mixing
+        self.trunk = TRUNKS[trunk](num_channels=num_channels, width=width, norm=norm)
+        self.head = nn.Linear(self.trunk.num_features, num_virtual_tokens * library_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters, float32 unless the whole model was cast."""
+        return self.head.weight.dtype
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Compute the mixing coefficients.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised as for the backbone, any floating dtype.
+
+        Returns:
+            (B, P, L) coefficients, non-negative.
+        """
+        pixel_values = pixel_values.to(self.dtype)
+        if self.image_size is not None:
+            pixel_values = resize_shorter_side(pixel_values, self.image_size)
+        logits = self.head(self.trunk(pixel_values))  # (B, P * L)
+        logits = logits.view(-1, self.num_virtual_tokens, self.library_size)  # (B, P, L)
+        return MIXINGS[self.mixing](logits)

@@ -1,0 +1,97 @@
+"""`PGNHead`: wraps a model's classification head, so that every adapter brings its own, with its own labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgn_peft.config import PGNConfig
+from pgn_peft.labels import Labels
+from pgn_peft.layer import PGNTunerLayer
+
+
+class PGNHead(PGNTunerLayer, nn.Module):
+    """The head of the first active adapter, or the model's own.
+
+    It also keeps the model's config in step with the head that answers, since Transformers' losses and pipelines read
+    `num_labels`, `id2label` and `problem_type` there.
+
+    Args:
+        base_layer: the model's head, features (B, D) to logits (B, number of labels).
+        model_config: the model's `PretrainedConfig`, or None for a model that has none.
+    """
+
+    adapter_layer_names = ("pgn_head",)
+    other_param_names = ("labels",)
+
+    def __init__(self, base_layer: nn.Module, model_config: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.pgn_head = nn.ModuleDict()
+        self.labels: dict[str, Labels] = {}
+        self.base_labels = Labels.of(model_config)
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self._model_config = model_config
+        self.training = base_layer.training
+
+    def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
+        """Create the head of an adapter: a copy of the model's where the labels are the same, else a new one.
+
+        An adapter with `head="frozen"` gets none, and the model's head answers for it.
+        """
+        self.labels[adapter_name] = Labels(config.id2label, config.problem_type)
+        if config.head == "frozen":
+            return
+        head = nn.Linear(config.hidden_size, config.num_labels)
+        with torch.no_grad():
+            if self.base_labels is not None and self.base_labels.id2label == config.id2label:
+                head.weight.copy_(self.base_layer.weight)
+                head.bias.copy_(self.base_layer.bias if self.base_layer.bias is not None else torch.zeros(()))
+            else:
+                # What Transformers' ViTs start a new head from.
+                head.weight.normal_(std=0.02)
+                head.bias.zero_()
+        self.pgn_head[adapter_name] = self._settle(head)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Answer with logits (B, number of the active adapter's labels)."""
+        adapter_name = self._answering_adapter()
+        if adapter_name is None:
+            return self.base_layer(features)
+        head = self.pgn_head[adapter_name]
+        return head(features.to(head.weight.dtype))
+
+    def _answering_adapter(self) -> str | None:
+        first = next(iter(self.active_adapters), None)
+        return first if first in self.pgn_head and not self.disable_adapters else None
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; the first one's head answers, and the model's config shows its labels."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.show_labels()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn adapters on or off; off brings the model's own head and labels back."""
+        super().enable_adapters(enabled)
+        self.show_labels()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter's head and labels."""
+        super().delete_adapter(adapter_name)
+        self.show_labels()
+
+    def show_labels(self) -> None:
+        """Make the model's config show the labels of the head that answers now."""
+        adapter_name = self._answering_adapter()
+        self._show(self.base_labels if adapter_name is None else self.labels[adapter_name])
+
+    def show_base_labels(self) -> None:
+        """Make the model's config show its own labels again."""
+        self._show(self.base_labels)
+
+    def _show(self, labels: Labels | None) -> None:
+        if labels is not None and self._model_config is not None:
+            labels.show_in(self._model_config)

@@ -1,0 +1,185 @@
+"""`PGNLayer`: wraps a backbone's embeddings and appends the prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from pgn_peft.config import PGNConfig
+from pgn_peft.generator import PromptGenerator
+from pgn_peft.library import TokenLibrary
+
+NO_MERGE = (
+    "A PGN adapter cannot be merged into the model's weights: its prompts depend on the image. Call `unload()` to get "
+    "the model back without it, or keep the adapter."
+)
+
+
+class PGNTunerLayer(BaseTunerLayer):
+    """What PGN's two tuner layers, the prompts and the head, have in common."""
+
+    # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
+    adapter_layer_names: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        # Transformers reads attributes such as `embeddings.patch_embeddings` through the wrapper.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: prompts depend on the image."""
+        raise ValueError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        """Do nothing: an adapter is never merged."""
+
+    def _settle(self, module: nn.Module) -> nn.Module:
+        """Put a new adapter's module where the base layer is and into the base layer's mode.
+
+        Without this, an adapter added to a model in eval mode would update its BatchNorm during inference.
+        """
+        weight = next(self.base_layer.parameters(), None)
+        if weight is not None and not any(parameter.is_meta for parameter in module.parameters()):
+            module.to(weight.device)
+        return module.train(self.base_layer.training)
+
+
+class PGNLayer(PGNTunerLayer, nn.Module):
+    """The backbone's embeddings, followed by the prompts of the active adapters.
+
+    Args:
+        base_layer: the embeddings: pixels (B, C, H, W) to tokens (B, N, D), position embeddings included.
+
+    Source: arXiv:2210.06466: prompts are appended after the CLS and patch tokens.
+    """
+
+    adapter_layer_names = ("pgn_generator", "pgn_library")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.pgn_generator = nn.ModuleDict()
+        self.pgn_library = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self.training = base_layer.training
+
+    @property
+    def hidden_size(self) -> int:
+        """The backbone's width D."""
+        return self.cls_token.shape[-1]
+
+    @property
+    def num_channels(self) -> int:
+        """The channels C of the backbone's images."""
+        return self.patch_embeddings.num_channels
+
+    def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
+        """Create the generator and the library of an adapter."""
+        static = config.generator == "static"
+        self.pgn_library[adapter_name] = self._settle(
+            TokenLibrary(
+                config.num_virtual_tokens if static else config.library_size,
+                self.hidden_size,
+                initializer_range=config.initializer_range,
+            )
+        )
+        if static:
+            return
+        self.pgn_generator[adapter_name] = self._settle(
+            PromptGenerator(
+                config.num_virtual_tokens,
+                config.library_size,
+                trunk=config.generator,
+                num_channels=self.num_channels,
+                image_size=config.generator_image_size,
+                width=config.generator_width,
+                norm=config.generator_norm,
+                mixing=config.mixing,
+            )
+        )
+
+    def prompts(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
+        """Generate the prompts of one adapter for a batch of images.
+
+        Args:
+            adapter_name: a loaded adapter, active or not.
+            pixel_values: (B, C, H, W), normalised as for the backbone.
+
+        Returns:
+            (B, P, D) prompts.
+        """
+        library = self.pgn_library[adapter_name]
+        if adapter_name not in self.pgn_generator:
+            return library.static_prompts(pixel_values.shape[0])
+        return library(self.pgn_generator[adapter_name](pixel_values))
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Make the tokens of the image and append the prompts of each active adapter, in order: (B, N + P, D)."""
+        tokens = self.base_layer(pixel_values, *args, **kwargs)  # (B, N, D)
+        if self.disable_adapters:
+            return tokens
+        # Appended after the position embeddings were added: a prompt has no place in the image.
+        prompts = [
+            self.prompts(name, pixel_values).to(tokens.dtype)
+            for name in self.active_adapters
+            if name in self.pgn_library
+        ]
+        return torch.cat([tokens, *prompts], dim=1) if prompts else tokens
+
+    def check_inputs(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check what the backbone is called with, before it casts and embeds it; a forward pre-hook of the backbone.
+
+        Checks shapes and dtypes only, so that the compiled graph stays whole; values are `ImageCollator`'s business.
+
+        Raises:
+            TypeError: `pixel_values` is not a floating-point tensor.
+            ValueError: it has the wrong number of axes, channels or pixels; or `adapter_names` was passed.
+        """
+        if self.disable_adapters:
+            return
+        if kwargs.get("adapter_names") is not None:
+            refuse_adapter_names(kwargs["adapter_names"])
+        pixel_values = args[0] if args else kwargs.get("pixel_values")
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(
+                f"`pixel_values` must be a tensor (B, C, H, W), but got {type(pixel_values).__name__}. Run the image "
+                "processor first: processor(images=..., return_tensors='pt')."
+            )
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4:
+            raise ValueError(
+                f"`pixel_values` must have the four axes (B, C, H, W), but got shape {shape}. "
+                "Add the batch axis to a single image: pixel_values[None]."
+            )
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"`pixel_values` must be normalised floating-point images, but got {pixel_values.dtype}, which looks "
+                "like pixels in 0..255. Run the image processor first."
+            )
+        if shape[1] != self.num_channels:
+            raise ValueError(
+                f"`pixel_values` must have {self.num_channels} channels, as the backbone does, but got {shape[1]} in "
+                f"shape {shape}. Convert the images, e.g. image.convert('RGB')."
+            )
+        side = tuple(self.patch_embeddings.image_size)
+        if shape[2:] != side and not kwargs.get("interpolate_pos_encoding"):
+            raise ValueError(
+                f"`pixel_values` must measure {side[0]} x {side[1]} pixels, as the backbone expects, but got "
+                f"{shape[2]} x {shape[3]}. Resize the images, or pass interpolate_pos_encoding=True."
+            )
+
+
+def refuse_adapter_names(adapter_names: Any) -> None:
+    """Raise: PEFT would silently give every image the active adapter."""
+    raise ValueError(
+        f"`adapter_names` is not supported by PGN yet, but got {adapter_names!r}. Sort the images by adapter and call "
+        "`set_adapter` before each group."
+    )

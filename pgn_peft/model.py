@@ -1,0 +1,326 @@
+"""`PGNModel`: PEFT's tuner. Injection, the names of tensors in a saved adapter, unloading."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from pgn_peft.backbones import Backbone, find_backbone
+from pgn_peft.config import PGNConfig, refuse_head_in_modules_to_save
+from pgn_peft.head import PGNHead
+from pgn_peft.labels import Labels, normalize_id2label
+from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer, refuse_adapter_names
+
+
+class PGNConfigs(dict):
+    """The adapters' configs by name. Refuses another method's, which PEFT would put here before it changed the model."""
+
+    def __setitem__(self, adapter_name: str, config: PeftConfig) -> None:
+        if not isinstance(config, PGNConfig):
+            raise ValueError(
+                f"A model with PGN adapters cannot take an adapter of another method, but got {type(config).__name__} "
+                f"for {adapter_name!r}: its saved file would mix both. `unload()` the PGN adapters first."
+            )
+        super().__setitem__(adapter_name, config)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add configs; see `__setitem__`."""
+        for adapter_name, config in dict(*args, **kwargs).items():
+            self[adapter_name] = config
+
+
+class PGNModel(BaseTuner):
+    """A frozen Vision Transformer with Prompt Generation Network adapters.
+
+    Made by `peft.get_peft_model(model, PGNConfig(...))` and everything else in PEFT that takes a config.
+
+    Args:
+        model: a supported model, see `pgn_peft.backbones`.
+        peft_config: the adapter's config.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: leave the new weights on the meta device, for loading.
+        state_dict: a saved adapter's tensors, if its target is to be found from their names.
+
+    Raises:
+        TypeError: the architecture is not supported.
+        ValueError: the config does not fit the model, or the model carries adapters of another method.
+
+    Source: arXiv:2210.06466.
+    """
+
+    prefix: str = "pgn_"
+    tuner_layer_cls = PGNTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        # Before PEFT, which would enter the new config into the other adapters' first.
+        _refuse_other_adapters(model)
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if not isinstance(self.peft_config, PGNConfigs):
+            self.peft_config = PGNConfigs(self.peft_config)
+
+    # Injection: everything that can be refused is refused before the model is touched.
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter to the model; see `BaseTuner.inject_adapter`.
+
+        The adapter keeps a copy of its config, so that one config can serve several models.
+        """
+        try:
+            config = copy.deepcopy(self.peft_config[adapter_name])
+            config.validate()
+            self._backbone = find_backbone(model, config.target_modules)
+            _check_adapter_name(adapter_name, model)
+            _check_modules_to_save(config, self._backbone)
+            _record_base(config, model, self._backbone)
+            _record_labels(config, model, self._backbone)
+            self.peft_config[adapter_name] = config
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+
+    def _prepare_adapter_config(self, peft_config: PGNConfig, model_config: dict[str, Any]) -> PGNConfig:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: PGNConfig, key: str) -> bool:
+        return key in (self._backbone.embeddings, self._backbone.head)
+
+    def _create_and_replace(
+        self,
+        peft_config: PGNConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, PGNTunerLayer):
+            base_layer = target
+            if current_key == self._backbone.embeddings:
+                target = PGNLayer(base_layer)
+                target.input_check = parent.register_forward_pre_hook(target.check_inputs, with_kwargs=True)
+            else:
+                target = PGNHead(base_layer, getattr(self.model, "config", None))
+            setattr(parent, target_name, target)
+        target.update_layer(adapter_name, peft_config)
+
+    # Using it.
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several: their prompts are appended in this order, the first one's head answers.
+
+        Raises:
+            ValueError: there is no adapter of that name.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(
+                    f"`adapter_name` must be one of {', '.join(self.peft_config) or 'none'}, but got {name!r}. "
+                    "Load it first: load_adapter(path, adapter_name)."
+                )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        # PEFT drops `adapter_names` silently for a tuner without this method.
+        if kwargs.get("adapter_names") is not None:
+            refuse_adapter_names(kwargs["adapter_names"])
+        return nullcontext()
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own would copy `.weight`, which embeddings have not.
+        if isinstance(child, PGNLayer):
+            child.input_check.remove()
+        elif isinstance(child, PGNHead):
+            child.show_base_labels()
+        setattr(parent, child_name, new_module)
+
+    # The names of tensors in a saved adapter.
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # The base class looks for the name in the last two places only, and a generator's tensors lie deeper.
+        for container in (*PGNLayer.adapter_layer_names, *PGNHead.adapter_layer_names):
+            start, found, rest = key.rpartition(f".{container}.{adapter_name}.")
+            if found:
+                return f"{start}.{container}.{rest}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            _check_tensors(dict(_own_tensors(model, adapter_name)), remapped, cls.prefix)
+        except ValueError:
+            # An adapter left behind with random weights would look like a loaded one.
+            if len(model.peft_config) > 1 and adapter_name not in model.active_adapters:
+                model.delete_adapter(adapter_name)
+            raise
+        return remapped
+
+
+def _own_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor of everything that belongs to the adapter in PGN's layers."""
+    for layer_name, layer in model.named_modules():
+        if not isinstance(layer, PGNTunerLayer):
+            continue
+        for container in layer.adapter_layer_names:
+            if adapter_name in getattr(layer, container):
+                module = getattr(layer, container)[adapter_name]
+                for name, tensor in module.state_dict().items():
+                    yield f"{layer_name}.{container}.{adapter_name}.{name}", tensor
+
+
+def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], prefix: str) -> None:
+    """Compare names, shapes and values of a file's tensors with what the adapter needs; PEFT only warns, or is silent."""
+    # Names in a model that PEFT has not wrapped lack this part; in the file they have it.
+    found = {name.removeprefix("base_model.model."): tensor for name, tensor in found.items()}
+    expected = {name.removeprefix("base_model.model."): tensor for name, tensor in expected.items()}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not part of it" for name in found if f".{prefix}" in name and name not in expected]
+    for name in expected.keys() & found.keys():
+        if found[name].shape != expected[name].shape:
+            shapes = f"{tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+            problems.append(f"{name} has the shape {shapes}")
+        elif found[name].is_floating_point() and not torch.isfinite(found[name]).all():
+            problems.append(f"{name} holds NaN or infinity")
+    if problems:
+        listed = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(
+            f"`state_dict` must hold the tensors of the adapter that its config describes, but got others: {listed}. "
+            "Weights and adapter_config.json do not belong together, or the file was damaged; fetch both again."
+        )
+
+
+def _refuse_other_adapters(model: nn.Module) -> None:
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "`model` must be a plain model, but got a PeftModel. Use model.add_adapter(name, config) for a further PGN "
+            "adapter, or pass model.unload() to start from the plain model."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, PGNTunerLayer):
+            raise ValueError(
+                f"`model` must carry no adapters of another method, but got {type(module).__module__} at {name!r}. "
+                "PGN and another method on one model are not supported: their saved files would mix. Remove it first."
+            )
+
+
+def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+    # PEFT tells adapters apart by looking for their names between the dots of tensor names.
+    parts = {"trunk", "head", "tokens", "weight", "bias", "base_layer"}
+    parts |= {part for name, _ in model.named_modules() for part in name.split(".")} - set(
+        getattr(model, "peft_config", {})
+    )
+    if not adapter_name or "." in adapter_name or adapter_name in parts:
+        raise ValueError(
+            f"`adapter_name` must be a word that is no part of a module's name, but got {adapter_name!r}: PEFT would "
+            "mistake one for the other when it saves. Choose another name."
+        )
+
+
+def _check_modules_to_save(config: PGNConfig, backbone: Backbone) -> None:
+    for name in config.modules_to_save or ():
+        # PEFT takes a module whose name ends so.
+        if backbone.head is not None and backbone.head.endswith(name):
+            refuse_head_in_modules_to_save(name)
+        if backbone.embeddings.endswith(name) or backbone.embeddings.startswith(name + "."):
+            raise ValueError(
+                f"`modules_to_save` must not name the embeddings, or what they are part of, but got {name!r}. PGN wraps "
+                f"{backbone.embeddings!r}; name modules beside it."
+            )
+
+
+def _record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    """Compare the config with the model's width and channels, and write them down."""
+    embeddings = model.get_submodule(backbone.embeddings)
+    found = {
+        "hidden_size": embeddings.cls_token.shape[-1],
+        "num_channels": embeddings.patch_embeddings.num_channels,
+    }
+    for name, value in found.items():
+        recorded = getattr(config, name)
+        if recorded is not None and recorded != value:
+            raise ValueError(
+                f"`{name}` must be {value}, as in this {type(model).__name__}, but got {recorded}: the adapter was "
+                "made for another model. Load it on the model that `base_model_name_or_path` names: "
+                f"{config.base_model_name_or_path!r}."
+            )
+        setattr(config, name, value)
+    config.target_modules = [backbone.embeddings]
+    # PeftModel.save_pretrained writes this by itself, Transformers' save_pretrained does not.
+    config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def _record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    """Settle the adapter's labels: its own, or else those that the model has without adapters."""
+    head = None if backbone.head is None else model.get_submodule(backbone.head)
+    base = head.base_labels if isinstance(head, PGNHead) else Labels.of(getattr(model, "config", None))
+    given = config.id2label is not None or config.num_labels is not None
+    if head is None:
+        if given:
+            raise ValueError(
+                f"`id2label` and `num_labels` must be left out for a {type(model).__name__}, which has no head, but got "
+                f"{config.num_labels or len(config.id2label)} labels. Use the ForImageClassification class."
+            )
+        return
+    plain_head = head.get_base_layer() if isinstance(head, PGNHead) else head
+    if not isinstance(plain_head, (nn.Linear, nn.Identity)):
+        raise TypeError(
+            f"`model` must have a linear head, but got a {type(plain_head).__name__} at {backbone.head!r}. Name it "
+            "differently and train it through `modules_to_save`."
+        )
+    base_id2label = base.id2label if base is not None else {}
+    if config.id2label is None and config.num_labels in (None, len(base_id2label)):
+        config.id2label = base_id2label or None
+        config.problem_type = config.problem_type or (base.problem_type if base is not None else None)
+    elif config.id2label is None:
+        config.id2label = {index: f"LABEL_{index}" for index in range(config.num_labels)}
+    if config.id2label is None:
+        raise ValueError(
+            f"`num_labels` must be given for a {type(model).__name__} without labels, but got None. Write "
+            "PGNConfig(id2label=dict(enumerate(names))), or adapt the plain model for features."
+        )
+    config.id2label = normalize_id2label(config.id2label)
+    config.num_labels = len(config.id2label)
+    if config.head == "frozen" and config.num_labels != len(base_id2label):
+        raise ValueError(
+            f"`num_labels` must be {len(base_id2label)}, that of the model, with head='frozen', but got "
+            f"{config.num_labels}. Use head='trained' for other labels."
+        )
