@@ -1,0 +1,423 @@
+"""Fine-tune a frozen Vision Transformer with generated prompts on your own images.
+
+A folder of images, one subfolder a class (it is split 80 / 10 / 10 if it has no train, validation and test folders):
+
+    python examples/train_image_classifier.py --model_name_or_path google/vit-base-patch16-224-in21k \
+        --dataset path/to/images --output_dir outputs/my-adapter
+
+Parquet files named train, validation and test, at a quarter of the cost of 224 px:
+
+    python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
+        --dataset path/to/parquet --image_size 112 --num_train_epochs 12 --output_dir outputs/my-adapter
+
+Two processes (on a CPU, add --cpu before the script and --use_cpu after it):
+
+    accelerate launch --num_processes 2 examples/train_image_classifier.py ...
+
+After an interruption, the same command with --resume_from_checkpoint true goes on from the last complete checkpoint.
+`--smoke` runs the whole script offline on a tiny model and a few generated images, in seconds; it ends with
+
+    test accuracy 1.000
+
+The output folder then holds the adapter with its labels (adapter_model.safetensors, adapter_config.json), the image
+processor, a model card and results.json. Load it with
+
+    import pgn_peft
+    from peft import AutoPeftModel
+    model = AutoPeftModel.from_pretrained("outputs/my-adapter")
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+from datasets import ClassLabel, DatasetDict, Features, Image, Value, load_dataset
+from peft import PeftModel, get_peft_model
+from sklearn.metrics import accuracy_score
+from torchvision.transforms import v2
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from pgn_peft import ImageCollator, PGNConfig
+from pgn_peft.training import EqualStatistics, last_complete_checkpoint, parameter_groups
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    dataset: str = field(metadata={"help": "Id of a data set, a folder of images, or a folder of parquet files."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    label_column: str = field(default="label", metadata={"help": "Column with the classes."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many images only, the same share of each class."}
+    )
+    augmentation: str = field(
+        default="official",
+        metadata={
+            "help": "flip, colour jitter, grayscale and solarize as in the official code; only 'flip'; or 'none'.",
+            "choices": ["official", "flip", "none"],
+        },
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Side of the images in pixels; None: the model's."})
+
+
+@dataclass
+class AdapterArguments:
+    """What to train: a frozen model, and the adapter on it. See `PGNConfig` for the fields."""
+
+    model_name_or_path: str = field(metadata={"help": "Id or path of a ViT."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    num_virtual_tokens: int = 16
+    library_size: int = 64
+    generator: str = field(default="resnet10", metadata={"help": "'resnet10', or 'static' for the control."})
+    generator_image_size: int | None = None
+    generator_width: int = 16
+    generator_norm: str = "batch"
+    mixing: str = "softmax"
+    initializer_range: float = 0.02
+
+    def config(self, labels: list[str]) -> PGNConfig:
+        """Return the adapter's configuration for these classes."""
+        return PGNConfig(
+            num_virtual_tokens=self.num_virtual_tokens,
+            library_size=self.library_size,
+            generator=self.generator,
+            generator_image_size=self.generator_image_size,
+            generator_width=self.generator_width,
+            generator_norm=self.generator_norm,
+            mixing=self.mixing,
+            initializer_range=self.initializer_range,
+            id2label=dict(enumerate(labels)),
+        )
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """`TrainingArguments` with defaults that suit adapters."""
+
+    recipe: str = field(
+        default="adamw",
+        metadata={
+            "help": "'adamw', or 'sgd' as in the official code: momentum 0.9, learning rate 0.1, warm-up for half of "
+            "the steps, then a cosine down to a hundredth.",
+            "choices": ["adamw", "sgd"],
+        },
+    )
+    learning_rate: float | None = field(default=None, metadata={"help": "Of the generator; by default the recipe's."})
+    library_learning_rate: float | None = field(default=None, metadata={"help": "By default as the generator's."})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "By default as the generator's."})
+    num_train_epochs: float = 12
+    per_device_train_batch_size: int = 25
+    per_device_eval_batch_size: int = 100
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str = "accuracy"
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    remove_unused_columns: bool = False  # the transforms read the image column
+    ddp_find_unused_parameters: bool = False
+    report_to: str = "none"
+    logging_steps: float = 10
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = 0.1 if self.recipe == "sgd" else 3e-3
+        if self.recipe == "sgd":
+            self.warmup_steps = 0.5
+            self.lr_scheduler_type = "cosine_with_min_lr"
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
+        super().__post_init__()
+
+
+class Accuracy(evaluate.Metric):
+    """The share of right answers. `evaluate.load("accuracy")` would download its code."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of right answers.",
+            citation="",
+            inputs_description="",
+            features=Features({"predictions": Value("int64"), "references": Value("int64")}),
+        )
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+def check_output_dir(output_dir: str, resume: bool) -> None:
+    """Find out before training whether results can be written, and whether they would mix with an earlier run's."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SystemExit(f"`output_dir` must be writable, but got {output_dir!r}: {error}. Choose another.") from error
+    if not resume and any(folder.glob("checkpoint-*")):
+        raise SystemExit(
+            f"`output_dir` must hold no checkpoints of another run, but got {output_dir!r}. Pass "
+            "--resume_from_checkpoint true to go on with that run, or choose another folder."
+        )
+
+
+def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
+    """Load the images as splits train, validation and, where the source has one, test, with a `ClassLabel` column."""
+    folder = Path(arguments.dataset)
+    if folder.is_dir() and (files := sorted(folder.glob("*.parquet"))):
+        splits = load_dataset("parquet", data_files={file.stem: str(file) for file in files})
+    elif folder.is_dir():
+        splits = load_dataset("imagefolder", data_dir=str(folder))
+    else:
+        splits = load_dataset(arguments.dataset)
+    for column in (arguments.image_column, arguments.label_column):
+        if column not in splits["train"].column_names:
+            raise SystemExit(
+                f"`image_column` and `label_column` must be columns of the data set, but got {column!r}. It has: "
+                f"{', '.join(splits['train'].column_names)}."
+            )
+    splits = splits.rename_columns(
+        {arguments.image_column: "image", arguments.label_column: "label"}
+        if (arguments.image_column, arguments.label_column) != ("image", "label")
+        else {}
+    ).select_columns(["image", "label"])
+    splits = splits.cast_column("image", Image(mode="RGB"))
+    if not isinstance(splits["train"].features["label"], ClassLabel):
+        splits = splits.class_encode_column("label")
+    if "validation" not in splits:
+        source = splits["train"]
+        share = 0.1 if "test" in splits else 0.2
+        cut = source.train_test_split(test_size=share, stratify_by_column="label", seed=seed)
+        splits["train"], splits["validation"] = cut["train"], cut["test"]
+        if "test" not in splits:
+            halves = cut["test"].train_test_split(test_size=0.5, stratify_by_column="label", seed=seed)
+            splits["validation"], splits["test"] = halves["train"], halves["test"]
+    names = splits["train"].features["label"].names
+    for split, rows in splits.items():
+        found = rows.unique("label")
+        if rows.features["label"].names != names or not all(0 <= label < len(names) for label in found):
+            raise SystemExit(
+                f"`label` must have the same classes in all splits, but got other ones in {split!r}. Rebuild the "
+                "splits from one data set."
+            )
+    if arguments.max_train_samples is not None and arguments.max_train_samples < len(splits["train"]):
+        splits["train"] = splits["train"].train_test_split(
+            train_size=arguments.max_train_samples, stratify_by_column="label", seed=seed
+        )["train"]
+    return splits
+
+
+def load_processor(model_name_or_path: str, image_size: int | None, revision: str | None = None):
+    """Load the model's image processor, set to another image size if asked for."""
+    processor = AutoImageProcessor.from_pretrained(model_name_or_path, revision=revision)
+    if image_size is not None:
+        square = {"height": image_size, "width": image_size}
+        processor.size = {"shortest_edge": image_size} if "shortest_edge" in processor.size else square
+        if getattr(processor, "crop_size", None) is not None:
+            processor.crop_size = square
+    return processor
+
+
+AUGMENTATIONS = {
+    "official": v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomSolarize(threshold=128, p=0.2),
+        ]
+    ),
+    "flip": v2.RandomHorizontalFlip(),
+    "none": v2.Identity(),
+}
+
+
+def add_transforms(splits: DatasetDict, processor, augmentation: str) -> None:
+    """Let each split turn its images into `pixel_values` as they are read, the training images augmented."""
+
+    def transform(augment):
+        def apply(batch):
+            images = [augment(image) for image in batch["image"]]
+            batch["pixel_values"] = processor(images=images, return_tensors="pt")["pixel_values"]
+            return {"pixel_values": batch["pixel_values"], "labels": batch["label"]}
+
+        return apply
+
+    for split in splits:
+        splits[split].set_transform(transform(AUGMENTATIONS[augmentation if split == "train" else "none"]))
+
+
+def make_trainer(
+    model, splits: DatasetDict, arguments: Arguments, parameters: list[dict], num_labels: int, image_size: int | None
+) -> Trainer:
+    """Put model, data, optimizer and callbacks together."""
+    if arguments.recipe == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=arguments.learning_rate, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate)
+    accuracy = Accuracy(keep_in_memory=True)
+    side = model.config.image_size
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        data_collator=ImageCollator(num_labels, interpolate_pos_encoding=image_size not in (None, side)),
+        compute_metrics=lambda outcome: accuracy.compute(
+            predictions=np.argmax(outcome.predictions, axis=-1), references=outcome.label_ids
+        ),
+        optimizers=(optimizer, None),
+        callbacks=[EqualStatistics()],
+    )
+
+
+def write_card(folder: Path, adapter: AdapterArguments, data: DataArguments, results: dict, labels: list[str]) -> None:
+    """Write a model card with what a stranger needs: how to load it, what it knows, how good it is."""
+    call = ", interpolate_pos_encoding=True" if data.image_size is not None else ""
+    shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+    folder.joinpath("README.md").write_text(
+        f"""---
+library_name: peft
+base_model: {adapter.model_name_or_path}
+pipeline_tag: image-classification
+tags: [pgn-peft, image-classification]
+---
+
+# {folder.name}
+
+A Prompt Generation Network ([arXiv:2210.06466](https://arxiv.org/abs/2210.06466)) for the frozen
+`{adapter.model_name_or_path}`, trained on `{data.dataset}` with `train_image_classifier.py` of pgn-peft.
+
+```python
+import pgn_peft  # makes PEFT know this adapter
+from peft import AutoPeftModel
+from transformers import AutoImageProcessor
+
+model = AutoPeftModel.from_pretrained("{folder.name}")
+processor = AutoImageProcessor.from_pretrained("{folder.name}")
+logits = model(**processor(images=image, return_tensors="pt"){call}).logits
+label = model.config.id2label[logits.argmax(-1).item()]
+```
+
+| | |
+|---|---|
+| classes | {len(labels)}: {shown} |
+| trainable parameters | {results["trainable_parameters"]:,} |
+| training images | {results["train_images"]:,} |
+| accuracy on validation | {results["validation_accuracy"]:.4f} (the best epoch was chosen by it) |
+| accuracy on test | {results["test_accuracy"]:.4f} |
+"""
+    )
+
+
+def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict:
+    """Train, evaluate and save; return what results.json holds."""
+    resume = arguments.resume_from_checkpoint not in (None, "", "false", "False")
+    check_output_dir(arguments.output_dir, resume)
+    set_seed(arguments.seed)
+    with arguments.main_process_first(desc="loading the data"):
+        splits = load_splits(data, seed=0)
+    labels = splits["train"].features["label"].names
+    config = adapter.config(labels)
+
+    processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
+    add_transforms(splits, processor, data.augmentation)
+    backbone = AutoModelForImageClassification.from_pretrained(
+        adapter.model_name_or_path, revision=adapter.model_revision
+    )
+    model: PeftModel = get_peft_model(backbone, config, revision=adapter.model_revision)
+    trainable, _ = model.get_nb_trainable_parameters()
+
+    parameters = parameter_groups(
+        model,
+        arguments.learning_rate,
+        library_learning_rate=arguments.library_learning_rate,
+        head_learning_rate=arguments.head_learning_rate,
+        weight_decay=arguments.weight_decay,
+    )
+    trainer = make_trainer(model, splits, arguments, parameters, len(labels), data.image_size)
+    checkpoint = None
+    if resume:
+        named = arguments.resume_from_checkpoint not in ("true", "True", True)
+        checkpoint = (
+            arguments.resume_from_checkpoint
+            if named
+            else last_complete_checkpoint(arguments.output_dir, arguments.world_size)
+        )
+        print(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint, starting from the beginning")
+    outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    results = {
+        "trainable_parameters": trainable,
+        "train_images": len(splits["train"]),
+        "validation_accuracy": trainer.evaluate(splits["validation"])["eval_accuracy"],
+        "test_accuracy": trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"],
+        "train_images_per_second": outcome.metrics["train_samples_per_second"],
+        "epochs": arguments.num_train_epochs,
+        "learning_rate": arguments.learning_rate,
+        "seed": arguments.seed,
+    }
+    if trainer.is_world_process_zero():
+        folder = Path(arguments.output_dir)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_card(folder, adapter, data, results, labels)
+        folder.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n")
+        model.print_trainable_parameters()
+        print(f"validation accuracy {results['validation_accuracy']:.3f}")
+        print(f"training images per second {results['train_images_per_second']:.1f}")
+        print(f"saved to {folder}")
+        print(f"test accuracy {results['test_accuracy']:.3f}")
+    return results
+
+
+def smoke_arguments(folder: Path) -> list[str]:
+    """Make a tiny ViT and a folder of images, red and blue, and return the command line that trains on them."""
+    from PIL import Image as PillowImage
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    random = np.random.default_rng(0)
+    for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
+        folder.joinpath("images", name).mkdir(parents=True)
+        for index in range(40):
+            noise = random.integers(-40, 40, size=(40, 36, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            PillowImage.fromarray(pixels).save(folder / "images" / name / f"{index}.jpg")
+    torch.manual_seed(0)
+    tiny = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    ViTForImageClassification(tiny).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    return [
+        *("--model_name_or_path", str(folder / "vit"), "--dataset", str(folder / "images")),
+        *("--output_dir", str(folder / "adapter"), "--augmentation", "flip", "--library_size", "8"),
+        *("--num_virtual_tokens", "4", "--num_train_epochs", "3", "--per_device_train_batch_size", "8", "--use_cpu"),
+    ]
+
+
+def main(command_line: list[str] | None = None) -> dict:
+    command_line = sys.argv[1:] if command_line is None else command_line
+    with tempfile.TemporaryDirectory() as folder:
+        if "--smoke" in command_line:
+            command_line = smoke_arguments(Path(folder)) + [word for word in command_line if word != "--smoke"]
+        parser = HfArgumentParser((AdapterArguments, DataArguments, Arguments))
+        return train(*parser.parse_args_into_dataclasses(command_line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What training PGN adapters with `Trainer` needs beside `Trainer` itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, distributed, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pgn_peft.layer import PGNTunerLayer
+
+logger = logging.getLogger(__name__)
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    library_learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Sort a model's trainable parameters into groups for a torch optimizer.
+
+    Args:
+        model: a model with PGN adapters.
+        learning_rate: of the generator, and of whatever `modules_to_save` names.
+        library_learning_rate: of the token library (or static prompts); None: `learning_rate`.
+        head_learning_rate: of the classification head; None: `learning_rate`.
+        weight_decay: of matrices and convolutions. Norms and biases are not decayed.
+
+    Returns:
+        Groups with the keys `name`, `params`, `lr` and `weight_decay`; each parameter is in exactly one.
+
+    Raises:
+        ValueError: nothing is trainable.
+    """
+    rates = {
+        "pgn_generator": learning_rate,
+        "pgn_library": learning_rate if library_learning_rate is None else library_learning_rate,
+        "pgn_head": learning_rate if head_learning_rate is None else head_learning_rate,
+        "other": learning_rate,
+    }
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = next((part for part in rates if f".{part}." in f".{name}"), "other")
+            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise ValueError(
+            "`model` must have trainable parameters, but got a frozen one. Load the adapter with is_trainable=True, or "
+            "activate it: model.set_adapter(name)."
+        )
+    return [
+        {"name": part, "params": parameters, "lr": rates[part], "weight_decay": weight_decay if decayed else 0.0}
+        for (part, decayed), parameters in groups.items()
+    ]
+
+
+def _buffers(model: nn.Module) -> Iterator[Tensor]:
+    for layer in model.modules():
+        if isinstance(layer, PGNTunerLayer):
+            for container in layer.adapter_layer_names:
+                yield from getattr(layer, container).buffers()
+
+
+def broadcast_statistics(model: nn.Module, source: int = 0) -> None:
+    """Give all processes the BatchNorm statistics of one of them. Does nothing in a single process.
+
+    DistributedDataParallel keeps weights equal and broadcasts buffers *before* each step; what the last step did to
+    running means and variances stays different in each process.
+
+    Args:
+        model: the model, wrapped or not.
+        source: rank whose statistics are kept.
+    """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        for buffer in _buffers(model):
+            distributed.broadcast(buffer, src=source)
+
+
+class EqualStatistics(TrainerCallback):
+    """Keep BatchNorm's running statistics equal in all processes whenever they are evaluated or saved."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Broadcast before an evaluation or a checkpoint in the middle of an epoch."""
+        if control.should_evaluate or control.should_save or control.should_training_stop:
+            broadcast_statistics(model)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Broadcast before an evaluation or a checkpoint at the end of an epoch."""
+        broadcast_statistics(model)
+
+
+def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> Path | None:
+    """Find the newest checkpoint that a run can go on from.
+
+    Trainer does not write checkpoints atomically: a crash can leave one with files missing or cut short. Every file
+    that resuming reads is read here; a checkpoint that fails is passed over with a warning.
+
+    Args:
+        output_dir: folder with Trainer's `checkpoint-<step>` folders.
+        world_size: number of processes, each of which has saved the state of its random numbers.
+
+    Returns:
+        The folder, or None if there is no complete one.
+    """
+    checkpoints = {
+        int(match[1]): path
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    }
+    for _, path in sorted(checkpoints.items(), reverse=True):
+        try:
+            _read_checkpoint(path, world_size)
+        except (OSError, ValueError, BadZipFile, SafetensorError) as error:
+            logger.warning("Passing over %s, which a crash seems to have left incomplete: %s", path, error)
+        else:
+            return path
+    return None
+
+
+def _read_checkpoint(path: Path, world_size: int) -> None:
+    json.loads((path / "trainer_state.json").read_text())
+    load_file(path / SAFETENSORS_WEIGHTS_NAME)
+    random_states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    for name in ("optimizer.pt", "scheduler.pt", *random_states):
+        # torch.save writes zip archives. Their checksums are enough here, and nothing is unpickled.
+        with ZipFile(path / name) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise BadZipFile(f"{name} is damaged at {damaged}")

@@ -1,0 +1,77 @@
+"""Tiny seeded models, random images, and the real files in ../shared where a machine has them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import pgn_peft  # noqa: F401  (registers the method)
+from pgn_peft import PGNConfig
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+# architecture -> its config class
+ARCHITECTURES = {
+    "ViTForImageClassification": "ViTConfig",
+    "DeiTForImageClassification": "DeiTConfig",
+    "ViTMSNForImageClassification": "ViTMSNConfig",
+    "ViTModel": "ViTConfig",
+    "DeiTModel": "DeiTConfig",
+    "ViTMSNModel": "ViTMSNConfig",
+}
+CLASSIFIERS = [name for name in ARCHITECTURES if name.endswith("Classification")]
+
+
+def tiny_vit(architecture="ViTForImageClassification", num_labels=5, seed=0, **overrides):
+    """A seeded two-layer ViT in eval mode: 32 px, patch 8, width 32."""
+    sizes = {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    config = getattr(transformers, ARCHITECTURES[architecture])(**(sizes | overrides), num_labels=num_labels)
+    torch.manual_seed(seed)
+    model = getattr(transformers, architecture)(config).eval()
+    # Transformers starts DeiT's and MSN's tokens from zeros, which would let a lost one go unnoticed.
+    for name, parameter in model.named_parameters():
+        if name.endswith("embeddings.position_embeddings") or name.endswith("_token"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def tiny_config(**overrides):
+    """A PGN config that suits `tiny_vit`."""
+    return PGNConfig(**({"num_virtual_tokens": 3, "library_size": 6, "generator_width": 4} | overrides))
+
+
+def answer(model, pixel_values, **kwargs):
+    """Logits, or the features of a model without a head."""
+    with torch.no_grad():
+        outputs = model(pixel_values, **kwargs)
+    return outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
+
+
+def move_adapter(model, seed=1):
+    """Give all adapters random weights and statistics, so that a lost tensor shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if "pgn_" in name and tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.copy_(0.5 + noise if "running_var" in name else noise - 0.5)
+    return model
+
+
+@pytest.fixture
+def pixel_values():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip("the real weights and images are not on this machine (../shared)")
+    return SHARED
