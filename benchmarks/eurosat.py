@@ -2,10 +2,10 @@
 
     python benchmarks/eurosat.py --data ../shared/data/eurosat --model ../shared/models/deit-tiny-patch16-224
 
-All methods see the same images, augmentation, batches, epochs and schedule. The learning rate of each is chosen from a
-grid of equal size by the accuracy on validation with seed 0; the chosen one is then run with seeds 1, 2 and 3, and only
-these runs see the test split, once, after the last epoch. Every run is appended to a file of JSON lines, and a run that
-is there already is not repeated, so an interrupted benchmark goes on where it stopped.
+All methods see the same images, augmentation, batches, epochs and schedule. The learning rate of each is chosen from
+a grid of equal size by the accuracy on validation with seed 0; the chosen one is then run with seeds 1, 2 and 3, and
+only these runs see the test split, once, after the last epoch. Every run is appended to a file of JSON lines, and a
+run that is there already is not repeated, so an interrupted benchmark goes on where it stopped.
 
 `--protocol small` (the default): 1,000 training images, 112 px, for a CPU: about three minutes a run on two cores.
 `--protocol full`: all training images at 224 px, for an accelerator. `--smoke`: tiny, offline, in seconds.

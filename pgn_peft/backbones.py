@@ -37,11 +37,12 @@ _AVERAGES = "its classifier averages the tokens, so appended prompts would leak 
 _COUNTS = "its attention adds positions to every token and counts them, and a prompt has no position"
 _WINDOWS = "it has no sequence that a token could be appended to"
 _CLIP = "CLIP's towers are not supported yet"
+_REBUILDS = "it rebuilds the image from the patch tokens, and prompts would be taken for patches"
 
 # The longest prefix of the class name decides.
 REFUSED: dict[str, str] = {
-    "ViTForMaskedImageModeling": "it rebuilds the image from the patch tokens, and prompts would be taken for patches",
-    "DeiTForMaskedImageModeling": "it rebuilds the image from the patch tokens, and prompts would be taken for patches",
+    "ViTForMaskedImageModeling": _REBUILDS,
+    "DeiTForMaskedImageModeling": _REBUILDS,
     "DeiTForImageClassificationWithTeacher": "it has two heads, and Transformers offers it for inference only; load "
     "the checkpoint as DeiTForImageClassification",
     "CLIPForImageClassification": _AVERAGES,

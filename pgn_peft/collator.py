@@ -60,14 +60,14 @@ class ImageCollator:
         stacked = torch.stack([torch.as_tensor(label) for label in labels])
         if stacked.is_floating_point():
             if not torch.isfinite(stacked).all():
-                raise ValueError(f"`labels` must be finite, but got {stacked.tolist()}. Remove examples without a label.")
+                raise ValueError(f"`labels` must be finite, but got {stacked.tolist()}. Drop those examples.")
             return stacked.float()
         if self.num_labels is not None and stacked.ndim == 1:
             outside = [int(label) for label in stacked if not 0 <= label < self.num_labels]
             if outside:
                 raise ValueError(
-                    f"`labels` must lie in 0..{self.num_labels - 1}, the range of the head, but got {outside}. The data "
-                    "set has other labels than the adapter; make the adapter with PGNConfig(id2label=...) of this one."
+                    f"`labels` must lie in 0..{self.num_labels - 1}, the range of the head, but got {outside}. "
+                    "The data set has other labels than the adapter; make one with PGNConfig(id2label=...) of these."
                 )
         return stacked.long()
 
@@ -80,13 +80,13 @@ def _check_image(index: int, image: Tensor, first: Tensor) -> None:
         )
     if image.ndim != 3 or image.shape != first.shape:
         raise ValueError(
-            f"`pixel_values` must all have one shape (C, H, W), but got {tuple(image.shape)} in example {index} beside "
-            f"{tuple(first.shape)}. Resize the images and convert them to the same number of channels."
+            f"`pixel_values` must all have one shape (C, H, W), but got {tuple(image.shape)} in example {index} "
+            f"beside {tuple(first.shape)}. Resize the images and convert them to the same number of channels."
         )
     if not torch.isfinite(image).all():
         raise ValueError(
-            f"`pixel_values` must be finite, but got NaN or infinity in example {index} of the batch. Look at the image "
-            "and at the transforms; a division by a standard deviation of zero does this."
+            f"`pixel_values` must be finite, but got NaN or infinity in example {index} of the batch. Look at the "
+            "image and at the transforms; a division by a standard deviation of zero does this."
         )
     if image.abs().max() > LARGEST_PLAUSIBLE_PIXEL:
         raise ValueError(

@@ -21,7 +21,7 @@ HEADS = ("trained", "frozen")
 HEAD_NAMES = ("classifier",)
 
 
-class PGNPeftType(str, enum.Enum):
+class PGNPeftType(str, enum.Enum):  # noqa: UP042  (PEFT reads the name off str(member), "PGNPeftType.PGN")
     """The method's name in PEFT. PEFT's own `PeftType` is a closed enum, which a plug-in cannot extend."""
 
     PGN = "PGN"

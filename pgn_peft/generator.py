@@ -25,6 +25,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, C, H, W), channel by channel."""
         values_per_channel = input.shape[0] * input.shape[2] * input.shape[3]
         if self.training and (values_per_channel == 1 or not self.weight.requires_grad):
             return F.batch_norm(
@@ -57,6 +58,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
         residual = F.relu(self.norm1(self.conv1(features)))
         residual = self.norm2(self.conv2(residual))
         return F.relu(residual + self.shortcut(features))

@@ -28,17 +28,17 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
             "Write id2label=dict(enumerate(names))."
         )
     if not id2label:
-        raise ValueError("`id2label` must name at least one class, but got {}. Leave it out to keep the model's labels.")
+        raise ValueError("`id2label` must name a class at least, but got {}. Leave it out to keep the model's labels.")
     labels: dict[int, str] = {}
     for key, name in id2label.items():
         if not isinstance(name, str):
-            raise TypeError(f"`id2label` must hold names as strings, but got {name!r} for class {key!r}. Use str(name).")
+            raise TypeError(f"`id2label` must hold strings, but got {name!r} for class {key!r}. Use str(name).")
         try:
             index = int(key)
         except (TypeError, ValueError):
             index = None
         if index is None or isinstance(key, (bool, float)):
-            raise TypeError(f"`id2label` must have integer keys, but got {key!r}. Write id2label=dict(enumerate(names)).")
+            raise TypeError(f"`id2label` must have integer keys, but got {key!r}. Write dict(enumerate(names)).")
         labels[index] = name
     if len(labels) != len(id2label) or sorted(labels) != list(range(len(labels))):
         raise ValueError(

@@ -8,19 +8,26 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from pgn_peft.backbones import Backbone, find_backbone
-from pgn_peft.config import PGNConfig, refuse_head_in_modules_to_save
+from pgn_peft.backbones import find_backbone
+from pgn_peft.config import PGNConfig
 from pgn_peft.head import PGNHead
-from pgn_peft.labels import Labels, normalize_id2label
+from pgn_peft.injection import (
+    check_adapter_name,
+    check_modules_to_save,
+    record_base,
+    record_labels,
+    refuse_other_adapters,
+)
 from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer, refuse_adapter_names
 
 
 class PGNConfigs(dict):
-    """The adapters' configs by name. Refuses another method's, which PEFT would put here before it changed the model."""
+    """The adapters' configs by name. Refuses another method's: PEFT puts it here before it changes the model."""
 
     def __setitem__(self, adapter_name: str, config: PeftConfig) -> None:
         if not isinstance(config, PGNConfig):
@@ -68,7 +75,7 @@ class PGNModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         # Before PEFT, which would enter the new config into the other adapters' first.
-        _refuse_other_adapters(model)
+        refuse_other_adapters(model)
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
@@ -93,10 +100,10 @@ class PGNModel(BaseTuner):
             config = copy.deepcopy(self.peft_config[adapter_name])
             config.validate()
             self._backbone = find_backbone(model, config.target_modules)
-            _check_adapter_name(adapter_name, model)
-            _check_modules_to_save(config, self._backbone)
-            _record_base(config, model, self._backbone)
-            _record_labels(config, model, self._backbone)
+            check_adapter_name(adapter_name, model)
+            check_modules_to_save(config, self._backbone)
+            record_base(config, model, self._backbone)
+            record_labels(config, model, self._backbone)
             self.peft_config[adapter_name] = config
         except Exception:
             self.peft_config.pop(adapter_name, None)
@@ -152,10 +159,12 @@ class PGNModel(BaseTuner):
                 )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Any = None, **kwargs: Any
+    ) -> AbstractContextManager[None]:
         # PEFT drops `adapter_names` silently for a tuner without this method.
-        if kwargs.get("adapter_names") is not None:
-            refuse_adapter_names(kwargs["adapter_names"])
+        if adapter_names is not None:
+            refuse_adapter_names(adapter_names)
         return nullcontext()
 
     def _check_merge_allowed(self) -> None:
@@ -167,6 +176,9 @@ class PGNModel(BaseTuner):
             child.input_check.remove()
         elif isinstance(child, PGNHead):
             child.show_base_labels()
+        elif isinstance(child, ModulesToSaveWrapper):
+            # PEFT would leave the trained copy in what is documented to be the base model.
+            new_module = child.original_module
         setattr(parent, child_name, new_module)
 
     # The names of tensors in a saved adapter.
@@ -208,7 +220,7 @@ def _own_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Ten
 
 
 def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], prefix: str) -> None:
-    """Compare names, shapes and values of a file's tensors with what the adapter needs; PEFT only warns, or is silent."""
+    """Compare names, shapes and values of a file's tensors with what the adapter needs. PEFT warns, or is silent."""
     # Names in a model that PEFT has not wrapped lack this part; in the file they have it.
     found = {name.removeprefix("base_model.model."): tensor for name, tensor in found.items()}
     expected = {name.removeprefix("base_model.model."): tensor for name, tensor in expected.items()}
@@ -225,102 +237,4 @@ def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], prefix
         raise ValueError(
             f"`state_dict` must hold the tensors of the adapter that its config describes, but got others: {listed}. "
             "Weights and adapter_config.json do not belong together, or the file was damaged; fetch both again."
-        )
-
-
-def _refuse_other_adapters(model: nn.Module) -> None:
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "`model` must be a plain model, but got a PeftModel. Use model.add_adapter(name, config) for a further PGN "
-            "adapter, or pass model.unload() to start from the plain model."
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, PGNTunerLayer):
-            raise ValueError(
-                f"`model` must carry no adapters of another method, but got {type(module).__module__} at {name!r}. "
-                "PGN and another method on one model are not supported: their saved files would mix. Remove it first."
-            )
-
-
-def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
-    # PEFT tells adapters apart by looking for their names between the dots of tensor names.
-    parts = {"trunk", "head", "tokens", "weight", "bias", "base_layer"}
-    parts |= {part for name, _ in model.named_modules() for part in name.split(".")} - set(
-        getattr(model, "peft_config", {})
-    )
-    if not adapter_name or "." in adapter_name or adapter_name in parts:
-        raise ValueError(
-            f"`adapter_name` must be a word that is no part of a module's name, but got {adapter_name!r}: PEFT would "
-            "mistake one for the other when it saves. Choose another name."
-        )
-
-
-def _check_modules_to_save(config: PGNConfig, backbone: Backbone) -> None:
-    for name in config.modules_to_save or ():
-        # PEFT takes a module whose name ends so.
-        if backbone.head is not None and backbone.head.endswith(name):
-            refuse_head_in_modules_to_save(name)
-        if backbone.embeddings.endswith(name) or backbone.embeddings.startswith(name + "."):
-            raise ValueError(
-                f"`modules_to_save` must not name the embeddings, or what they are part of, but got {name!r}. PGN wraps "
-                f"{backbone.embeddings!r}; name modules beside it."
-            )
-
-
-def _record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
-    """Compare the config with the model's width and channels, and write them down."""
-    embeddings = model.get_submodule(backbone.embeddings)
-    found = {
-        "hidden_size": embeddings.cls_token.shape[-1],
-        "num_channels": embeddings.patch_embeddings.num_channels,
-    }
-    for name, value in found.items():
-        recorded = getattr(config, name)
-        if recorded is not None and recorded != value:
-            raise ValueError(
-                f"`{name}` must be {value}, as in this {type(model).__name__}, but got {recorded}: the adapter was "
-                "made for another model. Load it on the model that `base_model_name_or_path` names: "
-                f"{config.base_model_name_or_path!r}."
-            )
-        setattr(config, name, value)
-    config.target_modules = [backbone.embeddings]
-    # PeftModel.save_pretrained writes this by itself, Transformers' save_pretrained does not.
-    config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-
-
-def _record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
-    """Settle the adapter's labels: its own, or else those that the model has without adapters."""
-    head = None if backbone.head is None else model.get_submodule(backbone.head)
-    base = head.base_labels if isinstance(head, PGNHead) else Labels.of(getattr(model, "config", None))
-    given = config.id2label is not None or config.num_labels is not None
-    if head is None:
-        if given:
-            raise ValueError(
-                f"`id2label` and `num_labels` must be left out for a {type(model).__name__}, which has no head, but got "
-                f"{config.num_labels or len(config.id2label)} labels. Use the ForImageClassification class."
-            )
-        return
-    plain_head = head.get_base_layer() if isinstance(head, PGNHead) else head
-    if not isinstance(plain_head, (nn.Linear, nn.Identity)):
-        raise TypeError(
-            f"`model` must have a linear head, but got a {type(plain_head).__name__} at {backbone.head!r}. Name it "
-            "differently and train it through `modules_to_save`."
-        )
-    base_id2label = base.id2label if base is not None else {}
-    if config.id2label is None and config.num_labels in (None, len(base_id2label)):
-        config.id2label = base_id2label or None
-        config.problem_type = config.problem_type or (base.problem_type if base is not None else None)
-    elif config.id2label is None:
-        config.id2label = {index: f"LABEL_{index}" for index in range(config.num_labels)}
-    if config.id2label is None:
-        raise ValueError(
-            f"`num_labels` must be given for a {type(model).__name__} without labels, but got None. Write "
-            "PGNConfig(id2label=dict(enumerate(names))), or adapt the plain model for features."
-        )
-    config.id2label = normalize_id2label(config.id2label)
-    config.num_labels = len(config.id2label)
-    if config.head == "frozen" and config.num_labels != len(base_id2label):
-        raise ValueError(
-            f"`num_labels` must be {len(base_id2label)}, that of the model, with head='frozen', but got "
-            f"{config.num_labels}. Use head='trained' for other labels."
         )

@@ -57,8 +57,8 @@ def parameter_groups(
             groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
     if not groups:
         raise ValueError(
-            "`model` must have trainable parameters, but got a frozen one. Load the adapter with is_trainable=True, or "
-            "activate it: model.set_adapter(name)."
+            "`model` must have trainable parameters, but got a frozen one. Load the adapter with is_trainable=True, "
+            "or activate it: model.set_adapter(name)."
         )
     return [
         {"name": part, "params": parameters, "lr": rates[part], "weight_decay": weight_decay if decayed else 0.0}

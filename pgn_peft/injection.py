@@ -1,0 +1,134 @@
+"""What is checked and recorded before an adapter is made, so that a refusal leaves the model as it was."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from pgn_peft.backbones import Backbone
+from pgn_peft.config import PGNConfig, refuse_head_in_modules_to_save
+from pgn_peft.head import PGNHead
+from pgn_peft.labels import Labels
+from pgn_peft.layer import PGNTunerLayer
+
+
+def refuse_other_adapters(model: nn.Module) -> None:
+    """Refuse a model that PEFT has wrapped, or that carries adapters of another method.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "`model` must be a plain model, but got a PeftModel. Use model.add_adapter(name, config) for a further "
+            "PGN adapter, or pass model.unload() to start from the plain model."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, PGNTunerLayer):
+            raise ValueError(
+                f"`model` must carry no adapters of another method, but got {type(module).__module__} at {name!r}. "
+                "PGN and another method on one model are not supported: their saved files would mix. Remove it first."
+            )
+
+
+def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+    """Refuse a name that could be mistaken for a part of a tensor's name.
+
+    Raises:
+        ValueError: it could.
+    """
+    # PEFT tells adapters apart by looking for their names between the dots of tensor names.
+    parts = {"trunk", "head", "tokens", "weight", "bias", "base_layer"}
+    parts |= {part for name, _ in model.named_modules() for part in name.split(".")} - set(
+        getattr(model, "peft_config", {})
+    )
+    if not adapter_name or "." in adapter_name or adapter_name in parts:
+        raise ValueError(
+            f"`adapter_name` must be a word that is no part of a module's name, but got {adapter_name!r}: PEFT would "
+            "mistake one for the other when it saves. Choose another name."
+        )
+
+
+def check_modules_to_save(config: PGNConfig, backbone: Backbone) -> None:
+    """Refuse `modules_to_save` that take hold of what PGN wraps.
+
+    Raises:
+        ValueError: one does.
+    """
+    for name in config.modules_to_save or ():
+        # PEFT takes a module whose name ends so.
+        if backbone.head is not None and backbone.head.endswith(name):
+            refuse_head_in_modules_to_save(name)
+        if backbone.embeddings.endswith(name) or backbone.embeddings.startswith(name + "."):
+            raise ValueError(
+                f"`modules_to_save` must not name the embeddings, or what they are part of, but got {name!r}. PGN "
+                f"wraps {backbone.embeddings!r}; name modules beside it."
+            )
+
+
+def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    """Compare the config with the model's width and channels, and write them down.
+
+    Raises:
+        ValueError: the adapter was made for others.
+    """
+    embeddings = model.get_submodule(backbone.embeddings)
+    found = {
+        "hidden_size": embeddings.cls_token.shape[-1],
+        "num_channels": embeddings.patch_embeddings.num_channels,
+    }
+    for name, value in found.items():
+        recorded = getattr(config, name)
+        if recorded is not None and recorded != value:
+            raise ValueError(
+                f"`{name}` must be {value}, as in this {type(model).__name__}, but got {recorded}: the adapter was "
+                "made for another model. Load it on the model that `base_model_name_or_path` names: "
+                f"{config.base_model_name_or_path!r}."
+            )
+        setattr(config, name, value)
+    config.target_modules = [backbone.embeddings]
+    # PeftModel.save_pretrained writes this by itself, Transformers' save_pretrained does not.
+    config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    """Settle the adapter's labels: its own, or else those that the model has without adapters.
+
+    Raises:
+        TypeError: the model's head is not linear.
+        ValueError: the labels do not fit the model, or there are none.
+    """
+    head = None if backbone.head is None else model.get_submodule(backbone.head)
+    base = head.base_labels if isinstance(head, PGNHead) else Labels.of(getattr(model, "config", None))
+    given = config.id2label is not None or config.num_labels is not None
+    if head is None:
+        if given:
+            raise ValueError(
+                f"`id2label` and `num_labels` must be left out for a {type(model).__name__}, which has no head, but "
+                f"got {config.num_labels or len(config.id2label)} labels. Use the ForImageClassification class."
+            )
+        return
+    plain_head = head.get_base_layer() if isinstance(head, PGNHead) else head
+    if not isinstance(plain_head, (nn.Linear, nn.Identity)):
+        raise TypeError(
+            f"`model` must have a linear head, but got a {type(plain_head).__name__} at {backbone.head!r}. Name it "
+            "differently and train it through `modules_to_save`."
+        )
+    base_id2label = base.id2label if base is not None else {}
+    if config.id2label is None and config.num_labels in (None, len(base_id2label)):
+        config.id2label = base_id2label or None
+        config.problem_type = config.problem_type or (base.problem_type if base is not None else None)
+    elif config.id2label is None:
+        config.id2label = {index: f"LABEL_{index}" for index in range(config.num_labels)}
+    if config.id2label is None:
+        raise ValueError(
+            f"`num_labels` must be given for a {type(model).__name__} without labels, but got None. Write "
+            "PGNConfig(id2label=dict(enumerate(names))), or adapt the plain model for features."
+        )
+    config.num_labels = len(config.id2label)
+    if config.head == "frozen" and config.num_labels != len(base_id2label):
+        raise ValueError(
+            f"`num_labels` must be {len(base_id2label)}, that of the model, with head='frozen', but got "
+            f"{config.num_labels}. Use head='trained' for other labels."
+        )

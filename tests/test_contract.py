@@ -1,0 +1,289 @@
+"""What PEFT promises its users, for every supported architecture and for both kinds of generator."""
+
+import peft
+import pytest
+import torch
+from conftest import ARCHITECTURES, CLASSIFIERS, answer, move_adapter, tiny_config, tiny_vit
+from peft import PeftModel, get_peft_model
+
+architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+classifiers = pytest.mark.parametrize("architecture", CLASSIFIERS)
+generators = pytest.mark.parametrize("generator", ["resnet10", "static"])
+
+THREE = dict(enumerate(["cat", "dog", "owl"]))
+
+
+def adapted(architecture="ViTForImageClassification", seed=1, **overrides):
+    if architecture in CLASSIFIERS:
+        overrides = {"id2label": THREE} | overrides
+    model = get_peft_model(tiny_vit(architecture), tiny_config(**overrides))
+    return move_adapter(model, seed).eval()
+
+
+def snapshot(model):
+    """Every tensor that belongs to the base."""
+    return {name: t.clone() for name, t in model.state_dict().items() if "pgn_" not in name}
+
+
+@architectures
+@generators
+def test_prompts_are_appended_and_change_the_answer(architecture, generator, pixel_values):
+    base = tiny_vit(architecture)
+    tokens = base.base_model.embeddings(pixel_values)
+    before = answer(base, pixel_values)
+    model = move_adapter(get_peft_model(base, tiny_config(generator=generator))).eval()
+    embeddings = model.get_base_model().base_model.embeddings
+    prompted = embeddings(pixel_values)
+    assert torch.equal(prompted[:, : tokens.shape[1]], tokens)
+    torch.testing.assert_close(prompted[:, tokens.shape[1] :], embeddings.prompts("default", pixel_values))
+    assert prompted.shape[1] == tokens.shape[1] + 3
+    # Token 0 is what is read out, also of the models that answer with features.
+    after = answer(model, pixel_values)
+    after, before = (after[:, 0], before[:, 0]) if before.ndim == 3 else (after, before)
+    assert (after - before).abs().max() > 1e-3
+
+
+@architectures
+@generators
+def test_adapters_off_is_the_base_bit_for_bit(architecture, generator, pixel_values):
+    before = answer(tiny_vit(architecture), pixel_values)
+    model = adapted(architecture, generator=generator)
+    on = answer(model, pixel_values)
+    with model.disable_adapter():
+        assert torch.equal(answer(model, pixel_values), before)
+    assert torch.equal(answer(model, pixel_values), on)
+
+
+@architectures
+@generators
+def test_training_changes_every_adapter_weight_and_nothing_of_the_base(architecture, generator, pixel_values):
+    model = adapted(architecture, generator=generator).train()
+    frozen = snapshot(model)
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("pgn_" in name for name in trained)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        if architecture in CLASSIFIERS:
+            loss = model(pixel_values, labels=torch.tensor([0, 1, 2, 0])).loss
+        else:
+            loss = model(pixel_values).last_hidden_state[:, 0].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, before in frozen.items():
+        assert torch.equal(model.state_dict()[name], before), f"frozen {name} changed"
+    for name, before in trained.items():
+        assert not torch.equal(dict(model.named_parameters())[name], before), f"{name} was not trained"
+
+
+@architectures
+@generators
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_save_and_load_under_another_name(architecture, generator, low_cpu_mem_usage, pixel_values, tmp_path):
+    model = adapted(architecture, generator=generator)
+    expected = answer(model, pixel_values)
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+    }
+    loaded = PeftModel.from_pretrained(
+        tiny_vit(architecture), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(answer(loaded, pixel_values), expected)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not any(module.training for module in loaded.modules())
+    saved = {name: t for name, t in model.state_dict().items() if "pgn_" in name}
+    for name, tensor in saved.items():  # running statistics included
+        assert torch.equal(loaded.state_dict()[name.replace(".default.", ".other.")], tensor), name
+
+
+@architectures
+def test_unload_gives_the_base_back(architecture, pixel_values):
+    base = tiny_vit(architecture)
+    before, structure = answer(base, pixel_values), str(base)
+    labels = dict(base.config.id2label)
+    unloaded = adapted(architecture).unload()
+    assert torch.equal(answer(unloaded, pixel_values), before)
+    assert str(unloaded) == structure
+    assert unloaded.config.id2label == labels
+    assert not unloaded.base_model._forward_pre_hooks
+    assert not hasattr(unloaded, "peft_config")
+
+
+@architectures
+def test_merging_is_refused_in_words(architecture):
+    model = adapted(architecture)
+    for merge in (model.merge_and_unload, model.merge_adapter, model.get_base_model().base_model.embeddings.merge):
+        with pytest.raises(ValueError, match="cannot be merged.*depend on the image"):
+            merge()
+    model.unmerge_adapter()  # nothing is ever merged
+
+
+@classifiers
+def test_adapters_with_different_labels_share_a_backbone(architecture, pixel_values, tmp_path):
+    first = adapted(architecture, seed=1)
+    second = adapted(architecture, seed=2, id2label=dict(enumerate("ab")), generator="static", num_virtual_tokens=5)
+    expected = {"first": answer(first, pixel_values), "second": answer(second, pixel_values)}
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+
+    model = PeftModel.from_pretrained(tiny_vit(architecture), tmp_path / "first", adapter_name="first")
+    model.load_adapter(tmp_path / "second", adapter_name="second")
+    for name, names in [("second", "ab"), ("first", THREE.values()), ("second", "ab")]:
+        model.set_adapter(name)
+        assert torch.equal(answer(model, pixel_values), expected[name])
+        assert list(model.config.id2label.values()) == list(names)
+        assert model.config.num_labels == len(names)
+        assert model.config.label2id == {label: index for index, label in enumerate(names)}
+    with model.disable_adapter():
+        assert model.config.num_labels == 5
+    assert model.config.num_labels == 2
+
+    with pytest.warns(UserWarning, match="second was active which is now deleted"):
+        model.delete_adapter("second")
+    assert torch.equal(answer(model, pixel_values), expected["first"])
+    assert model.config.num_labels == 3
+    assert not any(".second." in name for name in model.state_dict())
+
+
+@classifiers
+def test_several_active_adapters_concatenate_and_the_first_ones_head_answers(architecture, pixel_values):
+    model = adapted(architecture)
+    model.add_adapter("more", tiny_config(id2label=dict(enumerate("ab")), num_virtual_tokens=2))
+    move_adapter(model, seed=3).eval()
+    embeddings = model.get_base_model().base_model.embeddings
+    plain = embeddings.base_layer(pixel_values)
+    for active, width in ([["default", "more"], 3], [["more", "default"], 2]):
+        model.base_model.set_adapter(active)
+        prompts = [embeddings.prompts(name, pixel_values) for name in active]
+        assert torch.equal(embeddings(pixel_values), torch.cat([plain, *prompts], dim=1))
+        assert answer(model, pixel_values).shape[1] == width
+        assert model.config.num_labels == width
+    assert model.base_model.active_adapters == ["more", "default"]
+    with pytest.raises(ValueError, match="`adapter_name` must be one of default, more, but got 'mroe'"):
+        model.base_model.set_adapter(["more", "mroe"])
+
+
+@architectures
+def test_adding_an_adapter_to_a_model_in_eval_mode_changes_nothing(architecture, pixel_values):
+    model = adapted(architecture)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = answer(model, pixel_values)
+    model.add_adapter("second", tiny_config())
+    assert torch.equal(answer(model, pixel_values), expected)
+    assert not any(module.training for module in model.modules())
+    for name, tensor in before.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    model.set_adapter("second")
+    answer(model, pixel_values)
+    assert all(t == 0 for name, t in model.state_dict().items() if ".second." in name and "batches_tracked" in name)
+    assert all((".second." in name) == p.requires_grad for name, p in model.named_parameters() if "pgn_" in name)
+
+
+def test_an_adapter_added_in_train_mode_is_in_train_mode():
+    model = adapted().train()
+    model.add_adapter("second", tiny_config())
+    assert all(module.training for name, module in model.named_modules() if "pgn_" in name)
+
+
+def test_a_frozen_adapter_keeps_its_statistics_in_train_mode(pixel_values, tmp_path):
+    adapted().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_vit(), tmp_path).train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model(pixel_values)
+    for name, tensor in before.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_status_and_trainable_parameters(capsys):
+    model = adapted()
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    own = sum(size for name, size in sizes.items() if "pgn_" in name)
+    model.print_trainable_parameters()
+    total = sum(sizes.values())
+    expected = f"trainable params: {own:,d} || all params: {total:,d} || trainable%: {100 * own / total:.4f}"
+    assert capsys.readouterr().out.strip() == expected
+    status = model.get_model_status()
+    assert (status.peft_types, status.num_adapter_layers, status.enabled) == ({"default": "PGN"}, 2, True)
+    assert (status.active_adapters, status.available_adapters, status.merged_adapters) == (
+        ["default"],
+        ["default"],
+        [],
+    )
+    assert status.requires_grad == {"default": True}
+    model.add_adapter("second", tiny_config(head="frozen", generator="static"))
+    with model.disable_adapter():
+        assert model.get_model_status().enabled is False
+    names = [(layer.name, layer.module_type) for layer in model.get_layer_status()]
+    assert names == [("model.vit.embeddings", "PGNLayer"), ("model.classifier", "PGNHead")]
+    assert model.get_model_status().available_adapters == ["default", "second"]
+    assert model.get_model_status().active_adapters == ["default"]
+
+
+def test_deleting_the_active_adapter_leaves_all_layers_with_the_same_one(pixel_values):
+    model = adapted()
+    # "b" has no head of its own, so the two layers could disagree on what comes next.
+    model.add_adapter("b", tiny_config(head="frozen"))
+    model.add_adapter("c", tiny_config(id2label=dict(enumerate("xy"))))
+    with pytest.warns(UserWarning, match="default was active"):
+        model.delete_adapter("default")
+    assert model.get_model_status().active_adapters == ["b"]
+    assert answer(model, pixel_values).shape[1] == 5
+    with pytest.warns(UserWarning, match="b was active"):
+        model.delete_adapter("b")
+    assert model.config.id2label == {0: "x", 1: "y"}
+    base = model.get_base_model()
+    model.delete_adapter("c")
+    assert base.config.num_labels == 5
+    assert torch.equal(answer(base, pixel_values), answer(tiny_vit(), pixel_values))
+    assert torch.equal(answer(model.unload(), pixel_values), answer(tiny_vit(), pixel_values))
+
+
+def test_adapter_names_is_refused_in_words(pixel_values):
+    model = adapted()
+    with pytest.raises(ValueError, match="`adapter_names` is not supported by PGN yet, but got"):
+        model(pixel_values, adapter_names=["default"] * 4)
+    with pytest.raises(ValueError, match="`adapter_names` is not supported by PGN yet, but got"):
+        model.get_base_model()(pixel_values, adapter_names=["default"] * 4)
+
+
+def test_one_config_serves_several_models():
+    config = tiny_config()
+    small = get_peft_model(tiny_vit(num_labels=3), config)
+    large = get_peft_model(tiny_vit(num_labels=7, hidden_size=64), config)
+    assert (small.config.num_labels, large.config.num_labels) == (3, 7)
+    assert config.id2label is None
+    assert config.hidden_size is None
+
+
+def test_further_modules_are_trained_and_saved(pixel_values, tmp_path):
+    model = get_peft_model(tiny_vit(), tiny_config(modules_to_save=["vit.layernorm"]))
+    move_adapter(model).eval()
+    with torch.no_grad():
+        model.get_base_model().vit.layernorm.modules_to_save["default"].weight.mul_(2)
+    expected = answer(model, pixel_values)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path)
+    assert torch.equal(answer(loaded, pixel_values), expected)
+    assert torch.equal(answer(loaded.unload(), pixel_values), answer(tiny_vit(), pixel_values))
+
+
+def test_inject_adapter_in_model_and_its_state_dict(pixel_values):
+    model = adapted()
+    state_dict = peft.get_peft_model_state_dict(model)
+    plain = tiny_vit()
+    peft.inject_adapter_in_model(tiny_config(id2label=THREE), plain, adapter_name="mine")
+    peft.set_peft_model_state_dict(plain, state_dict, adapter_name="mine")
+    assert torch.equal(answer(plain, pixel_values), answer(model, pixel_values))
+    from_names = tiny_vit()
+    peft.inject_adapter_in_model(
+        tiny_config(id2label=THREE),
+        from_names,
+        state_dict={name.removeprefix("base_model.model."): tensor for name, tensor in state_dict.items()},
+    )
+    assert from_names.config.num_labels == 3

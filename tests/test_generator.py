@@ -1,0 +1,110 @@
+"""The generator and the library: shapes, mixing, norms at the edges, sizes."""
+
+import pytest
+import torch
+
+from pgn_peft.generator import BatchNorm2d, PromptGenerator, resize_shorter_side
+from pgn_peft.library import TokenLibrary
+
+
+def make(**overrides):
+    torch.manual_seed(0)
+    return PromptGenerator(**({"num_virtual_tokens": 3, "library_size": 6, "width": 4} | overrides))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("size", [(32, 32), (40, 24), (7, 9)])
+def test_softmax_coefficients_are_convex_weights_for_any_image_size(norm, size):
+    coefficients = make(norm=norm)(torch.randn(2, 3, *size))
+    assert coefficients.shape == (2, 3, 6)
+    assert (coefficients >= 0).all()
+    torch.testing.assert_close(coefficients.sum(dim=-1), torch.ones(2, 3))
+
+
+def test_sigmoid_coefficients_are_independent_of_each_other():
+    coefficients = make(mixing="sigmoid").eval()(torch.randn(2, 3, 32, 32))
+    assert ((coefficients > 0) & (coefficients < 1)).all()
+    assert (coefficients.sum(dim=-1) - 1).abs().min() > 0.1
+
+
+def test_different_images_get_different_coefficients():
+    generator = make().eval()
+    one, other = generator(torch.randn(2, 3, 32, 32))
+    assert (one - other).abs().max() > 1e-4
+
+
+def test_group_norm_answers_for_each_image_by_itself():
+    generator = make(norm="group", width=8).train()
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(generator(images)[:1], generator(images[:1]))
+    assert not any("running" in name for name, _ in generator.named_buffers())
+
+
+def test_one_image_of_one_pixel_trains_with_batch_norm():
+    # 32 px shrink to 1 x 1 before the last norms: torch's BatchNorm2d raises on this batch.
+    generator = make().train()
+    before = generator.trunk.block4.norm2.running_mean.clone()
+    generator(torch.randn(1, 3, 32, 32)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in generator.parameters())
+    assert torch.equal(generator.trunk.block4.norm2.running_mean, before)
+    assert generator.trunk.stem_norm.num_batches_tracked == 1  # its input has 16 x 16 pixels
+
+
+def test_batch_norm_is_torchs_own_away_from_the_edges():
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm2d(4), torch.nn.BatchNorm2d(4)
+    for _ in range(3):
+        images = torch.randn(5, 4, 6, 6)
+        assert torch.equal(ours(images), theirs(images))
+    for name, buffer in theirs.named_buffers():
+        assert torch.equal(ours.get_buffer(name), buffer)
+
+
+def test_frozen_batch_norm_keeps_its_statistics_in_train_mode():
+    norm = BatchNorm2d(4).train().requires_grad_(False)
+    images = torch.randn(5, 4, 6, 6) * 3 + 1
+    assert torch.equal(norm(images), norm.eval()(images))
+    assert norm.num_batches_tracked == 0
+
+
+def test_coefficients_are_computed_in_the_generators_dtype():
+    coefficients = make()(torch.randn(2, 3, 32, 32).bfloat16())
+    assert coefficients.dtype == torch.float32
+    assert make().bfloat16()(torch.randn(2, 3, 32, 32)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((32, 32), (16, 16)), ((48, 32), (24, 16)), ((8, 12), (16, 24)), ((16, 40), (16, 40))]
+)
+def test_the_shorter_side_is_resized_and_the_aspect_ratio_kept(before, after):
+    images = torch.rand(1, 3, *before)
+    resized = resize_shorter_side(images, 16)
+    assert resized.shape == (1, 3, *after)
+    assert (resized is images) == (before == after)
+
+
+def test_generator_image_size_is_what_the_trunk_sees():
+    seen = []
+    generator = make(image_size=16).eval()
+    generator.trunk.stem_conv.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    generator(torch.randn(2, 3, 48, 32))
+    assert seen == [(2, 3, 24, 16)]
+
+
+def test_library_mixes_and_gives_its_tokens_as_they_are():
+    library = TokenLibrary(4, 8)
+    coefficients = torch.tensor([[[1.0, 0, 0, 0], [0, 0.5, 0.5, 0]]])
+    prompts = library(coefficients)
+    torch.testing.assert_close(prompts[0, 0], library.tokens[0])
+    torch.testing.assert_close(prompts[0, 1], (library.tokens[1] + library.tokens[2]) / 2)
+    assert torch.equal(library.static_prompts(3), library.tokens.expand(3, -1, -1))
+
+
+def test_initializer_range_is_the_scale_of_the_library():
+    torch.manual_seed(0)
+    assert TokenLibrary(64, 64, initializer_range=0.5).tokens.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_sizes_are_those_of_the_official_code():
+    generator, library = PromptGenerator(16, 256), TokenLibrary(256, 768)
+    assert sum(p.numel() for p in [*generator.parameters(), *library.parameters()]) == 1_032_304
