@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from pgn_peft.generator import MIXINGS, NORMS, TRUNKS
@@ -155,20 +155,34 @@ class PGNConfig(PeftConfig):
         """Load the configuration of a saved adapter; see `PeftConfig.from_pretrained`.
 
         Raises:
-            ValueError: there is no configuration, or the weights beside it in a local directory cannot be read. PEFT
-                would find that out after it had changed the model.
+            ValueError: there is no configuration, or the weights that belong beside it in a local directory are not
+                there or cannot be read. PEFT would find that out after it had changed the model.
         """
-        weights_file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if weights_file.is_file():
-            try:
-                with safe_open(weights_file, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(
-                    f"`{weights_file}` must be a complete safetensors file, but reading it failed: {error}. "
-                    "Copy or download the adapter again."
-                ) from error
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        # The width is recorded when an adapter is made; without it this is a bare configuration.
+        if folder.joinpath(CONFIG_NAME).is_file() and config.hidden_size is not None:
+            _check_weights(folder)
+        return config
+
+
+def _check_weights(folder: Path) -> None:
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights.is_file():
+        if folder.joinpath(WEIGHTS_NAME).is_file():
+            return
+        raise ValueError(
+            f"`{folder}` must hold the adapter's weights, but got no {SAFETENSORS_WEIGHTS_NAME} there. Copy or download "
+            "the adapter again."
+        )
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{weights}` must be a complete safetensors file, but reading it failed: {error}. Copy or download the "
+            "adapter again."
+        ) from error
 
 
 def refuse_head_in_modules_to_save(name: str) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pgn_peft.backbones import Backbone
 from pgn_peft.config import PGNConfig, refuse_head_in_modules_to_save
+from pgn_peft.generator import PromptGenerator
 from pgn_peft.head import PGNHead
 from pgn_peft.labels import Labels
 from pgn_peft.layer import PGNTunerLayer
+from pgn_peft.library import TokenLibrary
 
 
 def refuse_other_adapters(model: nn.Module) -> None:
@@ -39,10 +42,10 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
         ValueError: it could.
     """
     # PEFT tells adapters apart by looking for their names between the dots of tensor names.
-    parts = {"trunk", "head", "tokens", "weight", "bias", "base_layer"}
-    parts |= {part for name, _ in model.named_modules() for part in name.split(".")} - set(
-        getattr(model, "peft_config", {})
-    )
+    with torch.device("meta"):
+        own = (*PromptGenerator(1, 1).state_dict(), *TokenLibrary(1, 1).state_dict(), "base_layer")
+    base = (name.partition(".pgn_")[0] for name, _ in model.named_modules())
+    parts = {part for name in (*own, *base) for part in name.split(".")}
     if not adapter_name or "." in adapter_name or adapter_name in parts:
         raise ValueError(
             f"`adapter_name` must be a word that is no part of a module's name, but got {adapter_name!r}: PEFT would "
@@ -50,21 +53,31 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
         )
 
 
-def check_modules_to_save(config: PGNConfig, backbone: Backbone) -> None:
-    """Refuse `modules_to_save` that take hold of what PGN wraps.
+def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    """Refuse `modules_to_save` that take hold of what PGN wraps, or of nothing, which PEFT would pass over in silence.
 
     Raises:
         ValueError: one does.
     """
-    for name in config.modules_to_save or ():
-        # PEFT takes a module whose name ends so.
-        if backbone.head is not None and backbone.head.endswith(name):
-            refuse_head_in_modules_to_save(name)
-        if backbone.embeddings.endswith(name) or backbone.embeddings.startswith(name + "."):
+    names = [name for name, _ in model.named_modules()]
+    for wanted in config.modules_to_save or ():
+        matches = [name for name in names if name.endswith(wanted)]  # as PEFT matches them
+        if not matches:
             raise ValueError(
-                f"`modules_to_save` must not name the embeddings, or what they are part of, but got {name!r}. PGN "
-                f"wraps {backbone.embeddings!r}; name modules beside it."
+                f"`modules_to_save` must name modules of the model, but got {wanted!r}. "
+                "`dict(model.named_modules())` lists the names."
             )
+        if any(_overlap(name, backbone.head) for name in matches if backbone.head is not None):
+            refuse_head_in_modules_to_save(wanted)
+        if any(_overlap(name, backbone.embeddings) for name in matches):
+            raise ValueError(
+                f"`modules_to_save` must not name the embeddings, their parts or what they are part of, but got "
+                f"{wanted!r}. PGN wraps {backbone.embeddings!r}; name modules beside it."
+            )
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or one.startswith(other + ".") or other.startswith(one + ".")
 
 
 def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:

@@ -101,7 +101,7 @@ class PGNModel(BaseTuner):
             config.validate()
             self._backbone = find_backbone(model, config.target_modules)
             check_adapter_name(adapter_name, model)
-            check_modules_to_save(config, self._backbone)
+            check_modules_to_save(config, model, self._backbone)
             record_base(config, model, self._backbone)
             record_labels(config, model, self._backbone)
             self.peft_config[adapter_name] = config

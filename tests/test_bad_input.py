@@ -1,0 +1,304 @@
+"""Bad input gets an error that names it, and nothing is lost: neither the model nor the other adapters."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import answer, move_adapter, tiny_config, tiny_vit
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    BeitForImageClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+)
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture
+def model():
+    return move_adapter(get_peft_model(tiny_vit(), tiny_config(id2label={0: "cat", 1: "dog"}))).eval()
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """A folder with an adapter, and the logits it should give."""
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Dinov2ForImageClassification(Dinov2Config(**SMALL)), "averages the tokens"),
+        (lambda: BeitForImageClassification(BeitConfig(**SMALL)), "averages the tokens.*counts them"),
+        (lambda: CLIPVisionModel(CLIPVisionConfig(**SMALL)), "CLIP's towers are not supported yet"),
+        (lambda: ViTForMaskedImageModeling(ViTConfig(**SMALL)), "rebuilds the image"),
+        (lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)), "two heads"),
+        (lambda: ResNetForImageClassification(ResNetConfig(hidden_sizes=[8], depths=[1])), "no sequence"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "name the module that makes its tokens"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(make, reason):
+    model = make()
+    before = str(model)
+    with pytest.raises(
+        TypeError, match=f"`model` must be one of ViTForImage.*but got a {type(model).__name__}.*{reason}"
+    ):
+        get_peft_model(model, tiny_config())
+    assert str(model) == before
+
+
+def test_a_refused_architecture_stays_refused_when_its_embeddings_are_named():
+    with pytest.raises(TypeError, match="averages the tokens"):
+        get_peft_model(
+            Dinov2ForImageClassification(Dinov2Config(**SMALL)), tiny_config(target_modules="dinov2.embeddings")
+        )
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("vit.encoder", r"`target_modules` must be \['vit.embeddings'\] for a ViTForImageClassification, but got"),
+        ("ddings", r"`target_modules` must be \['vit.embeddings'\] for a ViTForImageClassification, but got"),
+    ],
+)
+def test_another_target_in_a_supported_architecture_is_refused(target, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny_vit(), tiny_config(target_modules=target))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nowhere", "must name one module of the model, but got 'nowhere', which is the name of no module"),
+        ("attention", "must name one module of the model, but got 'attention', which is the name of 2 modules"),
+        ("0.layernorm", "must name the embeddings of a ViT.*but got '0.layernorm', a LayerNorm"),
+    ],
+)
+def test_a_target_that_makes_no_tokens_is_refused(target, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(nn.Sequential(tiny_vit("ViTModel")), tiny_config(target_modules=target))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("classifier", "not name the classification head"),
+        ("sifier", "not name the classification head"),
+        ("embeddings", "not name the embeddings"),
+        ("vit", "not name the embeddings"),
+        ("vit.embeddings.patch_embeddings", "not name the embeddings"),
+        ("projection", "not name the embeddings"),
+        ("fc_norm", "name modules of the model"),
+    ],
+)
+def test_modules_to_save_may_not_take_what_pgn_wraps_or_nothing(name, reason):
+    base = tiny_vit()
+    before = str(base)
+    with pytest.raises(ValueError, match=f"`modules_to_save` must {reason}.*{name}"):
+        get_peft_model(base, tiny_config(modules_to_save=[name]))
+    assert str(base) == before
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "trunk", "head", "layers", "0", "vit", "tokens"])
+def test_adapter_names_that_peft_would_confuse_are_refused(name, model, pixel_values):
+    expected = answer(model, pixel_values)
+    with pytest.raises(ValueError, match=f"`adapter_name` must be a word.*but got {name!r}"):
+        model.add_adapter(name, tiny_config())
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(answer(model, pixel_values), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x[0], ValueError, r"four axes \(B, C, H, W\), but got shape \(3, 32, 32\).*pixel_values\[None\]"),
+        (lambda x: (x * 50).to(torch.uint8), TypeError, "floating-point images, but got torch.uint8.*processor"),
+        (lambda x: (x * 50).long(), TypeError, "floating-point images, but got torch.int64"),
+        (lambda x: x[:, :1], ValueError, r"3 channels, as the backbone does, but got 1 in shape .*convert\('RGB'\)"),
+        (lambda x: x[:, :, :24], ValueError, "measure 32 x 32 pixels.*but got 24 x 32.*interpolate_pos_encoding=True"),
+        (lambda x: x.numpy(), TypeError, "be a tensor .*but got ndarray"),
+        (lambda x: None, TypeError, "be a tensor .*but got NoneType"),
+    ],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_wrong_images_are_refused(change, error, message, by_name, model, pixel_values):
+    bad = change(pixel_values)
+    with pytest.raises(error, match="`pixel_values` must .*" + message):
+        model(pixel_values=bad) if by_name else model(bad)
+
+
+def test_another_method_on_the_same_model_is_refused(model, pixel_values):
+    expected = answer(model, pixel_values)
+    lora = LoraConfig(target_modules=["q_proj"])
+    message = "cannot take an adapter of another method, but got LoraConfig"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, lora)
+    with pytest.raises(ValueError, match="different peft types"):  # PEFT's own words
+        model.add_adapter("lora", lora)
+    plain = tiny_vit()
+    plain.add_adapter(tiny_config(), adapter_name="pgn")
+    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="Already found"):
+        plain.add_adapter(lora, adapter_name="lora")
+    assert torch.equal(answer(model, pixel_values), expected)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_pgn_on_a_model_with_another_method_is_refused(pixel_values):
+    wrapped = get_peft_model(tiny_vit(), LoraConfig(target_modules=["q_proj"])).eval()
+    expected = answer(wrapped, pixel_values)
+    with pytest.raises(ValueError, match=r"must be a plain model, but got a PeftModel.*unload\(\)"):
+        get_peft_model(wrapped, tiny_config())
+    with pytest.raises(ValueError, match=r"must carry no adapters of another method, but got peft.tuners.lora"):
+        inject_adapter_in_model(tiny_config(), wrapped.get_base_model())
+    assert isinstance(wrapped.peft_config["default"], LoraConfig)
+    assert torch.equal(answer(wrapped, pixel_values), expected)
+
+
+def test_peft_mixed_model_is_refused():
+    with pytest.raises(ValueError, match="'PGN' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(tiny_vit(), tiny_config(), mixed=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (
+            {"hidden_size": 64},
+            "`hidden_size` must be 64, as in this ViTForImageClassification, but got 32: the adapter",
+        ),
+        (
+            {"num_channels": 1},
+            "`num_channels` must be 1, as in this ViTForImageClassification, but got 3: the adapter",
+        ),
+    ],
+)
+def test_an_adapter_made_for_another_model_is_refused(base, message, saved, pixel_values):
+    other = tiny_vit(**base)
+    before = str(other)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(other, saved)
+    with pytest.raises(ValueError, match=message):
+        other.load_adapter(str(saved))
+    assert str(other) == before
+
+
+def edit_weights(folder, change):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def drop(tensors):
+    del tensors[next(name for name in tensors if name.endswith("library.tokens"))]
+
+
+def add(tensors):
+    tensors["base_model.model.vit.embeddings.pgn_library.extra"] = torch.zeros(2)
+
+
+def reshape(tensors):
+    tensors["base_model.model.classifier.pgn_head.weight"] = torch.zeros(7, 32)
+
+
+def poison(tensors):
+    tensors["base_model.model.classifier.pgn_head.weight"][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop, "pgn_library.default.tokens is missing"),
+        (add, "pgn_library.extra is not part of it"),
+        (reshape, r"pgn_head.default.weight has the shape \(7, 32\) instead of \(2, 32\)"),
+        (poison, "pgn_head.default.weight holds NaN or infinity"),
+    ],
+)
+def test_tampered_weights_are_refused(change, message, saved):
+    edit_weights(saved, change)
+    with pytest.raises(ValueError, match=f"`state_dict` must hold the tensors.*{message}"):
+        PeftModel.from_pretrained(tiny_vit(), saved)
+
+
+@pytest.mark.parametrize("change", [drop, add, reshape, poison])
+def test_a_failed_load_leaves_no_adapter_behind(change, saved, model, pixel_values):
+    expected = answer(model, pixel_values)
+    edit_weights(saved, change)
+    with pytest.raises(ValueError, match="`state_dict` must hold the tensors"):
+        model.load_adapter(saved, adapter_name="second")
+    assert list(model.peft_config) == ["default"]
+    assert not any("second" in name for name in model.state_dict())
+    assert torch.equal(answer(model, pixel_values), expected)
+
+
+def test_transformers_own_loader_reports_missing_tensors_and_refuses_other_shapes(saved):
+    """It has no place where a tuner could look at the file: PEFT's loaders are the strict ones."""
+    edit_weights(saved, drop)
+    assert tiny_vit().load_adapter(str(saved)).missing_keys == {"vit.embeddings.pgn_library.default.tokens"}
+    edit_weights(saved, reshape)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        tiny_vit().load_adapter(str(saved))
+
+
+def test_a_truncated_file_is_refused_before_the_model_is_touched(saved, model, pixel_values):
+    file = saved / "adapter_model.safetensors"
+    expected = answer(model, pixel_values)
+    os.truncate(file, file.stat().st_size // 2)
+    message = "adapter_model.safetensors` must be a complete safetensors file, but reading it failed.*again"
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(saved, adapter_name="second")
+    base = tiny_vit()
+    before = str(base)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, saved)
+    assert str(base) == before
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(answer(model, pixel_values), expected)
+
+
+@pytest.mark.parametrize("as_path", [str, Path])
+def test_a_missing_file_is_refused_before_the_model_is_touched(as_path, saved, model):
+    saved.joinpath("adapter_model.safetensors").unlink()
+    base = tiny_vit()
+    before = str(base)
+    for load in (
+        lambda: PeftModel.from_pretrained(base, as_path(saved)),
+        lambda: model.load_adapter(as_path(saved), adapter_name="second"),
+    ):
+        with pytest.raises(ValueError, match="must hold the adapter's weights, but got no adapter_model.safetensors"):
+            load()
+    assert str(base) == before
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_directory_without_config_is_refused(saved):
+    saved.joinpath("adapter_config.json").unlink()
+    for load in (lambda: PeftModel.from_pretrained(tiny_vit(), saved), lambda: AutoPeftModel.from_pretrained(saved)):
+        with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+            load()
+    with pytest.raises((ValueError, OSError)):
+        AutoModelForImageClassification.from_pretrained(saved)
+
+
+def test_a_config_with_fields_of_the_wrong_type_is_refused(saved):
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_virtual_tokens": "three"}))
+    for load in (lambda: PeftModel.from_pretrained(tiny_vit(), saved), lambda: tiny_vit().load_adapter(str(saved))):
+        with pytest.raises(TypeError, match="`num_virtual_tokens` must be an integer, but got 'three'"):
+            load()

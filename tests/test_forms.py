@@ -1,0 +1,191 @@
+"""Every form in which a backbone is used: sizes, channels, dtypes, attention, checkpointing, compilation, losses."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, CLASSIFIERS, answer, move_adapter, tiny_config, tiny_vit
+from peft import get_peft_model
+
+architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+classifiers = pytest.mark.parametrize("architecture", CLASSIFIERS)
+generators = pytest.mark.parametrize("generator", ["resnet10", "static"])
+
+
+def adapt(base, **overrides):
+    return move_adapter(get_peft_model(base, tiny_config(**overrides))).eval()
+
+
+@architectures
+@pytest.mark.parametrize("size", [(48, 48), (24, 40), (32, 16)])
+def test_other_and_non_square_sizes(architecture, size):
+    images = torch.randn(2, 3, *size)
+    base = tiny_vit(architecture)
+    expected = base.base_model.embeddings(images, interpolate_pos_encoding=True)
+    model = adapt(base)
+    tokens = model.get_base_model().base_model.embeddings(images, interpolate_pos_encoding=True)
+    assert torch.equal(tokens[:, :-3], expected)
+    assert answer(model, images, interpolate_pos_encoding=True).isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_channels_come_from_the_model(channels):
+    model = adapt(tiny_vit(num_channels=channels))
+    assert answer(model, torch.randn(2, channels, 32, 32)).shape == (2, 5)
+    assert model.peft_config["default"].num_channels == channels
+
+
+@pytest.mark.parametrize(("image_size", "patch_size", "hidden_size"), [(48, 16, 16), (64, 32, 64), (32, 4, 48)])
+def test_sizes_come_from_the_model(image_size, patch_size, hidden_size):
+    base = tiny_vit(image_size=image_size, patch_size=patch_size, hidden_size=hidden_size)
+    model = adapt(base)
+    assert model.peft_config["default"].hidden_size == hidden_size
+    assert answer(model, torch.randn(2, 3, image_size, image_size)).shape == (2, 5)
+
+
+@architectures
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attentions_and_hidden_states_include_the_prompts(architecture, attention, pixel_values):
+    base = tiny_vit(architecture, attn_implementation=attention)
+    length = base.base_model.embeddings(pixel_values).shape[1] + 3
+    model = adapt(base)
+    expected = answer(adapt(tiny_vit(architecture, attn_implementation="eager")), pixel_values)
+    torch.testing.assert_close(answer(model, pixel_values), expected)
+    outputs = model(pixel_values, output_hidden_states=True, output_attentions=attention == "eager")
+    assert [state.shape for state in outputs.hidden_states] == [(4, length, 32)] * 3
+    if attention == "eager":
+        assert [weights.shape for weights in outputs.attentions] == [(4, 2, length, length)] * 2
+
+
+@architectures
+@generators
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_backbone_with_a_float32_adapter(architecture, generator, dtype, pixel_values):
+    exact = answer(adapt(tiny_vit(architecture), generator=generator), pixel_values)
+    base = tiny_vit(architecture).to(dtype)
+    model = adapt(base, generator=generator)
+    assert {p.dtype for name, p in model.named_parameters() if "pgn_" in name} == {torch.float32}
+    rounded = answer(model, pixel_values)
+    # The adapter's head answers in its own precision, features come in the backbone's.
+    assert rounded.dtype == (torch.float32 if architecture in CLASSIFIERS else dtype)
+    torch.testing.assert_close(rounded.float(), exact, atol=0.1, rtol=0.1)
+    with model.disable_adapter():
+        assert answer(model, pixel_values).dtype == dtype
+
+
+@architectures
+def test_the_whole_model_in_half_precision(architecture, pixel_values):
+    model = adapt(tiny_vit(architecture)).to(torch.bfloat16)
+    assert answer(model, pixel_values).dtype == torch.bfloat16
+
+
+@classifiers
+@generators
+def test_autocast_training_step(architecture, generator, pixel_values):
+    model = adapt(tiny_vit(architecture), generator=generator).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    exact = model(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss
+    torch.testing.assert_close(loss, exact, atol=0.05, rtol=0.05)
+
+
+@classifiers
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("enabled_first", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(architecture, use_reentrant, enabled_first, pixel_values):
+    labels = torch.tensor([0, 1, 2, 3])
+    arguments = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    plain = adapt(tiny_vit(architecture), generator_norm="group").train()
+    plain(pixel_values, labels=labels).loss.backward()
+    base = tiny_vit(architecture)
+    if enabled_first:
+        base.gradient_checkpointing_enable(**arguments)
+    model = adapt(base, generator_norm="group").train()
+    if not enabled_first:
+        model.gradient_checkpointing_enable(**arguments)
+    model(pixel_values, labels=labels).loss.backward()
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.slow
+@classifiers
+@generators
+def test_compiles_without_a_graph_break(architecture, generator, pixel_values):
+    torch.compiler.reset()
+    model = adapt(tiny_vit(architecture), generator=generator)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(answer(compiled, pixel_values), answer(model, pixel_values))
+    model.train()
+    eager = copy.deepcopy(model)
+    compiled(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    eager(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    for (name, parameter), (_, expected) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
+    for (name, buffer), (_, expected) in zip(model.named_buffers(), eager.named_buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, msg=name)
+
+
+@classifiers
+def test_a_deep_copy_is_independent(architecture, pixel_values):
+    model = adapt(tiny_vit(architecture), id2label=dict(enumerate("ab")))
+    expected = answer(model, pixel_values)
+    twin = copy.deepcopy(model)
+    with twin.disable_adapter():
+        assert (model.config.num_labels, twin.config.num_labels) == (2, 5)
+        assert torch.equal(answer(model, pixel_values), expected)
+    assert torch.equal(answer(twin, pixel_values), expected)
+
+
+@classifiers
+@generators
+def test_last_batch_of_one_image(architecture, generator, pixel_values):
+    model = adapt(tiny_vit(architecture), generator=generator).train()
+    model(pixel_values[:1], labels=torch.tensor([1])).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@classifiers
+@pytest.mark.parametrize(
+    ("config", "labels", "problem_type"),
+    [
+        ({"num_labels": 1}, torch.rand(4), "regression"),
+        ({"num_labels": 3, "problem_type": "regression"}, torch.rand(4, 3), "regression"),
+        ({"num_labels": 3}, torch.eye(4)[:, :3], "multi_label_classification"),
+        ({"num_labels": 3}, torch.tensor([0, 1, 2, 0]), "single_label_classification"),
+    ],
+)
+def test_losses_of_transformers(architecture, config, labels, problem_type, pixel_values, tmp_path):
+    model = adapt(tiny_vit(architecture), **config)
+    outputs = model(pixel_values, labels=labels)
+    logits = outputs.logits
+    expected = {
+        "regression": lambda: (logits.squeeze() - labels).square().mean(),
+        "multi_label_classification": lambda: torch.nn.functional.binary_cross_entropy_with_logits(logits, labels),
+        "single_label_classification": lambda: torch.nn.functional.cross_entropy(logits, labels),
+    }[problem_type]()
+    torch.testing.assert_close(outputs.loss, expected)
+    assert model.config.problem_type == problem_type
+    # What Transformers read off one adapter's labels is not kept for another's.
+    model.add_adapter("other", tiny_config(num_labels=2))
+    model.set_adapter("other")
+    assert model.config.problem_type is None
+    model(pixel_values, labels=torch.tensor([0, 1, 1, 0]))
+    assert model.config.problem_type == "single_label_classification"
+    with model.disable_adapter():
+        assert model.config.problem_type is None
+
+
+def test_masked_positions_still_reach_the_embeddings(pixel_values):
+    base = tiny_vit("ViTModel")
+    base.embeddings.mask_token = torch.nn.Parameter(torch.randn(1, 1, 32))
+    masked = torch.zeros(4, 16, dtype=torch.bool)
+    masked[:, 3] = True
+    expected = base.embeddings(pixel_values, bool_masked_pos=masked)
+    model = adapt(base)
+    assert torch.equal(model.embeddings(pixel_values, bool_masked_pos=masked)[:, :17], expected)

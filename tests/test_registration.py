@@ -1,0 +1,98 @@
+"""Registration: repeated, reloaded, in conflict, with an old PEFT."""
+
+import importlib
+import subprocess
+import sys
+from enum import Enum
+
+import peft
+import pytest
+from conftest import tiny_config, tiny_vit
+from peft import mapping
+
+import pgn_peft
+from pgn_peft import registration
+from pgn_peft.config import PGNPeftType
+
+MAPPINGS = (
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING,
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
+)
+
+
+@pytest.fixture
+def unregistered(monkeypatch):
+    for entries in MAPPINGS:
+        monkeypatch.delitem(entries, "PGN")
+
+
+def test_importing_registers_and_the_string_in_a_file_finds_it():
+    assert [entries["PGN"] for entries in MAPPINGS] == [pgn_peft.PGNConfig, pgn_peft.PGNModel, "pgn_"]
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PGNPeftType.PGN] is pgn_peft.PGNConfig
+    assert PGNPeftType.PGN.value == "PGN"
+
+
+def test_registering_twice_and_reloading_are_harmless():
+    registration.register()
+    importlib.reload(registration).register()
+    importlib.reload(pgn_peft)
+    assert [entries["PGN"] for entries in MAPPINGS] == [pgn_peft.PGNConfig, pgn_peft.PGNModel, "pgn_"]
+    peft.get_peft_model(tiny_vit(), tiny_config())
+
+
+def test_importing_anew_leaves_a_working_method():
+    # In a process of its own, since it replaces the classes under the other tests' feet.
+    code = """
+import sys, pgn_peft, peft
+first = pgn_peft.PGNConfig
+for name in [name for name in sys.modules if name.partition(".")[0] == "pgn_peft"]:
+    del sys.modules[name]
+import pgn_peft
+assert pgn_peft.PGNConfig is not first
+from transformers import ViTConfig, ViTForImageClassification
+vit = ViTForImageClassification(ViTConfig(image_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+model = peft.get_peft_model(vit, pgn_peft.PGNConfig(num_labels=3))
+print(type(model.base_model).__name__, model.config.num_labels)
+"""
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert outcome.stdout.strip() == "PGNModel 3"
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_another_plug_in_with_the_name_is_refused(monkeypatch):
+    class OtherConfig:
+        pass
+
+    monkeypatch.setitem(mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "PGN", OtherConfig)
+    with pytest.raises(ImportError, match="`PGN` must not be registered with PEFT yet, but got .*OtherConfig"):
+        registration.register()
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_another_plug_in_with_the_prefix_is_refused(monkeypatch):
+    monkeypatch.setitem(mapping.PEFT_TYPE_TO_PREFIX_MAPPING, "PIGEON", "pgn_")
+    with pytest.raises(
+        ImportError, match="`pgn_` must not be another method's prefix in PEFT, but got it from PIGEON"
+    ):
+        registration.register()
+
+
+def test_a_peft_below_the_floor_is_refused(monkeypatch):
+    monkeypatch.setattr(registration, "version", lambda package: "0.20.0")
+    with pytest.raises(ImportError, match=r"`peft` must be at least 0.21.0, but got 0.20.0.*\n?.*pip install -U peft"):
+        registration.register()
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_a_later_peft_that_knows_the_name_is_asked_officially(monkeypatch):
+    class PeftType(str, Enum):  # noqa: UP042  (as PEFT's own)
+        PGN = "PGN"
+
+    from peft.utils import peft_types
+
+    monkeypatch.setattr(peft_types, "PeftType", PeftType)
+    registration.register()
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PGN"] is pgn_peft.PGNConfig
+    assert next(key for key in mapping.PEFT_TYPE_TO_CONFIG_MAPPING if key == "PGN").__class__ is PeftType
+    registration.register()
