@@ -172,8 +172,8 @@ def _check_weights(folder: Path) -> None:
         if folder.joinpath(WEIGHTS_NAME).is_file():
             return
         raise ValueError(
-            f"`{folder}` must hold the adapter's weights, but got no {SAFETENSORS_WEIGHTS_NAME} there. Copy or download "
-            "the adapter again."
+            f"`{folder}` must hold the adapter's weights, but got no {SAFETENSORS_WEIGHTS_NAME} there. Copy or "
+            "download the adapter again."
         )
     try:
         with safe_open(weights, framework="pt"):

@@ -1,0 +1,232 @@
+"""The main job in two minutes, offline: a frozen Vision Transformer learns a new domain through generated prompts.
+
+    python examples/demo.py
+
+A tiny ViT is trained on the digits that come with scikit-learn, as they are, and frozen. Then the digits are inverted,
+turned by 90 degrees and laid on a noisy ground, where it fails; PGN teaches it the new domain without changing one of
+its weights. Beside it: a linear probe, static prompts (the same for every image) and full fine-tuning, each with its
+learning rate chosen on validation. The adapter is saved, loaded in a new process and compared, and a picture shows
+which library tokens a few images chose.
+
+Prints a table and ends with the accuracy of PGN on the test images. `--smoke` does all of it in a few seconds, with
+too little training for a good figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import ViTConfig, ViTForImageClassification, set_seed
+
+from pgn_peft import PGNConfig
+from pgn_peft.training import parameter_groups
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+SIDE = 16
+SEED = 0
+METHODS = {
+    "linear probe": (1e-3, 1e-2),
+    "static prompts": (3e-3, 1e-2),
+    "PGN": (3e-3, 1e-2),
+    "full fine-tuning": (3e-4, 1e-3),
+}
+
+
+class Digits:
+    """The digits as they are and in the new domain, split into train, validation and test (60 / 20 / 20).
+
+    `plain` and `turned` hold, by split, images (B, 3, 16, 16) normalised to [-1, 1] and labels (B,).
+    """
+
+    def __init__(self) -> None:
+        source = load_digits()
+        images = torch.tensor(source.images, dtype=torch.float32) / 16  # (B, 8, 8) in [0, 1]
+        images = nn.functional.interpolate(images[:, None], size=SIDE, mode="bilinear")  # (B, 1, 16, 16)
+        noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(SEED))
+        turned = (1 - images.rot90(dims=(2, 3))) * (0.6 + 0.4 * noise)
+        labels = torch.tensor(source.target)
+        indices = torch.arange(len(labels))
+        train, rest = train_test_split(indices, test_size=0.4, stratify=labels, random_state=SEED)
+        validation, test = train_test_split(rest, test_size=0.5, stratify=labels[rest], random_state=SEED)
+        split = {"train": train, "validation": validation, "test": test}
+        self.plain = {name: (self._normalise(images[chosen]), labels[chosen]) for name, chosen in split.items()}
+        self.turned = {name: (self._normalise(turned[chosen]), labels[chosen]) for name, chosen in split.items()}
+
+    @staticmethod
+    def _normalise(images: Tensor) -> Tensor:
+        return images.expand(-1, 3, -1, -1) * 2 - 1
+
+
+def train(model: nn.Module, parameters: Iterable, data: tuple[Tensor, Tensor], rate: float, epochs: int, name: str):
+    """Train with AdamW, a one-cycle learning rate and batches of 64."""
+    images, labels = data
+    optimizer = torch.optim.AdamW(parameters, lr=rate)
+    steps = epochs * -(-len(labels) // 64)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=steps)
+    shuffle = torch.Generator().manual_seed(SEED)
+    model.train()
+    for _ in tqdm(range(epochs), desc=name, leave=False):
+        for batch in torch.randperm(len(labels), generator=shuffle).split(64):
+            loss = model(images[batch], labels=labels[batch]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Answer for many images."""
+    return torch.cat([model(batch).logits for batch in images.split(256)])
+
+
+def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    """Return the share of right answers."""
+    return (logits_of(model, data[0]).argmax(dim=-1) == data[1]).float().mean().item()
+
+
+def make_base(digits: Digits, folder: Path, epochs: int) -> None:
+    """Train a tiny ViT on the digits as they are and save it."""
+    set_seed(SEED)
+    config = ViTConfig(
+        image_size=SIDE,
+        patch_size=4,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        id2label={index: str(index) for index in range(10)},
+    )
+    model = ViTForImageClassification(config)
+    train(model, model.parameters(), digits.plain["train"], 1e-3, epochs, "the base, on digits as they are")
+    model.save_pretrained(folder)
+
+
+def adapt(method: str, base: Path, digits: Digits, rate: float, epochs: int) -> tuple[nn.Module, int]:
+    """Adapt the base to the turned digits; return the model and the number of trained parameters."""
+    set_seed(SEED)
+    model = ViTForImageClassification.from_pretrained(base)
+    if method == "linear probe":
+        model.requires_grad_(False)
+        model.classifier.requires_grad_(True)
+    elif method != "full fine-tuning":
+        generator = "static" if method == "static prompts" else "resnet10"
+        model = get_peft_model(
+            model,
+            PGNConfig(
+                num_virtual_tokens=8, library_size=32, generator=generator, generator_width=8, initializer_range=0.5
+            ),
+        )
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    train(model, parameter_groups(model, rate), digits.turned["train"], rate, epochs, f"{method}, rate {rate:g}")
+    return model, trained
+
+
+def check_in_new_process(model: PeftModel, base: Path, folder: Path, images: Tensor) -> None:
+    """Save the adapter, load it in another process, and stop if the answers are not equal bit for bit."""
+    model.save_pretrained(folder / "adapter")
+    save_file({"pixel_values": images.contiguous()}, folder / "images.safetensors")
+    code = """
+import sys, torch, pgn_peft
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import ViTForImageClassification
+base, adapter, images, answer = sys.argv[1:]
+model = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(base), adapter)
+with torch.no_grad():
+    save_file({"logits": model(load_file(images)["pixel_values"]).logits}, answer)
+"""
+    paths = (base, folder / "adapter", folder / "images.safetensors", folder / "logits.safetensors")
+    subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True, capture_output=True)
+    with torch.no_grad():
+        here = model(images).logits
+    if not torch.equal(load_file(paths[-1])["logits"], here):
+        raise SystemExit("the adapter answers differently in a new process")
+    for file in paths[2:]:
+        file.unlink()
+    print(f"saved to {folder / 'adapter'}, loaded in a new process: equal logits for {len(images)} images")
+
+
+@torch.no_grad()
+def draw(model: PeftModel, digits: Digits, file: Path) -> None:
+    """Draw one test image per class beside how much of each library token its prompts are made of."""
+    images, labels = digits.turned["test"]
+    chosen = torch.stack([(labels == label).nonzero()[0, 0] for label in range(10)])
+    layer = model.get_base_model().vit.embeddings
+    shares = layer.pgn_generator["default"](images[chosen]).mean(dim=1)  # (10, L), summing to 1
+    answers = logits_of(model, images[chosen]).argmax(dim=-1)
+    figure, rows = plt.subplots(10, 2, figsize=(8, 8), width_ratios=[1, 9], layout="constrained", sharex="col")
+    top = shares.max().item() * 1.3
+    for (left, right), index, share, answer in zip(rows, chosen, shares, answers, strict=True):
+        left.imshow(images[index, 0], cmap="gray")
+        left.set_axis_off()
+        right.bar(range(len(share)), share, color="lightsteelblue")
+        for token in share.topk(3).indices.tolist():
+            right.bar(token, share[token], color="darkblue")
+            right.text(token, share[token], f" {token}", ha="center", va="bottom", fontsize=7)
+        right.set(ylim=(0, top), yticks=[], ylabel=f"“{answer}”")
+        right.yaxis.label.set(rotation=0, ha="right", va="center")
+        right.spines[["top", "right", "left"]].set_visible(False)
+    rows[0, 1].set_title(
+        "share of each library token in the prompts of an image, the three largest named", fontsize=10
+    )
+    rows[-1, 1].set_xlabel("library token")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(command_line: list[str] | None = None) -> float:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo-output"))
+    parser.add_argument("--smoke", action="store_true", help="train for a moment only")
+    options = parser.parse_args(command_line)
+    epochs = 2 if options.smoke else 25
+    folder = options.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+
+    digits = Digits()
+    base = folder / "base"
+    make_base(digits, base, epochs)
+    frozen = ViTForImageClassification.from_pretrained(base).eval()
+    print(f"the base on digits as they are: {accuracy(frozen, digits.plain['test']):.3f}; inverted, turned and noisy:")
+    rows = [
+        ("frozen model", 0, "", accuracy(frozen, digits.turned["validation"]), accuracy(frozen, digits.turned["test"]))
+    ]
+    for method, rates in METHODS.items():
+        runs = []
+        for rate in rates:
+            model, trained = adapt(method, base, digits, rate, epochs)
+            runs.append((accuracy(model, digits.turned["validation"]), rate, model))
+        validation, rate, model = max(runs, key=lambda run: run[0])
+        rows.append((method, trained, f"{rate:g}", validation, accuracy(model, digits.turned["test"])))
+        if method == "PGN":
+            check_in_new_process(model, base, folder, digits.turned["test"][0])
+            draw(model, digits, folder / "library-tokens.png")
+
+    print(f"\n{'method':<18}{'trained parameters':>20}{'learning rate':>15}{'validation':>12}{'test':>8}")
+    for method, trained, rate, validation, test in rows:
+        print(f"{method:<18}{trained:>20,}{rate:>15}{validation:>12.3f}{test:>8.3f}")
+    print(f"\npicture of the tokens that images chose: {folder / 'library-tokens.png'}")
+    figure = next(row[-1] for row in rows if row[0] == "PGN")
+    print(f"test accuracy of PGN {figure:.3f}")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The collator stacks good examples and finds bad ones."""
+
+import pytest
+import torch
+
+from pgn_peft import ImageCollator
+
+
+def examples(labels=(0, 1, 2), **replaced):
+    rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": label} for label in labels]
+    rows[1] |= replaced
+    return rows
+
+
+def test_images_and_labels_are_stacked():
+    rows = examples()
+    batch = ImageCollator(num_labels=3)(rows)
+    assert set(batch) == {"pixel_values", "labels"}
+    assert torch.equal(batch["pixel_values"][1], rows[1]["pixel_values"])
+    assert batch["labels"].tolist() == [0, 1, 2]
+    assert batch["labels"].dtype == torch.int64
+
+
+def test_interpolation_is_asked_for():
+    assert ImageCollator(interpolate_pos_encoding=True)(examples())["interpolate_pos_encoding"] is True
+
+
+def test_examples_without_labels_and_with_the_other_name():
+    rows = [{"pixel_values": torch.zeros(3, 8, 8)} for _ in range(2)]
+    assert set(ImageCollator(num_labels=3)(rows)) == {"pixel_values"}
+    rows = [row | {"label": 1} for row in rows]
+    assert ImageCollator(num_labels=3)(rows)["labels"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "shape"), [((0.5, 1.5, 2.5), (3,)), (([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), (3, 2))]
+)
+def test_regression_and_multi_label_targets_stay_floats(labels, shape):
+    stacked = ImageCollator(num_labels=2)(examples(labels))["labels"]
+    assert stacked.dtype == torch.float32
+    assert stacked.shape == shape
+    assert stacked.tolist() == [list(label) if isinstance(label, list) else label for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("replaced", "error", "message"),
+    [
+        ({"pixel_values": torch.full((3, 8, 8), float("nan"))}, ValueError, "finite, but got NaN.*example 1"),
+        ({"pixel_values": torch.full((3, 8, 8), float("inf"))}, ValueError, "finite, but got NaN or inf.*example 1"),
+        ({"pixel_values": torch.zeros(3, 8, 8, dtype=torch.uint8)}, TypeError, "torch.uint8 in example 1"),
+        ({"pixel_values": torch.full((3, 8, 8), 255.0)}, ValueError, "normalised, but got 255 in example 1"),
+        ({"pixel_values": torch.zeros(1, 8, 8)}, ValueError, r"got \(1, 8, 8\) in example 1 beside \(3, 8, 8\)"),
+        ({"pixel_values": torch.zeros(8, 8)}, ValueError, r"got \(8, 8\) in example 1 beside \(3, 8, 8\)"),
+    ],
+)
+def test_bad_images_are_found(replaced, error, message):
+    with pytest.raises(error, match="`pixel_values` must .*" + message):
+        ImageCollator()(examples(**replaced))
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_outside_the_head_is_found(label):
+    with pytest.raises(ValueError, match=rf"`labels` must lie in 0..2, the range of the head, but got \[{label}\]"):
+        ImageCollator(num_labels=3)(examples(labels=[0, label, 2]))
+    ImageCollator()(examples(labels=[0, label, 2]))  # without a head's size there is nothing to compare with
+
+
+def test_a_target_that_is_not_a_number_is_found():
+    with pytest.raises(ValueError, match="`labels` must be finite, but got"):
+        ImageCollator()(examples(labels=[0.5, float("nan"), 1.0]))

@@ -1,0 +1,157 @@
+"""Parameter groups, complete checkpoints, and `Trainer` itself."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import answer, tiny_config, tiny_vit
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from pgn_peft import ImageCollator
+from pgn_peft.training import broadcast_statistics, last_complete_checkpoint, parameter_groups
+
+NAMES = {0: "dark", 1: "bright"}
+
+
+def adapted(**overrides):
+    return get_peft_model(tiny_vit(), tiny_config(**({"id2label": NAMES} | overrides)))
+
+
+def test_each_trainable_parameter_is_in_one_group_with_its_rate():
+    model = adapted(modules_to_save=["vit.layernorm"])
+    groups = parameter_groups(model, 1e-3, library_learning_rate=1e-2, head_learning_rate=1e-4, weight_decay=0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    grouped = [(names[id(p)], group) for group in groups for p in group["params"]]
+    assert sorted(name for name, _ in grouped) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    for name, group in grouped:
+        part = next((part for part in ("pgn_generator", "pgn_library", "pgn_head") if part in name), "other")
+        assert group["name"] == part
+        assert group["lr"] == {"pgn_generator": 1e-3, "pgn_library": 1e-2, "pgn_head": 1e-4, "other": 1e-3}[part]
+        assert group["weight_decay"] == (0.1 if dict(model.named_parameters())[name].ndim > 1 else 0)
+    assert all(group["lr"] == 5e-4 for group in parameter_groups(model, 5e-4))
+
+
+def test_a_frozen_model_has_no_groups():
+    with pytest.raises(ValueError, match="`model` must have trainable parameters, but got a frozen one"):
+        parameter_groups(tiny_vit().requires_grad_(False), 1e-3)
+
+
+def test_broadcasting_in_a_single_process_does_nothing():
+    model = adapted()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    broadcast_statistics(model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def rows(count=24):
+    generator = torch.Generator().manual_seed(0)
+    labels = [index % 2 for index in range(count)]
+    return [
+        {"pixel_values": torch.randn(3, 32, 32, generator=generator) * 0.3 + label, "labels": label}
+        for label in labels
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trainer that has run for ten epochs, each with a last batch of one image."""
+    torch.manual_seed(0)
+    model = adapted()
+    arguments = TrainingArguments(
+        output_dir=tmp_path_factory.mktemp("run"),
+        num_train_epochs=10,
+        per_device_train_batch_size=23,
+        learning_rate=2e-2,
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        gradient_checkpointing=True,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model, arguments, train_dataset=rows(), eval_dataset=rows(8), data_collator=ImageCollator(num_labels=2)
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run's folder, to be damaged."""
+    return shutil.copytree(trained.args.output_dir, tmp_path / "run")
+
+
+def test_trainer_trains_evaluates_checkpoints_and_reloads_the_best(trained):
+    assert trained.label_names == ["labels"]
+    losses = [entry["eval_loss"] for entry in trained.state.log_history if "eval_loss" in entry]
+    assert min(losses) < 0.5  # 0.69 is what guessing between two classes costs
+    assert trained.evaluate()["eval_loss"] == pytest.approx(min(losses))
+    checkpoint = Path(trained.args.output_dir, "checkpoint-2")
+    assert {file.name for file in checkpoint.glob("*model*")} == {"adapter_model.safetensors"}
+    best = PeftModel.from_pretrained(tiny_vit(), trained.state.best_model_checkpoint)
+    images = torch.stack([row["pixel_values"] for row in rows(8)])
+    torch.testing.assert_close(answer(best, images), answer(trained.model.eval(), images))
+    frozen = tiny_vit().state_dict()
+    for name, tensor in trained.model.unload().state_dict().items():
+        assert torch.equal(tensor, frozen[name]), f"frozen {name} changed"
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size - 10)
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("adapter_model.safetensors", truncate),
+        ("adapter_model.safetensors", os.remove),
+        ("optimizer.pt", truncate),
+        ("optimizer.pt", flip_a_byte),
+        ("scheduler.pt", os.remove),
+        ("rng_state.pth", truncate),
+        ("trainer_state.json", truncate),
+        ("trainer_state.json", os.remove),
+    ],
+)
+def test_a_checkpoint_left_incomplete_is_passed_over(run, caplog, name, damage):
+    assert last_complete_checkpoint(run) == run / "checkpoint-20"
+    damage(run / "checkpoint-20" / name)
+    with caplog.at_level(logging.WARNING):
+        assert last_complete_checkpoint(run) == run / "checkpoint-18"
+    assert "checkpoint-20, which a crash seems to have left incomplete" in caplog.text
+
+
+def test_no_complete_checkpoint(tmp_path):
+    assert last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_is_complete_for_its_number_of_processes(run):
+    assert last_complete_checkpoint(run, world_size=2) is None
+    for rank in range(2):
+        shutil.copy(run / "checkpoint-18/rng_state.pth", run / f"checkpoint-18/rng_state_{rank}.pth")
+    assert last_complete_checkpoint(run, world_size=2) == run / "checkpoint-18"
+
+
+def test_checkpoints_are_ordered_by_number(run):
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-100")
+    assert last_complete_checkpoint(run) == run / "checkpoint-100"
+    assert json.loads((run / "checkpoint-100/trainer_state.json").read_text())["global_step"] == 2
