@@ -29,6 +29,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from pgn_peft import PGNConfig
 from pgn_peft.training import parameter_groups
@@ -200,6 +201,7 @@ def main(command_line: list[str] | None = None) -> float:
     folder = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
 
+    disable_progress_bar()
     digits = Digits()
     base = folder / "base"
     make_base(digits, base, epochs)

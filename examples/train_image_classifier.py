@@ -10,9 +10,9 @@ Parquet files named train, validation and test, at a quarter of the cost of 224 
     python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
         --dataset path/to/parquet --image_size 112 --num_train_epochs 12 --output_dir outputs/my-adapter
 
-Two processes (on a CPU, add --cpu before the script and --use_cpu after it):
+Two processes (Accelerate calls that multi_gpu everywhere; on a CPU, add --use_cpu after the script):
 
-    accelerate launch --num_processes 2 examples/train_image_classifier.py ...
+    accelerate launch --multi_gpu --num_processes 2 examples/train_image_classifier.py ...
 
 After an interruption, the same command with --resume_from_checkpoint true goes on from the last complete checkpoint.
 `--smoke` runs the whole script offline on a tiny model and a few generated images, in seconds; it ends with
@@ -179,7 +179,10 @@ def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
     """Load the images as splits train, validation and, where the source has one, test, with a `ClassLabel` column."""
     folder = Path(arguments.dataset)
     if folder.is_dir() and (files := sorted(folder.glob("*.parquet"))):
-        splits = load_dataset("parquet", data_files={file.stem: str(file) for file in files})
+        # One by one: together, all files would get the class names of the first, right or wrong.
+        splits = DatasetDict(
+            {file.stem: load_dataset("parquet", data_files=str(file), split="train") for file in files}
+        )
     elif folder.is_dir():
         splits = load_dataset("imagefolder", data_dir=str(folder))
     else:

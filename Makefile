@@ -1,0 +1,38 @@
+# `make demo` and `make test` do everything on a fresh machine with Python >= 3.11 and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test quality style coverage wheel clean
+
+# An editable install of the package with all its extras; made again when the dependencies change.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pgn-peft needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(RUN) examples/demo.py
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+coverage: $(VENV)/installed
+	$(RUN) -m pytest --cov --cov-report=term
+
+quality: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+style: $(VENV)/installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# Builds the wheel and imports it from an empty environment's site-packages, away from the checkout.
+wheel: $(VENV)/installed
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist outputs demo-output *.egg-info

@@ -1,0 +1,73 @@
+"""What the documentation says: its code runs, its commands exist, its links lead somewhere."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_vit
+from PIL import Image
+
+import pgn_peft
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def test_the_readmes_code_runs(tmp_path, monkeypatch):
+    """Top to bottom in one session, with tiny stand-ins for the checkpoint, the images and the training."""
+    import transformers
+    from transformers import ViTImageProcessor
+
+    tiny_vit(num_labels=1000).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    monkeypatch.chdir(tmp_path)
+    source = "\n".join(blocks("README.md", "python")).replace("google/vit-base-patch16-224", "vit")
+    assert "get_peft_model" in source
+    assert "AutoPeftModel" in source
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": n % 3} for n in range(6)]
+    monkeypatch.setattr(transformers.TrainingArguments, "num_train_epochs", 1)
+    names = {"train_dataset": rows, "image": Image.new("RGB", (40, 30), "red")}
+    exec(source, names)
+    assert names["label"] in {"cat", "dog", "owl"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_inside_the_repository_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (ROOT / target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_scripts_and_targets_that_commands_name_exist(page):
+    makefile = (ROOT / "Makefile").read_text()
+    for block in blocks(page, "bash"):
+        for script in re.findall(r"(?:examples|benchmarks)/\w+\.py", block):
+            assert (ROOT / script).is_file(), script
+        for target in re.findall(r"^make (\w+)", block, flags=re.MULTILINE):
+            assert f"\n{target}:" in makefile, target
+
+
+def test_every_public_object_and_config_field_is_documented():
+    for name in pgn_peft.__all__:
+        if name != "__version__":
+            assert getattr(pgn_peft, name).__doc__
+    for field in pgn_peft.PGNConfig.__annotations__:
+        assert f"        {field}: " in pgn_peft.PGNConfig.__doc__, field
+
+
+def test_the_floor_of_peft_is_the_same_everywhere():
+    from pgn_peft.registration import PEFT_FLOOR
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floor = next(line for line in project["dependencies"] if line.startswith("peft"))
+    assert PEFT_FLOOR.startswith(floor.removeprefix("peft>="))
+    assert (ROOT / "pgn_peft/py.typed").exists()

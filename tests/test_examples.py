@@ -1,0 +1,210 @@
+"""The scripts that users copy: their smoke modes, resuming after a kill, two processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import answer
+from peft import AutoPeftModel
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [path for folder in ("examples", "benchmarks") for path in sorted(ROOT.joinpath(folder).glob("*.py"))]
+
+pytestmark = pytest.mark.slow
+
+sys.path.insert(0, str(ROOT / "examples"))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def run(*command, **options):
+    return subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env=ENVIRONMENT, check=True, timeout=300, **options
+    ).stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_smoke_mode_runs_offline_and_ends_with_a_figure(script, tmp_path):
+    output = run(sys.executable, script, "--smoke", cwd=tmp_path)
+    assert re.search(r"\d\.\d{3}", output.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A tiny ViT and a folder of JPEGs, as the training script's smoke mode makes them, and the command line."""
+    import train_image_classifier
+
+    folder = tmp_path_factory.mktemp("material")
+    arguments = train_image_classifier.smoke_arguments(folder)
+    return folder, [sys.executable, ROOT / "examples/train_image_classifier.py", *arguments, "--disable_tqdm", "true"]
+
+
+def with_output(command, folder, *more):
+    command = list(command)
+    command[command.index("--output_dir") + 1] = str(folder)
+    return [*command, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(material, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "adapter"
+    return folder, run(*with_output(material[1], folder))
+
+
+def test_training_ends_with_an_adapter_a_stranger_can_use(finished, material):
+    folder, output = finished
+    assert "trainable params:" in output
+    assert "training images per second" in output
+    assert output.strip().splitlines()[-1] == "test accuracy 1.000"
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    assert names == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "preprocessor_config.json",
+        "README.md",
+        "results.json",
+    }
+    results = json.loads((folder / "results.json").read_text())
+    assert results["test_accuracy"] == results["validation_accuracy"] == 1
+    assert results["train_images"] == 64
+    model = AutoPeftModel.from_pretrained(str(folder))
+    assert model.config.id2label == {0: "blue", 1: "red"}
+    assert AutoImageProcessor.from_pretrained(folder).size["height"] == 32
+    card = (folder / "README.md").read_text()
+    assert re.search(r"```python\nimport pgn_peft", card)
+    assert "More Information Needed" not in card
+    assert f"| trainable parameters | {results['trainable_parameters']:,} |" in card
+
+
+def test_a_killed_run_resumes_to_the_same_weights(finished, material, tmp_path):
+    folder = tmp_path / "killed"
+    command = with_output(material[1], folder)
+    process = subprocess.Popen(
+        [*map(str, command)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    # The second checkpoint's first file: the kill may well hit it half written.
+    while not (folder / "checkpoint-16").is_dir():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "adapter_model.safetensors").exists()
+
+    refused = subprocess.run([*map(str, command)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert refused.returncode == 1
+    assert "`output_dir` must hold no checkpoints of another run" in refused.stderr
+
+    output = run(*command, "--resume_from_checkpoint", "true")
+    assert re.search(r"resuming from .*checkpoint-(8|16)", output)
+    expected = load_file(finished[0] / "adapter_model.safetensors")
+    resumed = load_file(folder / "adapter_model.safetensors")
+    assert expected.keys() == resumed.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(resumed[name], tensor), f"{name} differs after resuming"
+
+
+def test_two_processes_save_what_both_hold(material, tmp_path):
+    folder = tmp_path / "two"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = with_output(material[1], folder)[1:]
+    # Each rank writes down what it holds at the end.
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(
+        f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT / "examples")!r})
+import train_image_classifier as script
+from safetensors.torch import save_file
+trainers = []
+make = script.make_trainer
+def remember(*arguments):
+    trainers.append(make(*arguments))
+    return trainers[-1]
+script.make_trainer = remember
+script.main(sys.argv[1:])
+tensors = {{name: t.clone() for name, t in trainers[0].model.state_dict().items() if "pgn_" in name}}
+save_file(tensors, os.path.join({str(tmp_path)!r}, f"rank{{os.environ['RANK']}}.safetensors"))
+"""
+    )
+    output = run(*launch, "--main_process_port", str(20000 + os.getpid() % 10000), wrapper, *command[1:])
+    assert output.count("test accuracy") == 1
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
+    statistics = [name for name in first if "running_" in name]
+    assert statistics
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), f"{name} differs between the processes"
+    saved = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in first.items():
+        name = "base_model.model." + name.removeprefix("base_model.model.").replace(".default.", ".")
+        assert torch.equal(saved[name], tensor), f"{name} was saved differently"
+
+
+def test_parquet_files_another_size_and_a_static_control(material, tmp_path):
+    from datasets import load_dataset
+
+    images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
+    cut = images.train_test_split(test_size=0.4, stratify_by_column="label", seed=0)
+    rest = cut["test"].train_test_split(test_size=0.5, stratify_by_column="label", seed=0)
+    for name, rows in {"train": cut["train"], "validation": rest["train"], "test": rest["test"]}.items():
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    command = with_output(material[1], tmp_path / "adapter", "--image_size", "48", "--generator", "static")
+    command[command.index("--dataset") + 1] = str(tmp_path)
+    run(*command, "--max_train_samples", "40", "--recipe", "sgd", "--learning_rate", "0.02")
+    results = json.loads((tmp_path / "adapter/results.json").read_text())
+    assert results["train_images"] == 40
+    model = AutoPeftModel.from_pretrained(str(tmp_path / "adapter"))
+    assert answer(model, torch.zeros(1, 3, 48, 48), interpolate_pos_encoding=True).shape == (1, 2)
+    assert "interpolate_pos_encoding=True" in (tmp_path / "adapter/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--output_dir": "/proc/nowhere"}, "`output_dir` must be writable, but got '/proc/nowhere'"),
+        ({"--label_column": "species"}, "must be columns of the data set, but got 'species'. It has: image, label"),
+        ({"--generator": "resnet18"}, "`generator` must be one of resnet10, static, but got 'resnet18'"),
+        ({"--num_virtual_tokens": "0"}, "`num_virtual_tokens` must be at least 1, but got 0"),
+    ],
+)
+def test_bad_arguments_are_found_before_training(material, tmp_path, change, message):
+    import train_image_classifier
+
+    command = [str(word) for word in with_output(material[1], tmp_path / "adapter")[2:]]
+    for name, value in change.items():
+        if name in command:
+            command[command.index(name) + 1] = value
+        else:
+            command += [name, value]
+    with pytest.raises((SystemExit, ValueError), match=re.escape(message)):
+        train_image_classifier.main(command)
+    assert not list(tmp_path.glob("adapter/checkpoint-*"))
+
+
+def test_splits_with_different_classes_are_refused(material, tmp_path):
+    import train_image_classifier as script
+    from datasets import ClassLabel, load_dataset
+
+    images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
+    images.to_parquet(tmp_path / "train.parquet")
+    images.cast_column("label", ClassLabel(names=["blue", "green"])).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises((SystemExit, ValueError), match="same classes in all splits|features"):
+        script.load_splits(script.DataArguments(dataset=str(tmp_path)), seed=0)
+
+
+def test_the_official_recipe_is_sgd_with_a_long_warm_up(tmp_path):
+    import train_image_classifier as script
+
+    arguments = script.Arguments(output_dir=str(tmp_path), recipe="sgd", use_cpu=True)
+    assert (arguments.learning_rate, arguments.warmup_steps) == (0.1, 0.5)
+    assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.01}
+    assert script.Arguments(output_dir=str(tmp_path), use_cpu=True).learning_rate == 3e-3
