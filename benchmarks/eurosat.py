@@ -1,11 +1,12 @@
-"""PGN beside static prompts and a linear probe on real images, each with its learning rate chosen on validation.
+"""PGN beside static prompts and a linear probe on real images, each with its settings chosen on validation.
 
     python benchmarks/eurosat.py --data ../shared/data/eurosat --model ../shared/models/deit-tiny-patch16-224
 
-All methods see the same images, augmentation, batches, epochs and schedule. The learning rate of each is chosen from
-a grid of equal size by the accuracy on validation with seed 0; the chosen one is then run with seeds 1, 2 and 3, and
-only these runs see the test split, once, after the last epoch. Every run is appended to a file of JSON lines, and a
-run that is there already is not repeated, so an interrupted benchmark goes on where it stopped.
+All methods see the same images, augmentation, batches, epochs and schedule. The learning rate and, for prompts, the
+scale they start from are chosen for each from a grid of equal size by the accuracy on validation with seed 0; the
+chosen ones are then run with seeds 1, 2 and 3, and only these runs see the test split, once, after the last epoch.
+Every run is appended to a file of JSON lines, and a run that is there already is not repeated, so an interrupted
+benchmark goes on where it stopped.
 
 `--protocol small` (the default): 1,000 training images, 112 px, for a CPU: about three minutes a run on two cores.
 `--protocol full`: all training images at 224 px, for an accelerator. `--smoke`: tiny, offline, in seconds.
@@ -34,8 +35,12 @@ import train_image_classifier as script
 
 from pgn_peft.training import parameter_groups
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-METHODS = ("linear", "static", "pgn")
+# Settings to choose from on validation, four for each method: learning rate, and scale of the initial library.
+GRIDS = {
+    "linear": [(1e-3, None), (3e-3, None), (1e-2, None), (3e-2, None)],
+    "static": [(3e-3, 0.02), (3e-3, 0.5), (1e-2, 0.02), (1e-2, 0.5)],
+    "pgn": [(3e-3, 0.02), (3e-3, 0.5), (1e-2, 0.02), (1e-2, 0.5)],
+}
 PROTOCOLS = {
     "small": {"max_train_samples": 1000, "image_size": 112, "epochs": 12, "batch": 25, "generator_image_size": 64},
     "full": {"max_train_samples": None, "image_size": None, "epochs": 12, "batch": 64, "generator_image_size": 64},
@@ -58,7 +63,7 @@ def build(method: str, model_path: str, labels: list[str], learning_rate: float,
     return model, parameter_groups(model, learning_rate)
 
 
-def run(method: str, learning_rate: float, seed: int, report: bool, options: argparse.Namespace) -> dict:
+def run(method: str, learning_rate: float, scale: float | None, seed: int, report: bool, options) -> dict:
     """Train one model and evaluate it on validation, and on test if its figure is to be reported."""
     protocol = PROTOCOLS[options.protocol]
     set_seed(seed)
@@ -78,7 +83,7 @@ def run(method: str, learning_rate: float, seed: int, report: bool, options: arg
         num_virtual_tokens=options.num_virtual_tokens,
         library_size=options.library_size,
         generator_image_size=protocol["generator_image_size"],
-        initializer_range=options.initializer_range,
+        initializer_range=scale or 0.02,
     )
     model, parameters = build(method, options.model, labels, learning_rate, adapter)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,6 +105,7 @@ def run(method: str, learning_rate: float, seed: int, report: bool, options: arg
         row = {
             "method": method,
             "learning_rate": learning_rate,
+            "initializer_range": scale,
             "seed": seed,
             "report": report,
             "validation_accuracy": trainer.evaluate()["eval_accuracy"],
@@ -114,8 +120,8 @@ def run(method: str, learning_rate: float, seed: int, report: bool, options: arg
 
 
 def settings(options: argparse.Namespace) -> dict:
-    """Return what, beside method, learning rate and seed, makes a run what it is."""
-    names = ("protocol", "augmentation", "num_virtual_tokens", "library_size", "initializer_range")
+    """Return what, beside method, grid and seed, makes a run what it is."""
+    names = ("protocol", "augmentation", "num_virtual_tokens", "library_size")
     return {name: getattr(options, name) for name in names} | {"data": Path(options.data).name}
 
 
@@ -136,38 +142,40 @@ def run_all(options: argparse.Namespace) -> list[dict]:
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     rows = [row for row in rows if settings(options).items() <= row.items()]
 
-    def cell(method: str, learning_rate: float, seed: int, report: bool) -> dict:
-        key = {"method": method, "learning_rate": learning_rate, "seed": seed, "report": report}
+    def cell(method: str, learning_rate: float, scale: float | None, seed: int, report: bool) -> dict:
+        key = {"method": method, "learning_rate": learning_rate, "initializer_range": scale}
+        key |= {"seed": seed, "report": report}
         found = next((row for row in rows if key.items() <= row.items()), None)
         if found is None:
-            print(f"{method}, learning rate {learning_rate:g}, seed {seed}", flush=True)
-            found = run(method, learning_rate, seed, report, options)
+            print(f"{method}, learning rate {learning_rate:g}, initial scale {scale}, seed {seed}", flush=True)
+            found = run(method, learning_rate, scale, seed, report, options)
             rows.append(found)
             with results.open("a") as file:
                 file.write(json.dumps(found) + "\n")
         return found
 
     for method in options.methods:
-        grid = [cell(method, rate, SELECTION_SEED, False) for rate in options.learning_rates]
-        best = max(grid, key=lambda row: row["validation_accuracy"])["learning_rate"]
+        grid = GRIDS[method][: options.grid]
+        chosen = max(grid, key=lambda point: cell(method, *point, SELECTION_SEED, False)["validation_accuracy"])
         for seed in options.seeds:
-            cell(method, best, seed, True)
+            cell(method, *chosen, seed, True)
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """Make a Markdown table of the reported runs."""
     lines = [
-        "| method | trainable parameters | learning rate | validation | test | test by seed |",
+        "| method | trainable parameters | learning rate, initial scale | validation | test | test by seed |",
         "|---|---|---|---|---|---|",
     ]
-    for method in METHODS:
+    for method in GRIDS:
         reported = [row for row in rows if row["method"] == method and row["report"]]
         if reported:
             tests = [row["test_accuracy"] for row in reported]
             spread = f" ± {statistics.stdev(tests):.3f}" if len(tests) > 1 else ""
             lines.append(
-                f"| {method} | {reported[0]['trainable_parameters']:,} | {reported[0]['learning_rate']:g} "
+                f"| {method} | {reported[0]['trainable_parameters']:,} | {reported[0]['learning_rate']:g}, "
+                f"{reported[0]['initializer_range'] or '-'} "
                 f"| {statistics.mean(row['validation_accuracy'] for row in reported):.3f} "
                 f"| {statistics.mean(tests):.3f}{spread} | {', '.join(f'{test:.3f}' for test in tests)} |"
             )
@@ -180,13 +188,12 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--model", help="id or path of a ViT")
     parser.add_argument("--results", default="outputs/eurosat.jsonl", help="file of JSON lines, appended to")
     parser.add_argument("--protocol", choices=("small", "full"), default="small")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES)
+    parser.add_argument("--methods", nargs="+", choices=tuple(GRIDS), default=tuple(GRIDS))
+    parser.add_argument("--grid", type=int, default=4, help="use this many points of each grid")
     parser.add_argument("--seeds", nargs="*", type=int, default=REPORT_SEEDS)
     parser.add_argument("--augmentation", choices=tuple(script.AUGMENTATIONS), default="flip")
     parser.add_argument("--num_virtual_tokens", type=int, default=16)
     parser.add_argument("--library_size", type=int, default=64)
-    parser.add_argument("--initializer_range", type=float, default=0.02)
     parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
     options = parser.parse_args(command_line)
     with tempfile.TemporaryDirectory() as folder:
@@ -194,7 +201,7 @@ def main(command_line: list[str] | None = None) -> None:
             script.smoke_arguments(Path(folder))
             options.data, options.model = f"{folder}/images", f"{folder}/vit"
             options.results = f"{folder}/results.jsonl"
-            options.protocol, options.learning_rates, options.seeds = "smoke", (3e-3,), (1,)
+            options.protocol, options.grid, options.seeds = "smoke", 1, (1,)
         if not (options.data and options.model):
             parser.error("--data and --model are required")
         Path(options.results).parent.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,12 @@ __all__ = ["ImageCollator", "PGNConfig", "PGNModel", "__version__"]
 
 # Parts of the package serve clients that have torch and no PEFT.
 if find_spec("peft") is not None:
+    from pgn_peft.registration import check_peft, register
+
+    check_peft()  # before anything is imported that an old PEFT may not have
+
     from pgn_peft.collator import ImageCollator
     from pgn_peft.config import PGNConfig
     from pgn_peft.model import PGNModel
-    from pgn_peft.registration import register
 
     register()

@@ -9,11 +9,11 @@ from packaging.version import Version
 PEFT_FLOOR = "0.21.0"
 
 
-def register() -> None:
-    """Enter PGN into PEFT's mappings, so that `get_peft_model` and every loader know it. Calling it again is harmless.
+def check_peft() -> None:
+    """Refuse a PEFT that is too old.
 
     Raises:
-        ImportError: the installed PEFT is too old, or another package has taken the method's name.
+        ImportError: it is.
     """
     found = version("peft")
     if Version(found) < Version(PEFT_FLOOR):
@@ -22,6 +22,13 @@ def register() -> None:
             "Run: pip install -U peft"
         )
 
+
+def register() -> None:
+    """Enter PGN into PEFT's mappings, so that `get_peft_model` and every loader know it. Calling it again is harmless.
+
+    Raises:
+        ImportError: another package has taken the method's name.
+    """
     from peft import mapping
     from peft.utils import peft_types
 

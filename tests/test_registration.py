@@ -81,7 +81,19 @@ def test_another_plug_in_with_the_prefix_is_refused(monkeypatch):
 def test_a_peft_below_the_floor_is_refused(monkeypatch):
     monkeypatch.setattr(registration, "version", lambda package: "0.20.0")
     with pytest.raises(ImportError, match=r"`peft` must be at least 0.21.0, but got 0.20.0.*\n?.*pip install -U peft"):
-        registration.register()
+        registration.check_peft()
+
+
+def test_without_peft_the_package_still_imports():
+    code = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "peft" else find(name, package)
+import sys, pgn_peft, pgn_peft.generator, pgn_peft.library
+print(pgn_peft.__version__, "peft" in sys.modules, "transformers" in sys.modules)
+"""
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert outcome.stdout.split() == [pgn_peft.__version__, "False", "False"]
 
 
 @pytest.mark.usefixtures("unregistered")
