@@ -81,7 +81,7 @@ def train(model: nn.Module, parameters: Iterable, data: tuple[Tensor, Tensor], r
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=steps)
     shuffle = torch.Generator().manual_seed(SEED)
     model.train()
-    for _ in tqdm(range(epochs), desc=name, leave=False):
+    for _ in tqdm(range(epochs), desc=name, leave=False, disable=None):
         for batch in torch.randperm(len(labels), generator=shuffle).split(64):
             loss = model(images[batch], labels=labels[batch]).loss
             optimizer.zero_grad()
