@@ -31,7 +31,9 @@ from torch import nn
 from transformers import AutoModelForImageClassification, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import image_data
 import train_image_classifier as script
+from smoke_material import smoke_arguments
 
 from pgn_peft.training import parameter_groups
 
@@ -67,16 +69,16 @@ def run(method: str, learning_rate: float, scale: float | None, seed: int, repor
     """Train one model and evaluate it on validation, and on test if its figure is to be reported."""
     protocol = PROTOCOLS[options.protocol]
     set_seed(seed)
-    data = script.DataArguments(
+    data = image_data.DataArguments(
         dataset=options.data,
         max_train_samples=protocol["max_train_samples"],
         augmentation=options.augmentation,
         image_size=protocol["image_size"],
     )
-    splits = script.load_splits(data, seed=0)
+    splits = image_data.load_splits(data, seed=0)
     labels = splits["train"].features["label"].names
-    processor = script.load_processor(options.model, data.image_size)
-    script.add_transforms(splits, processor, data.augmentation)
+    processor = image_data.load_processor(options.model, data.image_size)
+    image_data.add_transforms(splits, processor, data.augmentation)
     adapter = script.AdapterArguments(
         model_name_or_path=options.model,
         generator="static" if method == "static" else "resnet10",
@@ -191,14 +193,14 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=tuple(GRIDS), default=tuple(GRIDS))
     parser.add_argument("--grid", type=int, default=4, help="use this many points of each grid")
     parser.add_argument("--seeds", nargs="*", type=int, default=REPORT_SEEDS)
-    parser.add_argument("--augmentation", choices=tuple(script.AUGMENTATIONS), default="flip")
+    parser.add_argument("--augmentation", choices=tuple(image_data.AUGMENTATIONS), default="flip")
     parser.add_argument("--num_virtual_tokens", type=int, default=16)
     parser.add_argument("--library_size", type=int, default=64)
     parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
     options = parser.parse_args(command_line)
     with tempfile.TemporaryDirectory() as folder:
         if options.smoke:
-            script.smoke_arguments(Path(folder))
+            smoke_arguments(Path(folder))
             options.data, options.model = f"{folder}/images", f"{folder}/vit"
             options.results = f"{folder}/results.jsonl"
             options.protocol, options.grid, options.seeds = "smoke", 1, (1,)

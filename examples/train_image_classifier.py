@@ -14,8 +14,9 @@ Two processes (Accelerate calls that multi_gpu everywhere; on a CPU, add --use_c
 
     accelerate launch --multi_gpu --num_processes 2 examples/train_image_classifier.py ...
 
-After an interruption, the same command with --resume_from_checkpoint true goes on from the last complete checkpoint.
-`--smoke` runs the whole script offline on a tiny model and a few generated images, in seconds; it ends with
+It needs `image_data.py` beside it. After an interruption, the same command with --resume_from_checkpoint true goes on
+from the last complete checkpoint. `--smoke` runs the whole script offline on a tiny model and a few generated images,
+in seconds; it ends with
 
     test accuracy 1.000
 
@@ -38,12 +39,11 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
-from datasets import ClassLabel, DatasetDict, Features, Image, Value, load_dataset
+from datasets import DatasetDict, Features, Value
+from image_data import DataArguments, add_transforms, load_processor, load_splits
 from peft import PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score
-from torchvision.transforms import v2
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
     Trainer,
@@ -53,26 +53,6 @@ from transformers import (
 
 from pgn_peft import ImageCollator, PGNConfig
 from pgn_peft.training import EqualStatistics, last_complete_checkpoint, parameter_groups
-
-
-@dataclass
-class DataArguments:
-    """What to train on."""
-
-    dataset: str = field(metadata={"help": "Id of a data set, a folder of images, or a folder of parquet files."})
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with the classes."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on this many images only, the same share of each class."}
-    )
-    augmentation: str = field(
-        default="official",
-        metadata={
-            "help": "flip, colour jitter, grayscale and solarize as in the official code; only 'flip'; or 'none'.",
-            "choices": ["official", "flip", "none"],
-        },
-    )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the images in pixels; None: the model's."})
 
 
 @dataclass
@@ -175,95 +155,6 @@ def check_output_dir(output_dir: str, resume: bool) -> None:
         )
 
 
-def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
-    """Load the images as splits train, validation and, where the source has one, test, with a `ClassLabel` column."""
-    folder = Path(arguments.dataset)
-    if folder.is_dir() and (files := sorted(folder.glob("*.parquet"))):
-        # One by one: together, all files would get the class names of the first, right or wrong.
-        splits = DatasetDict(
-            {file.stem: load_dataset("parquet", data_files=str(file), split="train") for file in files}
-        )
-    elif folder.is_dir():
-        splits = load_dataset("imagefolder", data_dir=str(folder))
-    else:
-        splits = load_dataset(arguments.dataset)
-    for column in (arguments.image_column, arguments.label_column):
-        if column not in splits["train"].column_names:
-            raise SystemExit(
-                f"`image_column` and `label_column` must be columns of the data set, but got {column!r}. It has: "
-                f"{', '.join(splits['train'].column_names)}."
-            )
-    splits = splits.rename_columns(
-        {arguments.image_column: "image", arguments.label_column: "label"}
-        if (arguments.image_column, arguments.label_column) != ("image", "label")
-        else {}
-    ).select_columns(["image", "label"])
-    splits = splits.cast_column("image", Image(mode="RGB"))
-    if not isinstance(splits["train"].features["label"], ClassLabel):
-        splits = splits.class_encode_column("label")
-    if "validation" not in splits:
-        source = splits["train"]
-        share = 0.1 if "test" in splits else 0.2
-        cut = source.train_test_split(test_size=share, stratify_by_column="label", seed=seed)
-        splits["train"], splits["validation"] = cut["train"], cut["test"]
-        if "test" not in splits:
-            halves = cut["test"].train_test_split(test_size=0.5, stratify_by_column="label", seed=seed)
-            splits["validation"], splits["test"] = halves["train"], halves["test"]
-    names = splits["train"].features["label"].names
-    for split, rows in splits.items():
-        found = rows.unique("label")
-        if rows.features["label"].names != names or not all(0 <= label < len(names) for label in found):
-            raise SystemExit(
-                f"`label` must have the same classes in all splits, but got other ones in {split!r}. Rebuild the "
-                "splits from one data set."
-            )
-    if arguments.max_train_samples is not None and arguments.max_train_samples < len(splits["train"]):
-        splits["train"] = splits["train"].train_test_split(
-            train_size=arguments.max_train_samples, stratify_by_column="label", seed=seed
-        )["train"]
-    return splits
-
-
-def load_processor(model_name_or_path: str, image_size: int | None, revision: str | None = None):
-    """Load the model's image processor, set to another image size if asked for."""
-    processor = AutoImageProcessor.from_pretrained(model_name_or_path, revision=revision)
-    if image_size is not None:
-        square = {"height": image_size, "width": image_size}
-        processor.size = {"shortest_edge": image_size} if "shortest_edge" in processor.size else square
-        if getattr(processor, "crop_size", None) is not None:
-            processor.crop_size = square
-    return processor
-
-
-AUGMENTATIONS = {
-    "official": v2.Compose(
-        [
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
-            v2.RandomSolarize(threshold=128, p=0.2),
-        ]
-    ),
-    "flip": v2.RandomHorizontalFlip(),
-    "none": v2.Identity(),
-}
-
-
-def add_transforms(splits: DatasetDict, processor, augmentation: str) -> None:
-    """Let each split turn its images into `pixel_values` as they are read, the training images augmented."""
-
-    def transform(augment):
-        def apply(batch):
-            images = [augment(image) for image in batch["image"]]
-            batch["pixel_values"] = processor(images=images, return_tensors="pt")["pixel_values"]
-            return {"pixel_values": batch["pixel_values"], "labels": batch["label"]}
-
-        return apply
-
-    for split in splits:
-        splits[split].set_transform(transform(AUGMENTATIONS[augmentation if split == "train" else "none"]))
-
-
 def make_trainer(
     model, splits: DatasetDict, arguments: Arguments, parameters: list[dict], num_labels: int, image_size: int | None
 ) -> Trainer:
@@ -322,7 +213,7 @@ label = model.config.id2label[logits.argmax(-1).item()]
 | trainable parameters | {results["trainable_parameters"]:,} |
 | training images | {results["train_images"]:,} |
 | accuracy on validation | {results["validation_accuracy"]:.4f} (the best epoch was chosen by it) |
-| accuracy on test | {results["test_accuracy"]:.4f} |
+| accuracy on test | {"-" if results["test_accuracy"] is None else f"{results['test_accuracy']:.4f}"} |
 """
     )
 
@@ -368,7 +259,9 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         "trainable_parameters": trainable,
         "train_images": len(splits["train"]),
         "validation_accuracy": trainer.evaluate(splits["validation"])["eval_accuracy"],
-        "test_accuracy": trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"],
+        "test_accuracy": (
+            trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"] if "test" in splits else None
+        ),
         "train_images_per_second": outcome.metrics["train_samples_per_second"],
         "epochs": arguments.num_train_epochs,
         "learning_rate": arguments.learning_rate,
@@ -384,39 +277,16 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         print(f"validation accuracy {results['validation_accuracy']:.3f}")
         print(f"training images per second {results['train_images_per_second']:.1f}")
         print(f"saved to {folder}")
-        print(f"test accuracy {results['test_accuracy']:.3f}")
+        print("test accuracy", "-" if results["test_accuracy"] is None else f"{results['test_accuracy']:.3f}")
     return results
-
-
-def smoke_arguments(folder: Path) -> list[str]:
-    """Make a tiny ViT and a folder of images, red and blue, and return the command line that trains on them."""
-    from PIL import Image as PillowImage
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    random = np.random.default_rng(0)
-    for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
-        folder.joinpath("images", name).mkdir(parents=True)
-        for index in range(40):
-            noise = random.integers(-40, 40, size=(40, 36, 3))
-            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
-            PillowImage.fromarray(pixels).save(folder / "images" / name / f"{index}.jpg")
-    torch.manual_seed(0)
-    tiny = ViTConfig(
-        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
-    ViTForImageClassification(tiny).save_pretrained(folder / "vit")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
-    return [
-        *("--model_name_or_path", str(folder / "vit"), "--dataset", str(folder / "images")),
-        *("--output_dir", str(folder / "adapter"), "--augmentation", "flip", "--library_size", "8"),
-        *("--num_virtual_tokens", "4", "--num_train_epochs", "3", "--per_device_train_batch_size", "8", "--use_cpu"),
-    ]
 
 
 def main(command_line: list[str] | None = None) -> dict:
     command_line = sys.argv[1:] if command_line is None else command_line
     with tempfile.TemporaryDirectory() as folder:
         if "--smoke" in command_line:
+            from smoke_material import smoke_arguments
+
             command_line = smoke_arguments(Path(folder)) + [word for word in command_line if word != "--smoke"]
         parser = HfArgumentParser((AdapterArguments, DataArguments, Arguments))
         return train(*parser.parse_args_into_dataclasses(command_line))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [path for folder in ("examples", "benchmarks") for path in sorted(ROOT.joinpath(folder).glob("*.py"))]
+SCRIPTS = [
+    path
+    for folder in ("examples", "benchmarks")
+    for path in sorted(ROOT.joinpath(folder).glob("*.py"))
+    if "__main__" in path.read_text()
+]
 
 pytestmark = pytest.mark.slow
 
@@ -40,10 +46,10 @@ def test_smoke_mode_runs_offline_and_ends_with_a_figure(script, tmp_path):
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     """A tiny ViT and a folder of JPEGs, as the training script's smoke mode makes them, and the command line."""
-    import train_image_classifier
+    from smoke_material import smoke_arguments
 
     folder = tmp_path_factory.mktemp("material")
-    arguments = train_image_classifier.smoke_arguments(folder)
+    arguments = smoke_arguments(folder)
     return folder, [sys.executable, ROOT / "examples/train_image_classifier.py", *arguments, "--disable_tqdm", "true"]
 
 
@@ -192,14 +198,60 @@ def test_bad_arguments_are_found_before_training(material, tmp_path, change, mes
 
 
 def test_splits_with_different_classes_are_refused(material, tmp_path):
-    import train_image_classifier as script
+    import image_data
     from datasets import ClassLabel, load_dataset
 
     images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
     images.to_parquet(tmp_path / "train.parquet")
     images.cast_column("label", ClassLabel(names=["blue", "green"])).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises((SystemExit, ValueError), match="same classes in all splits|features"):
-        script.load_splits(script.DataArguments(dataset=str(tmp_path)), seed=0)
+    with pytest.raises(SystemExit, match="same classes in all splits, but got other ones in 'test'"):
+        image_data.load_splits(image_data.DataArguments(dataset=str(tmp_path)), seed=0)
+
+
+def split_sizes(folder, **arguments):
+    import image_data
+
+    return {
+        split: len(rows)
+        for split, rows in image_data.load_splits(image_data.DataArguments(str(folder), **arguments), seed=0).items()
+    }
+
+
+def test_sources_with_some_splits_only(material, tmp_path):
+    from datasets import load_dataset
+
+    images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
+    images.to_parquet(tmp_path / "train.parquet")
+    assert split_sizes(tmp_path) == {"train": 64, "validation": 8, "test": 8}
+    assert split_sizes(tmp_path, max_train_samples=10) == {"train": 10, "validation": 8, "test": 8}
+    images.to_parquet(tmp_path / "test.parquet")
+    assert split_sizes(tmp_path) == {"train": 72, "validation": 8, "test": 80}
+    (tmp_path / "test.parquet").rename(tmp_path / "valid.parquet")
+    assert split_sizes(tmp_path) == {"train": 80, "validation": 80}
+    (tmp_path / "train.parquet").rename(tmp_path / "training.parquet")
+    with pytest.raises(SystemExit, match="`dataset` must have a split 'train', but got .* with training"):
+        split_sizes(tmp_path)
+
+
+def test_classes_named_by_strings_and_columns_of_other_names(material, tmp_path):
+    import image_data
+    from datasets import load_dataset
+
+    images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
+    named = images.add_column("kind", [images.features["label"].int2str(label) for label in images["label"]])
+    named.remove_columns("label").rename_column("image", "photo").to_parquet(tmp_path / "train.parquet")
+    splits = image_data.load_splits(
+        image_data.DataArguments(str(tmp_path), image_column="photo", label_column="kind"), seed=0
+    )
+    assert splits["train"].features["label"].names == ["blue", "red"]
+
+
+def test_a_class_too_small_to_be_split_is_named(material, tmp_path):
+    shutil.copytree(material[0] / "images", tmp_path / "images")
+    for file in sorted((tmp_path / "images/red").iterdir())[1:]:
+        file.unlink()
+    with pytest.raises(SystemExit, match=r"smallest classes: red \(1\), blue \(40\)"):
+        split_sizes(tmp_path / "images")
 
 
 def test_the_official_recipe_is_sgd_with_a_long_warm_up(tmp_path):
