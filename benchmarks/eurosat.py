@@ -8,8 +8,8 @@ chosen ones are then run with seeds 1, 2 and 3, and only these runs see the test
 Every run is appended to a file of JSON lines, and a run that is there already is not repeated, so an interrupted
 benchmark goes on where it stopped.
 
-`--protocol small` (the default): 1,000 training images for 12 epochs at 112 px, for a CPU: about three minutes a run on
-two cores. `--protocol medium`: all 5,000 for 4 epochs at 112 px; `--settings_of small` takes the settings that were
+`--protocol small` (the default): 1,000 training images for 12 epochs at 112 px, for a CPU: about three minutes a run
+on two cores. `--protocol medium`: all 5,000 for 4 epochs at 112 px; `--settings_of small` takes the settings that were
 chosen under the small protocol instead of choosing again.
 `--protocol full`: all training images at 224 px, for an accelerator. `--smoke`: tiny, offline, in seconds.
 """
