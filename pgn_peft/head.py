@@ -31,7 +31,7 @@ class PGNHead(PGNTunerLayer, nn.Module):
         self.base_layer = base_layer
         self.pgn_head = nn.ModuleDict()
         self.labels: dict[str, Labels] = {}
-        self.base_labels = Labels.of(model_config)
+        self.base_labels = labels_of(base_layer, model_config)
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._model_config = model_config
@@ -44,10 +44,11 @@ class PGNHead(PGNTunerLayer, nn.Module):
         """
         self.labels[adapter_name] = Labels(config.id2label, config.problem_type)
         if config.head == "frozen":
+            self._forget(self.pgn_head, adapter_name)
             return
         head = nn.Linear(config.hidden_size, config.num_labels)
         with torch.no_grad():
-            if self.base_labels is not None and self.base_labels.id2label == config.id2label:
+            if self.base_labels.id2label == config.id2label:
                 head.weight.copy_(self.base_layer.weight)
                 head.bias.copy_(self.base_layer.bias if self.base_layer.bias is not None else torch.zeros(()))
             else:
@@ -92,6 +93,14 @@ class PGNHead(PGNTunerLayer, nn.Module):
         """Make the model's config show its own labels again."""
         self._show(self.base_labels)
 
-    def _show(self, labels: Labels | None) -> None:
-        if labels is not None and self._model_config is not None:
+    def _show(self, labels: Labels) -> None:
+        if hasattr(self._model_config, "id2label"):
             labels.show_in(self._model_config)
+
+
+def labels_of(head: nn.Module, model_config: Any) -> Labels:
+    """Read a model's own labels off its config, or, where that has none, number those of its linear head."""
+    labels = Labels.of(model_config)
+    if labels is None:
+        labels = Labels({index: f"LABEL_{index}" for index in range(getattr(head, "out_features", 0))})
+    return labels

@@ -10,8 +10,7 @@ from torch import nn
 from pgn_peft.backbones import Backbone
 from pgn_peft.config import PGNConfig, refuse_head_in_modules_to_save
 from pgn_peft.generator import PromptGenerator
-from pgn_peft.head import PGNHead
-from pgn_peft.labels import Labels
+from pgn_peft.head import PGNHead, labels_of
 from pgn_peft.layer import PGNTunerLayer
 from pgn_peft.library import TokenLibrary
 
@@ -113,7 +112,6 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
         ValueError: the labels do not fit the model, or there are none.
     """
     head = None if backbone.head is None else model.get_submodule(backbone.head)
-    base = head.base_labels if isinstance(head, PGNHead) else Labels.of(getattr(model, "config", None))
     given = config.id2label is not None or config.num_labels is not None
     if head is None:
         if given:
@@ -128,10 +126,10 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
             f"`model` must have a linear head, but got a {type(plain_head).__name__} at {backbone.head!r}. Name it "
             "differently and train it through `modules_to_save`."
         )
-    base_id2label = base.id2label if base is not None else {}
-    if config.id2label is None and config.num_labels in (None, len(base_id2label)):
-        config.id2label = base_id2label or None
-        config.problem_type = config.problem_type or (base.problem_type if base is not None else None)
+    base = head.base_labels if isinstance(head, PGNHead) else labels_of(head, getattr(model, "config", None))
+    if config.id2label is None and config.num_labels in (None, len(base.id2label)):
+        config.id2label = base.id2label or None
+        config.problem_type = config.problem_type or base.problem_type
     elif config.id2label is None:
         config.id2label = {index: f"LABEL_{index}" for index in range(config.num_labels)}
     if config.id2label is None:
@@ -140,8 +138,8 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
             "PGNConfig(id2label=dict(enumerate(names))), or adapt the plain model for features."
         )
     config.num_labels = len(config.id2label)
-    if config.head == "frozen" and config.num_labels != len(base_id2label):
+    if config.head == "frozen" and config.num_labels != len(base.id2label):
         raise ValueError(
-            f"`num_labels` must be {len(base_id2label)}, that of the model, with head='frozen', but got "
+            f"`num_labels` must be {len(base.id2label)}, that of the model, with head='frozen', but got "
             f"{config.num_labels}. Use head='trained' for other labels."
         )

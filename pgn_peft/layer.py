@@ -40,6 +40,12 @@ class PGNTunerLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Do nothing: an adapter is never merged."""
 
+    @staticmethod
+    def _forget(modules: nn.ModuleDict, adapter_name: str) -> None:
+        """Drop what an earlier adapter of the same name has left where the new one has nothing."""
+        if adapter_name in modules:
+            del modules[adapter_name]
+
     def _settle(self, module: nn.Module) -> nn.Module:
         """Put a new adapter's module where the base layer is and into the base layer's mode.
 
@@ -92,6 +98,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             )
         )
         if static:
+            self._forget(self.pgn_generator, adapter_name)
             return
         self.pgn_generator[adapter_name] = self._settle(
             PromptGenerator(

@@ -192,6 +192,27 @@ def test_a_look_alike_is_adapted_by_naming_its_embeddings(target, pixel_values, 
     assert torch.equal(loaded(pixel_values), expected)
 
 
+def test_a_look_alike_keeps_its_own_head(pixel_values):
+    torch.manual_seed(0)
+    base = LookAlike(nn.Linear(32, 5)).eval()
+    frozen = get_peft_model(base, tiny_config(target_modules="embeddings", head="frozen")).eval()
+    assert frozen.peft_config["default"].num_labels == 5
+    assert frozen(pixel_values).shape == (4, 5)
+    trained = get_peft_model(frozen.unload(), tiny_config(target_modules="embeddings")).get_base_model()
+    assert torch.equal(trained.classifier.pgn_head["default"].weight, trained.classifier.base_layer.weight)
+
+
+def test_an_adapter_of_the_same_name_replaces_all_of_the_earlier_one(pixel_values):
+    base = tiny_vit()
+    get_peft_model(base, tiny_config(id2label=NAMES))
+    with pytest.warns(UserWarning, match="for a second time"):
+        model = get_peft_model(base, tiny_config(generator="static", head="frozen")).eval()
+    parts = {name.split(".pgn_")[1].split(".")[0] for name, _ in model.named_parameters() if "pgn_" in name}
+    assert parts == {"library"}
+    assert answer(model, pixel_values).shape == (4, 5)
+    assert model.config.num_labels == 5
+
+
 def test_a_look_alikes_head_must_be_linear_or_be_left_alone(pixel_values):
     mlp = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 5))
     with pytest.raises(TypeError, match="must have a linear head, but got a Sequential at 'classifier'"):
