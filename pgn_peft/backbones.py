@@ -76,8 +76,9 @@ def find_backbone(model: nn.Module, target_modules: list[str] | None = None) -> 
         ValueError: `target_modules` names no module, or one that is not the embeddings of a ViT.
     """
     name = type(model).__name__
-    supported = next((SUPPORTED[base.__name__] for base in type(model).__mro__ if base.__name__ in SUPPORTED), None)
-    if supported is not None:
+    architecture = architecture_of(model)
+    if architecture is not None:
+        supported = SUPPORTED[architecture]
         if target_modules is not None and not _ends_with(supported.embeddings, target_modules[0]):
             raise ValueError(
                 f"`target_modules` must be [{supported.embeddings!r}] for a {name}, but got {target_modules!r}. "
@@ -95,6 +96,11 @@ def find_backbone(model: nn.Module, target_modules: list[str] | None = None) -> 
             "PGNConfig(target_modules='...embeddings')."
         )
     return _find_look_alike(model, target_modules[0])
+
+
+def architecture_of(model: nn.Module) -> str | None:
+    """Name the supported architecture that `model` is, or is a subclass of; None if it is neither."""
+    return next((base.__name__ for base in type(model).__mro__ if base.__name__ in SUPPORTED), None)
 
 
 def _find_look_alike(model: nn.Module, target: str) -> Backbone:

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME
 
 from pgn_peft.generator import MIXINGS, NORMS, TRUNKS
 from pgn_peft.labels import PROBLEM_TYPES, normalize_id2label
 from pgn_peft.version import __version__
+from pgn_peft.weights import check_saved_weights
 
 GENERATORS = (*TRUNKS, "static")
 HEADS = ("trained", "frozen")
 HEAD_NAMES = ("classifier",)
+
+# field -> smallest and largest value, and whether None is one. The upper bounds keep a file that cannot be meant from
+# taking all memory; they are far beyond what the method is used with.
+INTEGERS = {
+    "num_virtual_tokens": (1, 65_536, False),
+    "library_size": (1, 1_048_576, False),
+    "generator_image_size": (8, 4096, True),
+    "generator_width": (4, 1024, False),
+    "num_labels": (1, 10_000_000, True),
+    "hidden_size": (1, 65_536, True),
+    "num_channels": (1, 4096, True),
+}
 
 
 class PGNPeftType(str, enum.Enum):  # noqa: UP042  (PEFT reads the name off str(member), "PGNPeftType.PGN")
@@ -112,13 +124,8 @@ class PGNConfig(PeftConfig):
                 f"`task_type` must be None, but got {self.task_type!r}. PEFT has no image task, and its task classes "
                 "pass `input_ids`; leave it out."
             )
-        _check_int("num_virtual_tokens", self.num_virtual_tokens, minimum=1)
-        _check_int("library_size", self.library_size, minimum=1)
-        _check_int("generator_image_size", self.generator_image_size, minimum=8, optional=True)
-        _check_int("generator_width", self.generator_width, minimum=4)
-        _check_int("num_labels", self.num_labels, minimum=1, optional=True)
-        _check_int("hidden_size", self.hidden_size, minimum=1, optional=True)
-        _check_int("num_channels", self.num_channels, minimum=1, optional=True)
+        for name, (minimum, maximum, optional) in INTEGERS.items():
+            setattr(self, name, _integer(name, getattr(self, name), minimum, maximum, optional))
         _check_choice("generator", self.generator, GENERATORS)
         _check_choice("generator_norm", self.generator_norm, tuple(NORMS))
         _check_choice("mixing", self.mixing, tuple(MIXINGS))
@@ -156,33 +163,15 @@ class PGNConfig(PeftConfig):
 
         Raises:
             ValueError: there is no configuration, or the weights that belong beside it in a local directory are not
-                there or cannot be read. PEFT would find that out after it had changed the model.
+                there, cannot be read, or are not what it describes. PEFT would find that out after it had changed the
+                model, or not at all.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         # The width is recorded when an adapter is made; without it this is a bare configuration.
         if folder.joinpath(CONFIG_NAME).is_file() and config.hidden_size is not None:
-            _check_weights(folder)
+            check_saved_weights(folder, config)
         return config
-
-
-def _check_weights(folder: Path) -> None:
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        if folder.joinpath(WEIGHTS_NAME).is_file():
-            return
-        raise ValueError(
-            f"`{folder}` must hold the adapter's weights, but got no {SAFETENSORS_WEIGHTS_NAME} there. Copy or "
-            "download the adapter again."
-        )
-    try:
-        with safe_open(weights, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(
-            f"`{weights}` must be a complete safetensors file, but reading it failed: {error}. Copy or download the "
-            "adapter again."
-        ) from error
 
 
 def refuse_head_in_modules_to_save(name: str) -> None:
@@ -194,13 +183,14 @@ def refuse_head_in_modules_to_save(name: str) -> None:
     )
 
 
-def _check_int(name: str, value: Any, minimum: int, optional: bool = False) -> None:
+def _integer(name: str, value: Any, minimum: int, maximum: int, optional: bool) -> int | None:
     if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer, but got {value!r}. Use a whole number of at least {minimum}.")
-    if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, but got {value!r}. Use a larger number.")
+    if not minimum <= value <= maximum:
+        raise ValueError(f"`{name}` must lie in {minimum}..{maximum}, but got {value!r}. Use a number in this range.")
+    return int(value)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -213,8 +203,8 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_scale(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, but got {value!r}. The official code uses 0.02.")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be positive and finite, but got {value!r}. The official code uses 0.02.")
+    if not 0 < value <= 1000:
+        raise ValueError(f"`{name}` must lie in 0..1000, above 0, but got {value!r}. The official code uses 0.02.")
 
 
 def _names(name: str, value: Any) -> list[str] | None:

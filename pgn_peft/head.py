@@ -86,8 +86,9 @@ class PGNHead(PGNTunerLayer, nn.Module):
 
     def show_labels(self) -> None:
         """Make the model's config show the labels of the head that answers now."""
-        adapter_name = self._answering_adapter()
-        self._show(self.base_labels if adapter_name is None else self.labels[adapter_name])
+        first = next(iter(self.active_adapters), None)
+        # A frozen head has the model's names, and perhaps another `problem_type`.
+        self._show(self.base_labels if self.disable_adapters else self.labels.get(first, self.base_labels))
 
     def show_base_labels(self) -> None:
         """Make the model's config show its own labels again."""

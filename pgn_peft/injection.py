@@ -7,11 +7,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from pgn_peft.backbones import Backbone
+from pgn_peft.backbones import SUPPORTED, Backbone, architecture_of
 from pgn_peft.config import PGNConfig, refuse_head_in_modules_to_save
 from pgn_peft.generator import PromptGenerator
 from pgn_peft.head import PGNHead, labels_of
-from pgn_peft.layer import PGNTunerLayer
+from pgn_peft.layer import PGNLayer, PGNTunerLayer
 from pgn_peft.library import TokenLibrary
 
 
@@ -42,13 +42,30 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     """
     # PEFT tells adapters apart by looking for their names between the dots of tensor names.
     with torch.device("meta"):
-        own = (*PromptGenerator(1, 1).state_dict(), *TokenLibrary(1, 1).state_dict(), "base_layer")
+        own = (*PromptGenerator(1, 1).state_dict(), *TokenLibrary(1, 1).state_dict())
+    containers = (*PGNLayer.adapter_layer_names, *PGNHead.adapter_layer_names)
     base = (name.partition(".pgn_")[0] for name, _ in model.named_modules())
-    parts = {part for name in (*own, *base) for part in name.split(".")}
-    if not adapter_name or "." in adapter_name or adapter_name in parts:
+    parts = {part for name in (*own, *base, "base_model.model.base_layer", *containers) for part in name.split(".")}
+    # ModuleDict keeps adapters under their names, and has attributes of its own.
+    if not adapter_name or "." in adapter_name or adapter_name in parts or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"`adapter_name` must be a word that is no part of a module's name, but got {adapter_name!r}: PEFT would "
             "mistake one for the other when it saves. Choose another name."
+        )
+
+
+def check_origin(config: PGNConfig, model: nn.Module) -> None:
+    """Refuse a saved adapter that was made for another architecture.
+
+    Raises:
+        ValueError: it was.
+    """
+    made_for = (config.auto_mapping or {}).get("base_model_class")
+    found = architecture_of(model)
+    if config.hidden_size is not None and made_for in SUPPORTED and found is not None and found != made_for:
+        raise ValueError(
+            f"`model` must be a {made_for}, which the adapter was made for, but got a {type(model).__name__}. Load "
+            f"the checkpoint as {made_for}."
         )
 
 
@@ -127,6 +144,11 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
             "differently and train it through `modules_to_save`."
         )
     base = head.base_labels if isinstance(head, PGNHead) else labels_of(head, getattr(model, "config", None))
+    if isinstance(plain_head, nn.Linear) and plain_head.out_features != len(base.id2label):
+        raise ValueError(
+            f"`id2label` in the model's config must name {plain_head.out_features} classes, the size of its head, but "
+            f"got {len(base.id2label)}. Mend model.config.id2label."
+        )
     if config.id2label is None and config.num_labels in (None, len(base.id2label)):
         config.id2label = base.id2label or None
         config.problem_type = config.problem_type or base.problem_type
@@ -142,4 +164,9 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
         raise ValueError(
             f"`num_labels` must be {len(base.id2label)}, that of the model, with head='frozen', but got "
             f"{config.num_labels}. Use head='trained' for other labels."
+        )
+    if config.head == "frozen" and config.id2label != base.id2label:
+        raise ValueError(
+            f"`id2label` must be the model's own with head='frozen', but got {config.id2label!r}. Leave it out, or "
+            "give the model these labels first: model.config.id2label = ..."
         )

@@ -9,13 +9,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pgn_peft.config import PGNConfig
-from pgn_peft.generator import PromptGenerator
-from pgn_peft.library import TokenLibrary
+from pgn_peft.weights import make_generator, make_library
 
 NO_MERGE = (
     "A PGN adapter cannot be merged into the model's weights: its prompts depend on the image. Call `unload()` to get "
     "the model back without it, or keep the adapter."
 )
+
+
+# Pillow's name for images of so many channels.
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class PGNTunerLayer(BaseTunerLayer):
@@ -89,29 +92,12 @@ class PGNLayer(PGNTunerLayer, nn.Module):
 
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
         """Create the generator and the library of an adapter."""
-        static = config.generator == "static"
-        self.pgn_library[adapter_name] = self._settle(
-            TokenLibrary(
-                config.num_virtual_tokens if static else config.library_size,
-                self.hidden_size,
-                initializer_range=config.initializer_range,
-            )
-        )
-        if static:
+        self.pgn_library[adapter_name] = self._settle(make_library(config, self.hidden_size))
+        generator = make_generator(config, self.num_channels)
+        if generator is None:
             self._forget(self.pgn_generator, adapter_name)
-            return
-        self.pgn_generator[adapter_name] = self._settle(
-            PromptGenerator(
-                config.num_virtual_tokens,
-                config.library_size,
-                trunk=config.generator,
-                num_channels=self.num_channels,
-                image_size=config.generator_image_size,
-                width=config.generator_width,
-                norm=config.generator_norm,
-                mixing=config.mixing,
-            )
-        )
+        else:
+            self.pgn_generator[adapter_name] = self._settle(generator)
 
     def prompts(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
         """Generate the prompts of one adapter for a batch of images.
@@ -172,9 +158,10 @@ class PGNLayer(PGNTunerLayer, nn.Module):
                 "like pixels in 0..255. Run the image processor first."
             )
         if shape[1] != self.num_channels:
+            mode = PILLOW_MODES.get(self.num_channels, "...")
             raise ValueError(
                 f"`pixel_values` must have {self.num_channels} channels, as the backbone does, but got {shape[1]} in "
-                f"shape {shape}. Convert the images, e.g. image.convert('RGB')."
+                f"shape {shape}. Convert the images, e.g. image.convert({mode!r})."
             )
         side = tuple(self.patch_embeddings.image_size)
         if shape[2:] != side and not kwargs.get("interpolate_pos_encoding"):

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
@@ -19,11 +18,13 @@ from pgn_peft.head import PGNHead
 from pgn_peft.injection import (
     check_adapter_name,
     check_modules_to_save,
+    check_origin,
     record_base,
     record_labels,
     refuse_other_adapters,
 )
 from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer, refuse_adapter_names
+from pgn_peft.weights import compare_tensors
 
 
 class PGNConfigs(dict):
@@ -99,6 +100,7 @@ class PGNModel(BaseTuner):
         try:
             config = copy.deepcopy(self.peft_config[adapter_name])
             config.validate()
+            check_origin(config, model)
             self._backbone = find_backbone(model, config.target_modules)
             check_adapter_name(adapter_name, model)
             check_modules_to_save(config, model, self._backbone)
@@ -197,14 +199,15 @@ class PGNModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        try:
-            _check_tensors(dict(_own_tensors(model, adapter_name)), remapped, cls.prefix)
-        except ValueError:
-            # An adapter left behind with random weights would look like a loaded one.
-            if len(model.peft_config) > 1 and adapter_name not in model.active_adapters:
-                model.delete_adapter(adapter_name)
-            raise
+        # Names in a model that PEFT has not wrapped lack this part; in the file they have it.
+        found = {_without_wrapper(name): tensor for name, tensor in remapped.items() if f".{cls.prefix}" in name}
+        expected = {_without_wrapper(name): tensor for name, tensor in _own_tensors(model, adapter_name)}
+        compare_tensors(expected, found, "state_dict")
         return remapped
+
+
+def _without_wrapper(name: str) -> str:
+    return name.removeprefix("base_model.model.")
 
 
 def _own_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
@@ -217,24 +220,3 @@ def _own_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Ten
                 module = getattr(layer, container)[adapter_name]
                 for name, tensor in module.state_dict().items():
                     yield f"{layer_name}.{container}.{adapter_name}.{name}", tensor
-
-
-def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], prefix: str) -> None:
-    """Compare names, shapes and values of a file's tensors with what the adapter needs. PEFT warns, or is silent."""
-    # Names in a model that PEFT has not wrapped lack this part; in the file they have it.
-    found = {name.removeprefix("base_model.model."): tensor for name, tensor in found.items()}
-    expected = {name.removeprefix("base_model.model."): tensor for name, tensor in expected.items()}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not part of it" for name in found if f".{prefix}" in name and name not in expected]
-    for name in expected.keys() & found.keys():
-        if found[name].shape != expected[name].shape:
-            shapes = f"{tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-            problems.append(f"{name} has the shape {shapes}")
-        elif found[name].is_floating_point() and not torch.isfinite(found[name]).all():
-            problems.append(f"{name} holds NaN or infinity")
-    if problems:
-        listed = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(
-            f"`state_dict` must hold the tensors of the adapter that its config describes, but got others: {listed}. "
-            "Weights and adapter_config.json do not belong together, or the file was damaged; fetch both again."
-        )

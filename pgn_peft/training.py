@@ -135,7 +135,11 @@ def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> Pat
 
 def _read_checkpoint(path: Path, world_size: int) -> None:
     json.loads((path / "trainer_state.json").read_text())
-    load_file(path / SAFETENSORS_WEIGHTS_NAME)
+    weights = list(path.rglob(SAFETENSORS_WEIGHTS_NAME))  # an adapter with a name lies in a folder of that name
+    if not weights:
+        raise FileNotFoundError(f"no {SAFETENSORS_WEIGHTS_NAME}")
+    for file in weights:
+        load_file(file)
     random_states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
     for name in ("optimizer.pt", "scheduler.pt", *random_states):
         # torch.save writes zip archives. Their checksums are enough here, and nothing is unpickled.

@@ -46,6 +46,10 @@ from pgn_peft import PGNConfig, __version__
         ("task_type", "SEQ_CLS", ValueError),
         ("hidden_size", 0, ValueError),
         ("num_channels", 1.5, TypeError),
+        ("library_size", 10**30, ValueError),
+        ("generator_width", 10**7, ValueError),
+        ("generator_image_size", 10**6, ValueError),
+        ("initializer_range", 10**400, ValueError),
     ],
 )
 def test_impossible_value_is_refused_by_name_and_value(field, value, error):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
-from peft import AutoPeftModel, PeftModel, get_peft_model
+from peft import AutoPeftModel, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageClassification,
@@ -74,30 +74,94 @@ def poison(tensors):
     tensors["base_model.model.classifier.pgn_head.weight"][0, 0] = float("nan")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (drop, "pgn_library.default.tokens is missing"),
-        (add, "pgn_library.extra is not part of it"),
-        (reshape, r"pgn_head.default.weight has the shape \(7, 32\) instead of \(2, 32\)"),
-        (poison, "pgn_head.default.weight holds NaN or infinity"),
-    ],
-)
-def test_tampered_weights_are_refused(change, message, saved):
-    edit_weights(saved, change)
-    with pytest.raises(ValueError, match=f"`state_dict` must hold the tensors.*{message}"):
-        PeftModel.from_pretrained(tiny_vit(), saved)
+CHANGES = [
+    (drop, "pgn_library.tokens is missing"),
+    (add, "pgn_library.extra is not part of it"),
+    (reshape, r"pgn_head.weight has the shape \(7, 32\) instead of \(2, 32\)"),
+    (poison, "pgn_head.weight holds NaN or infinity"),
+]
 
 
-@pytest.mark.parametrize("change", [drop, add, reshape, poison])
-def test_a_failed_load_leaves_no_adapter_behind(change, saved, model, pixel_values):
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_tampered_weights_are_refused_before_the_model_is_touched(change, message, saved, model, pixel_values):
     expected = answer(model, pixel_values)
     edit_weights(saved, change)
-    with pytest.raises(ValueError, match="`state_dict` must hold the tensors"):
+    base = tiny_vit()
+    before = str(base)
+    message = f"adapter_model.safetensors` must hold the tensors of the adapter .*{message}"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, saved)
+    with pytest.raises(ValueError, match=message):
         model.load_adapter(saved, adapter_name="second")
+    assert str(base) == before
     assert list(model.peft_config) == ["default"]
-    assert not any("second" in name for name in model.state_dict())
     assert torch.equal(answer(model, pixel_values), expected)
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_tampered_tensors_are_refused_and_the_adapter_kept(change, message, saved, model, pixel_values):
+    expected = answer(model, pixel_values)
+    edit_weights(saved, change)
+    message = message.replace("tokens", "default.tokens").replace("pgn_head", "pgn_head.default")
+    with pytest.raises(ValueError, match=f"`state_dict` must hold the tensors .*{message}"):
+        set_peft_model_state_dict(model, load_file(saved / "adapter_model.safetensors"))
+    assert torch.equal(answer(model, pixel_values), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"generator_width": 8},
+        {"generator_norm": "group"},
+        {"generator": "static"},
+        {"library_size": 1_000_000},
+        {"num_virtual_tokens": 65_536},
+        {"num_labels": 4, "id2label": None},
+        {"head": "frozen"},
+        {"modules_to_save": ["vit.layernorm"]},
+    ],
+)
+def test_a_config_that_does_not_describe_the_weights_is_refused(change, saved):
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    base = tiny_vit()
+    before = str(base)
+    with pytest.raises(ValueError, match=r"must hold the tensors of the adapter|must name modules that were saved"):
+        PeftModel.from_pretrained(base, saved)
+    assert str(base) == before
+
+
+def test_a_failed_load_onto_an_existing_adapter_keeps_it(model, pixel_values, tmp_path):
+    model.add_adapter("trained", tiny_config(num_labels=2))
+    move_adapter(model, seed=4)
+    model.set_adapter("trained")
+    expected = answer(model, pixel_values)
+    model.set_adapter("default")
+    get_peft_model(tiny_vit(), tiny_config(num_labels=3)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="`state_dict` must hold the tensors"):
+        model.load_adapter(tmp_path / "other", adapter_name="trained")
+    model.set_adapter("trained")
+    assert torch.equal(answer(model, pixel_values), expected)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "loaded_on"),
+    [
+        ("ViTForImageClassification", "DeiTForImageClassification"),
+        ("ViTForImageClassification", "ViTMSNForImageClassification"),
+        ("ViTForImageClassification", "ViTModel"),
+        ("ViTModel", "ViTForImageClassification"),
+    ],
+)
+def test_an_adapter_made_for_another_architecture_is_refused(made_for, loaded_on, tmp_path):
+    get_peft_model(tiny_vit(made_for), tiny_config()).save_pretrained(tmp_path)
+    base = tiny_vit(loaded_on)
+    before = str(base)
+    with pytest.raises(
+        ValueError, match=f"`model` must be a {made_for}, which the adapter was made for, but got a {loaded_on}"
+    ):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert str(base) == before
 
 
 def test_transformers_own_loader_reports_missing_tensors_and_refuses_other_shapes(saved):

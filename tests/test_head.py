@@ -140,6 +140,18 @@ def test_transformers_own_adapter_methods(pixel_values, tmp_path):
     assert model.config.num_labels == 5
 
 
+def test_frozen_head_with_other_names_is_refused_and_another_problem_type_is_followed(pixel_values):
+    with pytest.raises(ValueError, match="`id2label` must be the model's own with head='frozen', but got {0: 'v'"):
+        get_peft_model(tiny_vit(), tiny_config(head="frozen", id2label=dict(enumerate("vwxyz"))))
+    model = get_peft_model(tiny_vit(), tiny_config(head="frozen", problem_type="multi_label_classification"))
+    targets = torch.eye(5)[:4]
+    outputs = model(pixel_values, labels=targets)
+    expected = nn.functional.binary_cross_entropy_with_logits(outputs.logits, targets)
+    torch.testing.assert_close(outputs.loss, expected)
+    with model.disable_adapter():
+        assert model.config.problem_type is None
+
+
 def test_a_backbone_for_features_has_no_head():
     model = get_peft_model(tiny_vit("ViTModel"), tiny_config())
     assert not any(isinstance(module, PGNHead) for module in model.modules())

@@ -102,7 +102,10 @@ def test_modules_to_save_may_not_take_what_pgn_wraps_or_nothing(name, reason):
     assert str(base) == before
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "trunk", "head", "layers", "0", "vit", "tokens"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "a.b", "trunk", "head", "layers", "0", "vit", "tokens", "model", "pgn_head", "pgn_library", "train", "pop"],
+)
 def test_adapter_names_that_peft_would_confuse_are_refused(name, model, pixel_values):
     expected = answer(model, pixel_values)
     with pytest.raises(ValueError, match=f"`adapter_name` must be a word.*but got {name!r}"):
@@ -160,3 +163,18 @@ def test_pgn_on_a_model_with_another_method_is_refused(pixel_values):
 def test_peft_mixed_model_is_refused():
     with pytest.raises(ValueError, match="'PGN' is not compatible with the `PeftMixedModel`"):
         get_peft_model(tiny_vit(), tiny_config(), mixed=True)
+
+
+def test_a_one_channel_backbone_asks_for_grey_images():
+    model = get_peft_model(tiny_vit(num_channels=1), tiny_config())
+    with pytest.raises(ValueError, match=r"must have 1 channels.*image.convert\('L'\)"):
+        model(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_head_of_another_size_than_the_models_labels_is_refused():
+    base = tiny_vit()
+    base.config.id2label = {0: "a", 1: "b"}
+    before = str(base)
+    with pytest.raises(ValueError, match="`id2label` in the model's config must name 5 classes, the size of its head"):
+        get_peft_model(base, tiny_config())
+    assert str(base) == before

@@ -151,6 +151,12 @@ def test_a_checkpoint_is_complete_for_its_number_of_processes(run):
     assert last_complete_checkpoint(run, world_size=2) == run / "checkpoint-18"
 
 
+def test_a_checkpoint_of_an_adapter_with_a_name(run):
+    (run / "checkpoint-20/mine").mkdir()
+    (run / "checkpoint-20/adapter_model.safetensors").rename(run / "checkpoint-20/mine/adapter_model.safetensors")
+    assert last_complete_checkpoint(run) == run / "checkpoint-20"
+
+
 def test_checkpoints_are_ordered_by_number(run):
     shutil.copytree(run / "checkpoint-2", run / "checkpoint-100")
     assert last_complete_checkpoint(run) == run / "checkpoint-100"
