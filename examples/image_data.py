@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from huggingface_hub.errors import HFValidationError
 from torchvision.transforms import v2
 from transformers import AutoImageProcessor
 
@@ -55,41 +57,58 @@ def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
         if column not in splits["train"].column_names:
             raise SystemExit(
                 f"`image_column` and `label_column` must be columns of the data set, but got {column!r}. It has: "
-                f"{', '.join(splits['train'].column_names)}."
+                f"{', '.join(splits['train'].column_names)}. (A folder of images needs one subfolder a class, and no "
+                "images beside these.)"
             )
     splits = splits.select_columns(list(columns))
     splits = splits.rename_columns({old: new for old, new in columns.items() if old != new})
     splits = splits.cast_column("image", Image(mode="RGB"))
     if not isinstance(splits["train"].features["label"], ClassLabel):
         splits = splits.class_encode_column("label")
+    _check_classes(splits)
     if "validation" not in splits:
         has_test = "test" in splits
-        splits["train"], rest = _divide(splits["train"], 0.1 if has_test else 0.2, seed)
-        splits["validation"], test = (rest, None) if has_test else _divide(rest, 0.5, seed)
+        counts = Counter(splits["train"]["label"])
+        splits["train"], rest = _divide(splits["train"], 0.1 if has_test else 0.2, seed, counts)
+        splits["validation"], test = (rest, None) if has_test else _divide(rest, 0.5, seed, counts)
         if test is not None:
             splits["test"] = test
-    _check_classes(splits)
-    if arguments.max_train_samples is not None and arguments.max_train_samples < len(splits["train"]):
-        splits["train"], _ = _divide(splits["train"], len(splits["train"]) - arguments.max_train_samples, seed)
+    wanted, available = arguments.max_train_samples, len(splits["train"])
+    classes = splits["train"].features["label"].num_classes
+    if wanted is not None and wanted < classes:
+        raise SystemExit(f"`max_train_samples` must be at least {classes}, one a class, but got {wanted}. Use more.")
+    if wanted is not None and available - wanted >= classes:
+        splits["train"], _ = _divide(splits["train"], available - wanted, seed, Counter(splits["train"]["label"]))
+    elif wanted is not None and wanted < available:
+        splits["train"] = splits["train"].shuffle(seed=seed).select(range(wanted))  # too few to leave out by class
     return splits
 
 
 def _read(source: str) -> DatasetDict:
     folder = Path(source)
-    if folder.is_dir() and (files := sorted(folder.glob("*.parquet"))):
-        # One by one: together, all files would get the class names of the first, right or wrong.
-        return DatasetDict({file.stem: load_dataset("parquet", data_files=str(file), split="train") for file in files})
-    if folder.is_dir():
-        return load_dataset("imagefolder", data_dir=str(folder))
-    return load_dataset(source)
+    files: dict[str, list[str]] = {}
+    for file in sorted(folder.rglob("*.parquet")) if folder.is_dir() else ():
+        split = re.sub(r"-\d{5}-of-\d{5}.*", "", file.stem)  # as data sets are cut on the Hub
+        files.setdefault(split, []).append(str(file))
+    if files:
+        # One by one: together, all splits would get the class names of the first, right or wrong.
+        return DatasetDict(
+            {split: load_dataset("parquet", data_files=names, split="train") for split, names in files.items()}
+        )
+    try:
+        return load_dataset("imagefolder", data_dir=source) if folder.is_dir() else load_dataset(source)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise SystemExit(
+            f"`dataset` must be a folder of images or parquet files, or the id of a data set, but got {source!r}: "
+            f"{error}. Look for a misspelt path."
+        ) from error
 
 
-def _divide(rows: Dataset, share: float | int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off a share (or number) of the rows, the same part of each class."""
+def _divide(rows: Dataset, share: float | int, seed: int, counts: Counter) -> tuple[Dataset, Dataset]:
+    """Split off a share (or number) of the rows, the same part of each class; `counts` is for the message."""
     try:
         cut = rows.train_test_split(test_size=share, stratify_by_column="label", seed=seed)
     except ValueError as error:
-        counts = Counter(rows["label"])
         names = rows.features["label"].names
         rare = ", ".join(f"{names[label]} ({count})" for label, count in counts.most_common()[:-4:-1])
         raise SystemExit(
@@ -103,6 +122,8 @@ def _check_classes(splits: DatasetDict) -> None:
     names = splits["train"].features["label"].names
     for split, rows in splits.items():
         found = set(rows["label"])
+        if None in found or -1 in found:
+            raise SystemExit(f"`label` must be there for every image, but got none for some in {split!r}. Drop them.")
         if rows.features["label"].names != names or not found <= set(range(len(names))):
             raise SystemExit(
                 f"`label` must have the same classes in all splits, but got other ones in {split!r}. Rebuild the "

@@ -179,6 +179,17 @@ def make_trainer(
     )
 
 
+def check_same_adapter(wanted: PGNConfig, found: PGNConfig) -> None:
+    """Stop rather than go on with an adapter for other classes, or of another kind."""
+    made_elsewhere = {"inference_mode", "peft_version", "pgn_peft_version", "base_model_name_or_path"}
+    for name, value in wanted.to_dict().items():
+        if name not in made_elsewhere and found.to_dict()[name] != value:
+            raise SystemExit(
+                f"`resume_from_checkpoint` must name a run with the same {name}, {value!r}, but got one with "
+                f"{found.to_dict()[name]!r}. Give the arguments of that run, or another output_dir."
+            )
+
+
 def write_card(folder: Path, adapter: AdapterArguments, data: DataArguments, results: dict, labels: list[str]) -> None:
     """Write a model card with what a stranger needs: how to load it, what it knows, how good it is."""
     call = ", interpolate_pos_encoding=True" if data.image_size is not None else ""
@@ -252,6 +263,8 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
             if named
             else last_complete_checkpoint(arguments.output_dir, arguments.world_size)
         )
+        if checkpoint is not None:
+            check_same_adapter(model.peft_config["default"], PGNConfig.from_pretrained(str(checkpoint)))
         print(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint, starting from the beginning")
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,34 +36,52 @@ class ImageCollator:
 
         Args:
             examples: each with `pixel_values` (C, H, W), floating point and normalised, and optionally `labels` or
-                `label`: a class index, a float (regression) or n floats (multi-label).
+                `label`: a class index, a number (regression) or n numbers (multi-label), for all examples or none.
 
         Returns:
             `pixel_values` (B, C, H, W) and, where the examples have them, `labels`: (B,) int64, or float32 (B,) or
             (B, n).
 
         Raises:
-            TypeError: an image is not a floating-point tensor.
+            TypeError: an image is not there or not a floating-point tensor.
             ValueError: images differ in shape, hold NaN, infinity or pixels in 0..255, or a label is out of range.
         """
+        for index, example in enumerate(examples):
+            if not isinstance(example.get("pixel_values"), (Tensor, np.ndarray, list)):
+                raise TypeError(
+                    f"`pixel_values` must be a tensor in every example, but got {example.get('pixel_values')!r} in "
+                    f"example {index}, which has the keys {', '.join(example)}. Run the image processor on it."
+                )
         images = [torch.as_tensor(example["pixel_values"]) for example in examples]
         for index, image in enumerate(images):
             _check_image(index, image, images[0])
         batch: dict[str, Any] = {"pixel_values": torch.stack(images)}
         labels = [example.get("labels", example.get("label")) for example in examples]
-        if labels[0] is not None:
+        if any(label is not None for label in labels):
             batch["labels"] = self._stack_labels(labels)
         if self.interpolate_pos_encoding:
             batch["interpolate_pos_encoding"] = True
         return batch
 
     def _stack_labels(self, labels: list[Any]) -> Tensor:
+        if None in labels:
+            raise ValueError(
+                f"`labels` must be there for all examples of a batch or for none, but got None in example "
+                f"{labels.index(None)}. Drop examples without a label."
+            )
         stacked = torch.stack([torch.as_tensor(label) for label in labels])
-        if stacked.is_floating_point():
-            if not torch.isfinite(stacked).all():
-                raise ValueError(f"`labels` must be finite, but got {stacked.tolist()}. Drop those examples.")
+        if not torch.isfinite(stacked).all():
+            raise ValueError(f"`labels` must be finite, but got {stacked.tolist()}. Drop those examples.")
+        if stacked.ndim > 1:  # one number for each label: multi-label or regression
+            if self.num_labels is not None and stacked.shape[1:] != (self.num_labels,):
+                raise ValueError(
+                    f"`labels` must have {self.num_labels} numbers each, the size of the head, but got "
+                    f"{tuple(stacked.shape[1:])}. Give one for each of the adapter's labels."
+                )
             return stacked.float()
-        if self.num_labels is not None and stacked.ndim == 1:
+        if stacked.is_floating_point() or self.num_labels == 1:
+            return stacked.float()
+        if self.num_labels is not None:
             outside = [int(label) for label in stacked if not 0 <= label < self.num_labels]
             if outside:
                 raise ValueError(
@@ -78,7 +97,12 @@ def _check_image(index: int, image: Tensor, first: Tensor) -> None:
             f"`pixel_values` must be normalised floating-point images, but got {image.dtype} in example {index}. Run "
             "the image processor on it."
         )
-    if image.ndim != 3 or image.shape != first.shape:
+    if image.ndim != 3:
+        raise ValueError(
+            f"`pixel_values` must have the axes (C, H, W), but got {tuple(image.shape)} in example {index}. Take the "
+            "batch axis off: processor(...)['pixel_values'][0]."
+        )
+    if image.shape != first.shape:
         raise ValueError(
             f"`pixel_values` must all have one shape (C, H, W), but got {tuple(image.shape)} in example {index} "
             f"beside {tuple(first.shape)}. Resize the images and convert them to the same number of channels."

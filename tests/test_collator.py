@@ -50,7 +50,13 @@ def test_regression_and_multi_label_targets_stay_floats(labels, shape):
         ({"pixel_values": torch.zeros(3, 8, 8, dtype=torch.uint8)}, TypeError, "torch.uint8 in example 1"),
         ({"pixel_values": torch.full((3, 8, 8), 255.0)}, ValueError, "normalised, but got 255 in example 1"),
         ({"pixel_values": torch.zeros(1, 8, 8)}, ValueError, r"got \(1, 8, 8\) in example 1 beside \(3, 8, 8\)"),
-        ({"pixel_values": torch.zeros(8, 8)}, ValueError, r"got \(8, 8\) in example 1 beside \(3, 8, 8\)"),
+        ({"pixel_values": torch.zeros(1, 3, 8, 8)}, ValueError, r"\(C, H, W\), but got \(1, 3, 8, 8\) in example 1"),
+        (
+            {"pixel_values": None},
+            TypeError,
+            "tensor in every example, but got None in example 1.*pixel_values, labels",
+        ),
+        ({"pixel_values": "a.jpg"}, TypeError, "tensor in every example, but got 'a.jpg' in example 1"),
     ],
 )
 def test_bad_images_are_found(replaced, error, message):
@@ -68,3 +74,21 @@ def test_a_label_outside_the_head_is_found(label):
 def test_a_target_that_is_not_a_number_is_found():
     with pytest.raises(ValueError, match="`labels` must be finite, but got"):
         ImageCollator()(examples(labels=[0.5, float("nan"), 1.0]))
+
+
+def test_integer_targets_of_several_labels_or_of_a_regression_become_floats():
+    assert ImageCollator(num_labels=2)(examples([[1, 0], [0, 1], [1, 1]]))["labels"].dtype == torch.float32
+    assert ImageCollator(num_labels=1)(examples([3, 7, 2]))["labels"].tolist() == [3.0, 7.0, 2.0]
+
+
+def test_a_target_with_another_number_of_labels_is_found():
+    with pytest.raises(ValueError, match=r"`labels` must have 3 numbers each, the size of the head, but got \(2,\)"):
+        ImageCollator(num_labels=3)(examples([[1, 0], [0, 1], [1, 1]]))
+
+
+@pytest.mark.parametrize("labels", [(None, 1, 2), (0, None, 2)])
+def test_a_missing_label_among_others_is_found(labels):
+    with pytest.raises(
+        ValueError, match=f"`labels` must be there for all .* got None in example {labels.index(None)}"
+    ):
+        ImageCollator()(examples(labels))

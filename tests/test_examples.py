@@ -180,7 +180,7 @@ def test_parquet_files_another_size_and_a_static_control(material, tmp_path):
         ({"--output_dir": "/proc/nowhere"}, "`output_dir` must be writable, but got '/proc/nowhere'"),
         ({"--label_column": "species"}, "must be columns of the data set, but got 'species'. It has: image, label"),
         ({"--generator": "resnet18"}, "`generator` must be one of resnet10, static, but got 'resnet18'"),
-        ({"--num_virtual_tokens": "0"}, "`num_virtual_tokens` must be at least 1, but got 0"),
+        ({"--num_virtual_tokens": "0"}, "`num_virtual_tokens` must lie in 1..65536, but got 0"),
     ],
 )
 def test_bad_arguments_are_found_before_training(material, tmp_path, change, message):
@@ -223,7 +223,11 @@ def test_sources_with_some_splits_only(material, tmp_path):
     images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
     images.to_parquet(tmp_path / "train.parquet")
     assert split_sizes(tmp_path) == {"train": 64, "validation": 8, "test": 8}
-    assert split_sizes(tmp_path, max_train_samples=10) == {"train": 10, "validation": 8, "test": 8}
+    for wanted in (2, 10, 63, 64, 99):
+        sizes = split_sizes(tmp_path, max_train_samples=wanted)
+        assert sizes == {"train": min(wanted, 64), "validation": 8, "test": 8}
+    with pytest.raises(SystemExit, match="`max_train_samples` must be at least 2, one a class, but got 1"):
+        split_sizes(tmp_path, max_train_samples=1)
     images.to_parquet(tmp_path / "test.parquet")
     assert split_sizes(tmp_path) == {"train": 72, "validation": 8, "test": 80}
     (tmp_path / "test.parquet").rename(tmp_path / "valid.parquet")
@@ -231,6 +235,36 @@ def test_sources_with_some_splits_only(material, tmp_path):
     (tmp_path / "train.parquet").rename(tmp_path / "training.parquet")
     with pytest.raises(SystemExit, match="`dataset` must have a split 'train', but got .* with training"):
         split_sizes(tmp_path)
+
+
+def test_files_cut_as_on_the_hub(material, tmp_path):
+    from datasets import load_dataset
+
+    images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
+    (tmp_path / "data").mkdir()
+    for split, shards in {"train": 2, "test": 1}.items():
+        for index in range(shards):
+            images.to_parquet(tmp_path / f"data/{split}-{index:05}-of-{shards:05}.parquet")
+    assert split_sizes(tmp_path) == {"train": 144, "validation": 16, "test": 80}
+
+
+def test_sources_that_are_none_are_named(material, tmp_path):
+    with pytest.raises(SystemExit, match="`dataset` must be a folder .* but got './nowhere'.*misspelt"):
+        split_sizes("./nowhere")
+    flat = tmp_path / "flat"
+    shutil.copytree(material[0] / "images/red", flat)
+    with pytest.raises(SystemExit, match="but got 'label'. It has: image.*one subfolder a class"):
+        split_sizes(flat)
+
+
+def test_resuming_with_another_adapter_is_refused(finished, material, tmp_path):
+    import train_image_classifier as script
+
+    folder = shutil.copytree(finished[0], tmp_path / "adapter")
+    command = [str(word) for word in with_output(material[1], folder, "--resume_from_checkpoint", "true")[2:]]
+    for change, field in ({"--library_size": "9"}, "library_size"), ({"--mixing": "sigmoid"}, "mixing"):
+        with pytest.raises(SystemExit, match=f"`resume_from_checkpoint` must name a run with the same {field}"):
+            script.main([*command, *next(iter(change.items()))])
 
 
 def test_classes_named_by_strings_and_columns_of_other_names(material, tmp_path):
