@@ -89,6 +89,7 @@ def run(method: str, learning_rate: float, scale: float | None, seed: int, repor
         library_size=options.library_size,
         generator_image_size=protocol["generator_image_size"],
         initializer_range=scale or 0.02,
+        initial_logit_std=options.initial_logit_std,
     )
     model, parameters = build(method, options.model, labels, learning_rate, adapter)
     with tempfile.TemporaryDirectory() as folder:
@@ -127,6 +128,8 @@ def run(method: str, learning_rate: float, scale: float | None, seed: int, repor
 def settings(options: argparse.Namespace) -> dict:
     """Return what, beside method, grid and seed, makes a run what it is."""
     names = ("protocol", "augmentation", "num_virtual_tokens", "library_size")
+    # Written down only where it is used: it came after the first runs.
+    names += ("initial_logit_std",) if options.initial_logit_std else ()
     return {name: getattr(options, name) for name in names} | {"data": Path(options.data).name}
 
 
@@ -146,8 +149,11 @@ def run_all(options: argparse.Namespace) -> list[dict]:
     results = Path(options.results)
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     selection = settings(options) | {"protocol": options.settings_of or options.protocol}
+    selection.pop("initial_logit_std", None)
     chosen_from = [row for row in rows if selection.items() <= row.items() and not row["report"]]
     rows = [row for row in rows if settings(options).items() <= row.items()]
+    if not options.initial_logit_std:
+        rows = [row for row in rows if "initial_logit_std" not in row]
 
     def choose(method: str) -> tuple[float, float | None]:
         if options.settings_of is None:
@@ -212,6 +218,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--augmentation", choices=tuple(image_data.AUGMENTATIONS), default="flip")
     parser.add_argument("--num_virtual_tokens", type=int, default=16)
     parser.add_argument("--library_size", type=int, default=64)
+    parser.add_argument("--initial_logit_std", type=float, default=0.0, help="for PGN; the runs are kept apart")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
     options = parser.parse_args(command_line)
     with tempfile.TemporaryDirectory() as folder:

@@ -69,6 +69,7 @@ class AdapterArguments:
     generator_norm: str = "batch"
     mixing: str = "softmax"
     initializer_range: float = 0.02
+    initial_logit_std: float = 0.0
 
     def config(self, labels: list[str]) -> PGNConfig:
         """Return the adapter's configuration for these classes."""
@@ -81,6 +82,7 @@ class AdapterArguments:
             generator_norm=self.generator_norm,
             mixing=self.mixing,
             initializer_range=self.initializer_range,
+            initial_logit_std=self.initial_logit_std,
             id2label=dict(enumerate(labels)),
         )
 

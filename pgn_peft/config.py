@@ -56,6 +56,8 @@ class PGNConfig(PeftConfig):
         generator_norm: "batch", as in the official code, or "group", which needs no running statistics.
         mixing: "softmax" over the library or "sigmoid" for each of its entries.
         initializer_range: standard deviation of the initial library (or static prompts).
+        initial_logit_std: standard deviation of the offsets that the mixing logits start from. 0, as in the official
+            code: all prompts start as nearly the same mixture. 4: each prompt starts near a library token of its own.
         head: "trained": the adapter owns a classification head for its own labels; "frozen": the model's head and
             labels are used and only the prompts are trained.
         id2label: names of the adapter's classes by index, 0 to n-1. None: the model's own labels, or LABEL_0 to
@@ -89,6 +91,7 @@ class PGNConfig(PeftConfig):
     generator_norm: str = field(default="batch", metadata={"help": "'batch' or 'group'."})
     mixing: str = field(default="softmax", metadata={"help": "'softmax' or 'sigmoid'."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial library."})
+    initial_logit_std: float = field(default=0.0, metadata={"help": "Spread of the initial mixing logits."})
     head: str = field(default="trained", metadata={"help": "'trained' or 'frozen'."})
     id2label: dict[int, str] | None = field(default=None, metadata={"help": "Names of the classes by index."})
     num_labels: int | None = field(default=None, metadata={"help": "Number of classes."})
@@ -132,7 +135,8 @@ class PGNConfig(PeftConfig):
         _check_choice("head", self.head, HEADS)
         if self.problem_type is not None:
             _check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
-        _check_scale("initializer_range", self.initializer_range)
+        _check_scale("initializer_range", self.initializer_range, "0.02")
+        _check_scale("initial_logit_std", self.initial_logit_std, "0", zero=True)
         self.target_modules = _one_name("target_modules", self.target_modules)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save)
         for name in self.modules_to_save or ():
@@ -200,11 +204,13 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {value!r}. Choose one of these.")
 
 
-def _check_scale(name: str, value: Any) -> None:
+def _check_scale(name: str, value: Any, official: str, zero: bool = False) -> None:
+    remedy = f"The official code uses {official}."
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a number, but got {value!r}. The official code uses 0.02.")
-    if not 0 < value <= 1000:
-        raise ValueError(f"`{name}` must lie in 0..1000, above 0, but got {value!r}. The official code uses 0.02.")
+        raise TypeError(f"`{name}` must be a number, but got {value!r}. {remedy}")
+    if not (0 < value <= 1000 or (zero and value == 0)):
+        bound = "" if zero else ", above 0"
+        raise ValueError(f"`{name}` must lie in 0..1000{bound}, but got {value!r}. {remedy}")
 
 
 def _names(name: str, value: Any) -> list[str] | None:

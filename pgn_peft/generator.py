@@ -133,6 +133,8 @@ class PromptGenerator(nn.Module):
         width: channels of the trunk's stem.
         norm: "batch", as in the official code, or "group", which needs no running statistics.
         mixing: "softmax" (coefficients of a prompt sum to 1) or "sigmoid" (each lies in [0, 1] by itself).
+        initial_logit_std: standard deviation of the bias that each logit starts from; 0 keeps torch's small one, with
+            which all prompts start as nearly the same mixture.
 
     Source: arXiv:2210.06466 and its official code.
     """
@@ -147,6 +149,7 @@ class PromptGenerator(nn.Module):
         width: int = 16,
         norm: str = "batch",
         mixing: str = "softmax",
+        initial_logit_std: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_virtual_tokens = num_virtual_tokens
@@ -155,6 +158,8 @@ class PromptGenerator(nn.Module):
         self.mixing = mixing
         self.trunk = TRUNKS[trunk](num_channels=num_channels, width=width, norm=norm)
         self.head = nn.Linear(self.trunk.num_features, num_virtual_tokens * library_size)
+        if initial_logit_std > 0:
+            nn.init.normal_(self.head.bias, std=initial_logit_std)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -38,6 +38,7 @@ def make_generator(config: PGNConfig, num_channels: int) -> PromptGenerator | No
         width=config.generator_width,
         norm=config.generator_norm,
         mixing=config.mixing,
+        initial_logit_std=config.initial_logit_std,
     )
 
 

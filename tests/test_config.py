@@ -50,6 +50,8 @@ from pgn_peft import PGNConfig, __version__
         ("generator_width", 10**7, ValueError),
         ("generator_image_size", 10**6, ValueError),
         ("initializer_range", 10**400, ValueError),
+        ("initial_logit_std", -1, ValueError),
+        ("initial_logit_std", "4", TypeError),
     ],
 )
 def test_impossible_value_is_refused_by_name_and_value(field, value, error):

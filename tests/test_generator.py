@@ -33,6 +33,15 @@ def test_different_images_get_different_coefficients():
     assert (one - other).abs().max() > 1e-4
 
 
+def test_initial_logit_std_starts_each_prompt_near_a_token_of_its_own():
+    images = torch.randn(2, 3, 32, 32)
+    alike = make(num_virtual_tokens=16, library_size=64).eval()(images)
+    apart = make(num_virtual_tokens=16, library_size=64, initial_logit_std=4.0).eval()(images)
+    assert alike.max() < 0.05
+    assert apart.max(dim=-1).values.median() > 0.5
+    assert len(apart.argmax(dim=-1)[0].unique()) > 8
+
+
 def test_group_norm_answers_for_each_image_by_itself():
     generator = make(norm="group", width=8).train()
     images = torch.randn(4, 3, 32, 32)
