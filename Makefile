@@ -30,7 +30,7 @@ style: $(VENV)/installed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# Builds the wheel and imports it from an empty environment's site-packages, away from the checkout.
+# Builds the wheel into dist/; tests/test_packaging.py imports one from outside the checkout.
 wheel: $(VENV)/installed
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
