@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pgn_peft.resize import resize
+
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation that keeps its promises at the edges.
@@ -115,10 +117,7 @@ def resize_shorter_side(pixel_values: Tensor, size: int) -> Tensor:
     """
     height, width = pixel_values.shape[-2:]
     shorter = min(height, width)
-    if shorter == size:
-        return pixel_values
-    target = (size * height // shorter, size * width // shorter)
-    return F.interpolate(pixel_values, size=target, mode="bilinear", antialias=True)
+    return resize(pixel_values, (size * height // shorter, size * width // shorter))
 
 
 class PromptGenerator(nn.Module):
@@ -135,6 +134,9 @@ class PromptGenerator(nn.Module):
         mixing: "softmax" (coefficients of a prompt sum to 1) or "sigmoid" (each lies in [0, 1] by itself).
         initial_logit_std: standard deviation of the bias that each logit starts from; 0 keeps torch's small one, with
             which all prompts start as nearly the same mixture.
+
+    Attributes:
+        settings: the arguments that say what the parameters are, for files.
 
     Source: arXiv:2210.06466 and its official code.
     """
@@ -156,6 +158,15 @@ class PromptGenerator(nn.Module):
         self.library_size = library_size
         self.image_size = image_size
         self.mixing = mixing
+        self.settings = {
+            "num_virtual_tokens": num_virtual_tokens,
+            "library_size": library_size,
+            "trunk": trunk,
+            "image_size": image_size,
+            "width": width,
+            "norm": norm,
+            "mixing": mixing,
+        }
         self.trunk = TRUNKS[trunk](num_channels=num_channels, width=width, norm=norm)
         self.head = nn.Linear(self.trunk.num_features, num_virtual_tokens * library_size)
         if initial_logit_std > 0:

@@ -117,3 +117,12 @@ def test_initializer_range_is_the_scale_of_the_library():
 def test_sizes_are_those_of_the_official_code():
     generator, library = PromptGenerator(16, 256), TokenLibrary(256, 768)
     assert sum(p.numel() for p in [*generator.parameters(), *library.parameters()]) == 1_032_304
+
+
+def test_a_generator_cast_to_bfloat16_resizes_too():
+    generator = PromptGenerator(2, 3, image_size=16, width=4).eval()
+    images = torch.randn(2, 3, 40, 30)
+    expected = generator(images)
+    found = generator.to(torch.bfloat16)(images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0)
