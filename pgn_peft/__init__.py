@@ -5,9 +5,11 @@ Importing this package makes `peft.get_peft_model` and all of PEFT's loaders kno
 
 from importlib.util import find_spec
 
+from pgn_peft.labels import frequency_mapping
+from pgn_peft.prompter import ImagePrompter
 from pgn_peft.version import __version__
 
-__all__ = ["ImageCollator", "PGNConfig", "PGNModel", "__version__"]
+__all__ = ["ImageCollator", "ImagePrompter", "PGNConfig", "PGNModel", "__version__", "frequency_mapping"]
 
 # Parts of the package serve clients that have torch and no PEFT.
 if find_spec("peft") is not None:

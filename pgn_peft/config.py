@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from pgn_peft import checks
 from pgn_peft.generator import MIXINGS, NORMS, TRUNKS
 from pgn_peft.labels import PROBLEM_TYPES, normalize_id2label
+from pgn_peft.layout import LAYOUTS
 from pgn_peft.version import __version__
 from pgn_peft.weights import check_saved_weights
 
 GENERATORS = (*TRUNKS, "static")
 HEADS = ("trained", "frozen")
+PROMPT_SPACES = ("latent", "pixel")
 HEAD_NAMES = ("classifier",)
 
 # field -> smallest and largest value, and whether None is one. The upper bounds keep a file that cannot be meant from
 # taking all memory; they are far beyond what the method is used with.
 INTEGERS = {
-    "num_virtual_tokens": (1, 65_536, False),
+    "num_virtual_tokens": (1, 65_536, True),
     "library_size": (1, 1_048_576, False),
     "generator_image_size": (8, 4096, True),
     "generator_width": (4, 1024, False),
     "num_labels": (1, 10_000_000, True),
     "hidden_size": (1, 65_536, True),
     "num_channels": (1, 4096, True),
+    "image_size": (8, 16_384, True),
+    "patch_size": (1, 4096, True),
 }
 
 
@@ -46,7 +50,8 @@ class PGNConfig(PeftConfig):
     A field left at None is filled from the model when the adapter is created, and saved with it.
 
     Args:
-        num_virtual_tokens: prompts per image, P.
+        num_virtual_tokens: prompts per image, P. None: 16, or with a `prompt_layout` what fills it: one row of patches
+            for "append", one ring for "canvas". Other numbers must fill whole rows and columns there.
         library_size: learned vectors that prompts are mixed from, L. Unused by the "static" generator.
         generator: "resnet10", the CNN of the official code, or "static": P learned prompts, the same for every image
             (the input-independent control, VPT-shallow).
@@ -58,8 +63,20 @@ class PGNConfig(PeftConfig):
         initializer_range: standard deviation of the initial library (or static prompts).
         initial_logit_std: standard deviation of the offsets that the mixing logits start from. 0, as in the official
             code: all prompts start as nearly the same mixture. 4: each prompt starts near a library token of its own.
+        prompt_space: "latent": prompts are tokens, as in the paper; "pixel": they are patches of valid pixels laid
+            into the image, so that the unmodified model can be adapted through its input alone.
+        prompt_layout: where patches go. "canvas": around the image, which is shrunk into the middle, so that the
+            input keeps its size; "append": in rows and columns added below and at the right. None: "canvas" in pixel
+            space, none in latent space. "append" in latent space prepares for prompt inversion: P must fill the rows.
+        image_size: side of the (square) images with a `prompt_layout`, in pixels. None: the model's own.
+        image_mean: the image processor's mean of each channel, for pixel space.
+        image_std: the image processor's standard deviation of each channel, for pixel space.
+        image_offset: in pixel space, also learn one patch that is added to each of the image's own patches, clipped to
+            valid pixels.
         head: "trained": the adapter owns a classification head for its own labels; "frozen": the model's head and
             labels are used and only the prompts are trained.
+        label_mapping: for each of the adapter's classes the index of the model's class that stands for it, with
+            head="frozen": the model's own answers, read as the task's. See `frequency_mapping`.
         id2label: names of the adapter's classes by index, 0 to n-1. None: the model's own labels, or LABEL_0 to
             LABEL_{n-1} where `num_labels` differs from the model's.
         num_labels: number of classes, instead of or beside `id2label`.
@@ -71,17 +88,18 @@ class PGNConfig(PeftConfig):
             adapter owns it already.
         hidden_size: recorded: the backbone's width D.
         num_channels: recorded: the channels of the backbone's images.
+        patch_size: recorded with a `prompt_layout`: the side of the backbone's patches, in pixels.
         pgn_peft_version: recorded: the version of pgn_peft that made the adapter.
 
     Raises:
         TypeError: a field has the wrong type.
         ValueError: a field has an impossible value.
 
-    Source: arXiv:2210.06466. Differs from the official code: the shorter side is not resized by default, which is
-    what its released checkpoints saw (224 px images at resolution 224).
+    Source: arXiv:2210.06466. Differs from the official code: the shorter side is not resized by default, which is what
+    its released checkpoints saw (224 px images at resolution 224).
     """
 
-    num_virtual_tokens: int = field(default=16, metadata={"help": "Prompts per image."})
+    num_virtual_tokens: int | None = field(default=None, metadata={"help": "Prompts per image."})
     library_size: int = field(default=256, metadata={"help": "Learned vectors that prompts are mixed from."})
     generator: str = field(default="resnet10", metadata={"help": "'resnet10' or 'static'."})
     generator_image_size: int | None = field(
@@ -92,7 +110,16 @@ class PGNConfig(PeftConfig):
     mixing: str = field(default="softmax", metadata={"help": "'softmax' or 'sigmoid'."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial library."})
     initial_logit_std: float = field(default=0.0, metadata={"help": "Spread of the initial mixing logits."})
+    prompt_space: str = field(default="latent", metadata={"help": "'latent' or 'pixel'."})
+    prompt_layout: str | None = field(default=None, metadata={"help": "'append' or 'canvas'."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the images with a layout, in pixels."})
+    image_mean: list[float] | None = field(default=None, metadata={"help": "The processor's mean, for pixel space."})
+    image_std: list[float] | None = field(default=None, metadata={"help": "The processor's deviation, likewise."})
+    image_offset: bool = field(default=True, metadata={"help": "Learn a patch added to the image, in pixel space."})
     head: str = field(default="trained", metadata={"help": "'trained' or 'frozen'."})
+    label_mapping: list[int] | None = field(
+        default=None, metadata={"help": "The model's class for each of the adapter's, with a frozen head."}
+    )
     id2label: dict[int, str] | None = field(default=None, metadata={"help": "Names of the classes by index."})
     num_labels: int | None = field(default=None, metadata={"help": "Number of classes."})
     problem_type: str | None = field(default=None, metadata={"help": "Transformers' problem type."})
@@ -104,6 +131,7 @@ class PGNConfig(PeftConfig):
     )
     hidden_size: int | None = field(default=None, metadata={"help": "Recorded: the backbone's width."})
     num_channels: int | None = field(default=None, metadata={"help": "Recorded: channels of the images."})
+    patch_size: int | None = field(default=None, metadata={"help": "Recorded: side of the backbone's patches."})
     pgn_peft_version: str | None = field(default=None, metadata={"help": "Recorded: version of pgn_peft."})
 
     def __post_init__(self) -> None:
@@ -128,21 +156,54 @@ class PGNConfig(PeftConfig):
                 "pass `input_ids`; leave it out."
             )
         for name, (minimum, maximum, optional) in INTEGERS.items():
-            setattr(self, name, _integer(name, getattr(self, name), minimum, maximum, optional))
-        _check_choice("generator", self.generator, GENERATORS)
-        _check_choice("generator_norm", self.generator_norm, tuple(NORMS))
-        _check_choice("mixing", self.mixing, tuple(MIXINGS))
-        _check_choice("head", self.head, HEADS)
+            setattr(self, name, checks.check_integer(name, getattr(self, name), minimum, maximum, optional))
+        checks.check_choice("generator", self.generator, GENERATORS)
+        checks.check_choice("generator_norm", self.generator_norm, tuple(NORMS))
+        checks.check_choice("mixing", self.mixing, tuple(MIXINGS))
+        checks.check_choice("head", self.head, HEADS)
         if self.problem_type is not None:
-            _check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
-        _check_scale("initializer_range", self.initializer_range, "0.02")
-        _check_scale("initial_logit_std", self.initial_logit_std, "0", zero=True)
-        self.target_modules = _one_name("target_modules", self.target_modules)
-        self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+            checks.check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
+        checks.check_scale("initializer_range", self.initializer_range, "0.02")
+        checks.check_scale("initial_logit_std", self.initial_logit_std, "0", zero=True)
+        self._check_prompts()
+        self.target_modules = checks.check_one_name("target_modules", self.target_modules)
+        self.modules_to_save = checks.check_names("modules_to_save", self.modules_to_save)
         for name in self.modules_to_save or ():
             if name.rpartition(".")[2] in HEAD_NAMES:
-                refuse_head_in_modules_to_save(name)
+                checks.refuse_head_in_modules_to_save(name)
         self._check_labels()
+
+    def _check_prompts(self) -> None:
+        checks.check_choice("prompt_space", self.prompt_space, PROMPT_SPACES)
+        if self.prompt_space == "pixel" and self.prompt_layout is None:
+            self.prompt_layout = "canvas"
+        if self.prompt_layout is None:
+            self.num_virtual_tokens = 16 if self.num_virtual_tokens is None else self.num_virtual_tokens
+            return
+        checks.check_choice("prompt_layout", self.prompt_layout, LAYOUTS)
+        if not isinstance(self.image_offset, bool):
+            raise TypeError(
+                f"`image_offset` must be True or False, but got {self.image_offset!r}. Write one of these."
+            )
+        if self.prompt_space == "latent" and self.prompt_layout != "append":
+            raise ValueError(
+                f"`prompt_layout` must be 'append' or None with prompt_space='latent', but got "
+                f"{self.prompt_layout!r}. Tokens are appended; use prompt_space='pixel' for a canvas."
+            )
+        if self.prompt_space == "latent":
+            return
+        if self.mixing != "softmax":
+            raise ValueError(
+                f"`mixing` must be 'softmax' with prompt_space='pixel', but got {self.mixing!r}. Only coefficients "
+                "that sum to 1 mix valid pixels into valid pixels."
+            )
+        for name, positive in (("image_mean", False), ("image_std", True)):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"`{name}` must be given with prompt_space='pixel', but got None. Pass the image processor's: "
+                    f"PGNConfig({name}=processor.{name}, ...)."
+                )
+            setattr(self, name, checks.check_channel_values(name, getattr(self, name), positive))
 
     def _check_labels(self) -> None:
         if self.id2label is not None:
@@ -153,6 +214,20 @@ class PGNConfig(PeftConfig):
                     f"{self.num_labels}. Leave `num_labels` out."
                 )
         num_labels = self.num_labels if self.id2label is None else len(self.id2label)
+        if self.label_mapping is not None:
+            self.label_mapping = checks.check_indices("label_mapping", self.label_mapping)
+            if self.head != "frozen":
+                raise ValueError(
+                    f"`label_mapping` must be None with head={self.head!r}, but got {self.label_mapping!r}. Use "
+                    "head='frozen': the mapping reads the model's own answers."
+                )
+            if num_labels is None:
+                num_labels = self.num_labels = len(self.label_mapping)
+            if num_labels != len(self.label_mapping):
+                raise ValueError(
+                    f"`label_mapping` must have an index for each of the {num_labels} classes, but got "
+                    f"{len(self.label_mapping)}. Make it for the classes of `id2label`."
+                )
         if num_labels == 1 and self.problem_type == "single_label_classification":
             raise ValueError(
                 "`problem_type` must be 'regression' or 'multi_label_classification' for a single label, but got "
@@ -176,57 +251,3 @@ class PGNConfig(PeftConfig):
         if folder.joinpath(CONFIG_NAME).is_file() and config.hidden_size is not None:
             check_saved_weights(folder, config)
         return config
-
-
-def refuse_head_in_modules_to_save(name: str) -> None:
-    """Raise, saying why the classification head does not belong into `modules_to_save`."""
-    raise ValueError(
-        f"`modules_to_save` must not name the classification head, but got {name!r}. A PGN adapter owns its head, "
-        "trains and saves it, and can give it labels of its own; a head in `modules_to_save` could not be loaded on a "
-        "model with another number of labels. Leave it out; head='frozen' keeps the model's head as it is."
-    )
-
-
-def _integer(name: str, value: Any, minimum: int, maximum: int, optional: bool) -> int | None:
-    if optional and value is None:
-        return None
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be an integer, but got {value!r}. Use a whole number of at least {minimum}.")
-    if not minimum <= value <= maximum:
-        raise ValueError(f"`{name}` must lie in {minimum}..{maximum}, but got {value!r}. Use a number in this range.")
-    return int(value)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"`{name}` must be a string, but got {value!r}. Choose one of {', '.join(choices)}.")
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {value!r}. Choose one of these.")
-
-
-def _check_scale(name: str, value: Any, official: str, zero: bool = False) -> None:
-    remedy = f"The official code uses {official}."
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a number, but got {value!r}. {remedy}")
-    if not (0 < value <= 1000 or (zero and value == 0)):
-        bound = "" if zero else ", above 0"
-        raise ValueError(f"`{name}` must lie in 0..1000{bound}, but got {value!r}. {remedy}")
-
-
-def _names(name: str, value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple, set)) or not all(isinstance(item, str) and item for item in names):
-        raise TypeError(f"`{name}` must be a list of module names, but got {value!r}. Give names as strings.")
-    return sorted(names) if isinstance(names, set) else list(names)
-
-
-def _one_name(name: str, value: Any) -> list[str] | None:
-    names = _names(name, value)
-    if names is not None and len(names) != 1:
-        raise ValueError(
-            f"`{name}` must name one module, the embeddings, but got {value!r}. Prompts are added in one place; leave "
-            "it out for a supported architecture."
-        )
-    return names

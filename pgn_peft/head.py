@@ -24,13 +24,14 @@ class PGNHead(PGNTunerLayer, nn.Module):
     """
 
     adapter_layer_names = ("pgn_head",)
-    other_param_names = ("labels",)
+    other_param_names = ("labels", "label_mapping")
 
     def __init__(self, base_layer: nn.Module, model_config: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.pgn_head = nn.ModuleDict()
         self.labels: dict[str, Labels] = {}
+        self.label_mapping: dict[str, list[int]] = {}
         self.base_labels = labels_of(base_layer, model_config)
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
@@ -40,9 +41,13 @@ class PGNHead(PGNTunerLayer, nn.Module):
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
         """Create the head of an adapter: a copy of the model's where the labels are the same, else a new one.
 
-        An adapter with `head="frozen"` gets none, and the model's head answers for it.
+        An adapter with `head="frozen"` gets none, and the model's head answers for it, through its `label_mapping` if
+        it has one.
         """
         self.labels[adapter_name] = Labels(config.id2label, config.problem_type)
+        self.label_mapping.pop(adapter_name, None)
+        if config.label_mapping is not None:
+            self.label_mapping[adapter_name] = config.label_mapping
         if config.head == "frozen":
             self._forget(self.pgn_head, adapter_name)
             return
@@ -59,15 +64,14 @@ class PGNHead(PGNTunerLayer, nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Answer with logits (B, number of the active adapter's labels)."""
-        adapter_name = self._answering_adapter()
-        if adapter_name is None:
-            return self.base_layer(features)
-        head = self.pgn_head[adapter_name]
-        return head(features.to(head.weight.dtype))
-
-    def _answering_adapter(self) -> str | None:
-        first = next(iter(self.active_adapters), None)
-        return first if first in self.pgn_head and not self.disable_adapters else None
+        first = None if self.disable_adapters else next(iter(self.active_adapters), None)
+        if first in self.pgn_head:
+            head = self.pgn_head[first]
+            return head(features.to(head.weight.dtype))
+        logits = self.base_layer(features)
+        if first in self.label_mapping:
+            return logits[..., torch.tensor(self.label_mapping[first], device=logits.device)]
+        return logits
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; the first one's head answers, and the model's config shows its labels."""

@@ -8,10 +8,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pgn_peft.backbones import SUPPORTED, Backbone, architecture_of
-from pgn_peft.config import PGNConfig, refuse_head_in_modules_to_save
+from pgn_peft.checks import refuse_head_in_modules_to_save
+from pgn_peft.config import PGNConfig
 from pgn_peft.generator import PromptGenerator
 from pgn_peft.head import PGNHead, labels_of
 from pgn_peft.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.layout import make_layout
 from pgn_peft.library import TokenLibrary
 
 
@@ -97,7 +99,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
-    """Compare the config with the model's width and channels, and write them down.
+    """Compare the config with the model's width, channels and patches, and write them down.
 
     Raises:
         ValueError: the adapter was made for others.
@@ -107,6 +109,8 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
         "hidden_size": embeddings.cls_token.shape[-1],
         "num_channels": embeddings.patch_embeddings.num_channels,
     }
+    if config.prompt_layout is not None:
+        found["patch_size"] = _patch_size(embeddings)
     for name, value in found.items():
         recorded = getattr(config, name)
         if recorded is not None and recorded != value:
@@ -116,9 +120,40 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
                 f"{config.base_model_name_or_path!r}."
             )
         setattr(config, name, value)
+    if config.prompt_layout is not None:
+        _record_layout(config, embeddings)
     config.target_modules = [backbone.embeddings]
     # PeftModel.save_pretrained writes this by itself, Transformers' save_pretrained does not.
     config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def _patch_size(embeddings: nn.Module) -> int:
+    height, width = embeddings.patch_embeddings.projection.kernel_size
+    if height != width:
+        raise ValueError(
+            f"`prompt_layout` must be None for a model whose patches are not square, but got {height} x {width} "
+            "pixels. Use prompts in latent space without a layout."
+        )
+    return height
+
+
+def _record_layout(config: PGNConfig, embeddings: nn.Module) -> None:
+    """Settle the images' size and the number of prompts that fills the layout."""
+    if config.image_size is None:
+        height, width = embeddings.patch_embeddings.image_size
+        if height != width:
+            raise ValueError(
+                f"`image_size` must be given with a `prompt_layout` for a model with images of {height} x {width} "
+                "pixels, but got None. Give the side of square images."
+            )
+        config.image_size = height
+    if config.prompt_space == "pixel" and not len(config.image_mean) == len(config.image_std) == config.num_channels:
+        raise ValueError(
+            f"`image_mean` and `image_std` must have {config.num_channels} numbers, one a channel of the model, but "
+            f"got {len(config.image_mean)} and {len(config.image_std)}. Copy them from the model's image processor."
+        )
+    layout = make_layout(config.prompt_layout, (config.image_size,) * 2, config.patch_size, config.num_virtual_tokens)
+    config.num_virtual_tokens = layout.num_virtual_tokens
 
 
 def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
@@ -160,13 +195,20 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
             "PGNConfig(id2label=dict(enumerate(names))), or adapt the plain model for features."
         )
     config.num_labels = len(config.id2label)
+    if config.label_mapping is not None:
+        if max(config.label_mapping) >= len(base.id2label):
+            raise ValueError(
+                f"`label_mapping` must hold class indices of the model, 0..{len(base.id2label) - 1}, but got "
+                f"{max(config.label_mapping)}. Make it with this model's logits."
+            )
+        return
     if config.head == "frozen" and config.num_labels != len(base.id2label):
         raise ValueError(
             f"`num_labels` must be {len(base.id2label)}, that of the model, with head='frozen', but got "
-            f"{config.num_labels}. Use head='trained' for other labels."
+            f"{config.num_labels}. Use head='trained' for other labels, or give a `label_mapping`."
         )
     if config.head == "frozen" and config.id2label != base.id2label:
         raise ValueError(
             f"`id2label` must be the model's own with head='frozen', but got {config.id2label!r}. Leave it out, or "
-            "give the model these labels first: model.config.id2label = ..."
+            "give the model these labels first: model.config.id2label = ...; or map its answers: `label_mapping`."
         )

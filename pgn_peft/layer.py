@@ -1,4 +1,4 @@
-"""`PGNLayer`: wraps a backbone's embeddings and appends the prompts."""
+"""`PGNLayer`: wraps a backbone's embeddings and adds the prompts, as tokens behind them or as pixels before them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pgn_peft.config import PGNConfig
+from pgn_peft.layout import PromptLayout, compose, make_layout
+from pgn_peft.preprocessing import PILLOW_MODES, denormalize, normalize
+from pgn_peft.projection import PatchInverse
 from pgn_peft.weights import make_generator, make_library
 
 NO_MERGE = (
     "A PGN adapter cannot be merged into the model's weights: its prompts depend on the image. Call `unload()` to get "
     "the model back without it, or keep the adapter."
 )
-
-
-# Pillow's name for images of so many channels.
-PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class PGNTunerLayer(BaseTunerLayer):
@@ -61,7 +60,10 @@ class PGNTunerLayer(BaseTunerLayer):
 
 
 class PGNLayer(PGNTunerLayer, nn.Module):
-    """The backbone's embeddings, followed by the prompts of the active adapters.
+    """The backbone's embeddings, with the prompts of the active adapters.
+
+    Prompts in latent space are appended to the tokens. Prompts in pixel space are laid into the image, which the
+    backbone's own embeddings then read: what a model behind an interface will do with the same image.
 
     Args:
         base_layer: the embeddings: pixels (B, C, H, W) to tokens (B, N, D), position embeddings included.
@@ -70,12 +72,15 @@ class PGNLayer(PGNTunerLayer, nn.Module):
     """
 
     adapter_layer_names = ("pgn_generator", "pgn_library")
+    other_param_names = ("configs", "layouts")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.pgn_generator = nn.ModuleDict()
         self.pgn_library = nn.ModuleDict()
+        self.configs: dict[str, PGNConfig] = {}
+        self.layouts: dict[str, PromptLayout] = {}  # of adapters in pixel space
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self.training = base_layer.training
@@ -92,7 +97,16 @@ class PGNLayer(PGNTunerLayer, nn.Module):
 
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
         """Create the generator and the library of an adapter."""
-        self.pgn_library[adapter_name] = self._settle(make_library(config, self.hidden_size))
+        self.configs[adapter_name] = config
+        self.layouts.pop(adapter_name, None)
+        directions = None
+        if config.prompt_space == "pixel":
+            self.layouts[adapter_name] = make_layout(
+                config.prompt_layout, (config.image_size,) * 2, config.patch_size, config.num_virtual_tokens
+            )
+            directions = PatchInverse(self.patch_embeddings.projection.weight).directions(config.image_std)
+        library = make_library(config, self.hidden_size, self.num_channels, directions)
+        self.pgn_library[adapter_name] = self._settle(library)
         generator = make_generator(config, self.num_channels)
         if generator is None:
             self._forget(self.pgn_generator, adapter_name)
@@ -107,25 +121,48 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             pixel_values: (B, C, H, W), normalised as for the backbone.
 
         Returns:
-            (B, P, D) prompts.
+            (B, P, D) prompts, or for an adapter in pixel space (B, P, C, p, p) patches in [0, 1].
         """
         library = self.pgn_library[adapter_name]
         if adapter_name not in self.pgn_generator:
             return library.static_prompts(pixel_values.shape[0])
         return library(self.pgn_generator[adapter_name](pixel_values))
 
+    def prompted_images(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
+        """Lay the prompts of an adapter in pixel space into a batch of images.
+
+        Args:
+            adapter_name: an adapter in pixel space.
+            pixel_values: (B, C, H, W), normalised as for the backbone.
+
+        Returns:
+            (B, C, H', W') prompted images, normalised.
+        """
+        config, offset = self.configs[adapter_name], self.pgn_library[adapter_name].image_offset
+        pixels = denormalize(pixel_values, config.image_mean, config.image_std)
+        prompted = compose(pixels, self.prompts(adapter_name, pixel_values), self.layouts[adapter_name], offset)
+        return normalize(prompted, config.image_mean, config.image_std)
+
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Make the tokens of the image and append the prompts of each active adapter, in order: (B, N + P, D)."""
-        tokens = self.base_layer(pixel_values, *args, **kwargs)  # (B, N, D)
-        if self.disable_adapters:
-            return tokens
+        """Make the tokens of the image and the prompts of the active adapters: (B, N + P, D).
+
+        Tokens of adapters in latent space are appended in order; they are generated from the image without patches.
+        """
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.pgn_library]
+        images = pixel_values
+        for name in active:
+            if name in self.layouts:  # one at most: PGNModel.set_adapter
+                images = self.prompted_images(name, pixel_values)
+                kwargs = self._with_positions(name, kwargs)
+        tokens = self.base_layer(images, *args, **kwargs)  # (B, N, D)
         # Appended after the position embeddings were added: a prompt has no place in the image.
-        prompts = [
-            self.prompts(name, pixel_values).to(tokens.dtype)
-            for name in self.active_adapters
-            if name in self.pgn_library
-        ]
+        prompts = [self.prompts(name, pixel_values).to(tokens.dtype) for name in active if name not in self.layouts]
         return torch.cat([tokens, *prompts], dim=1) if prompts else tokens
+
+    def _with_positions(self, adapter_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Have the position embeddings interpolated where the prompted image is not of the backbone's own size."""
+        own_size = tuple(self.patch_embeddings.image_size)
+        return kwargs if self.layouts[adapter_name].size == own_size else kwargs | {"interpolate_pos_encoding": True}
 
     def check_inputs(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check what the backbone is called with, before it casts and embeds it; a forward pre-hook of the backbone.

@@ -1,4 +1,4 @@
-"""What the coefficients mix: the token library."""
+"""What the coefficients mix: a library of tokens, or of patches of pixels."""
 
 from __future__ import annotations
 
@@ -36,3 +36,81 @@ class TokenLibrary(nn.Module):
     def static_prompts(self, batch_size: int) -> Tensor:
         """Give every image all L tokens as they are: (B, L, D) prompts, the input-independent control."""
         return self.tokens.expand(batch_size, -1, -1)
+
+
+class PatchLibrary(nn.Module):
+    """Learned patches of valid pixels, out of which prompts are mixed.
+
+    Pixels are a sigmoid of free parameters, so that whatever training does they lie in [0, 1]; a softmax mixture of
+    such patches is one again. There are two parameters for each patch: its pixels, and a shift of the token that the
+    backbone will make of it. A step of the shift moves the token equally far in every direction, as a step of a token
+    library does; a step of the pixels moves it hundreds of times further in some directions than in others.
+
+    Args:
+        library_size: number of patches, L.
+        num_channels: channels C of the images.
+        patch_size: side p of the backbone's patches, in pixels.
+        hidden_size: the backbone's width D.
+        initializer_range: standard deviation of the initial pixels' logits, around grey. `start_from_images` is
+            better.
+        directions: (C, p, p, D) change of a patch's logits that shifts its token by one, along each of D axes.
+        image_offset: also learn one patch (C, p, p) that is added to each of the image's own, from zeros.
+
+    Differs from the paper, which trains tokens and turns them into pixels afterwards.
+    """
+
+    def __init__(
+        self,
+        library_size: int,
+        num_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        initializer_range: float = 0.02,
+        directions: Tensor | None = None,
+        image_offset: bool = False,
+    ) -> None:
+        super().__init__()
+        shape = (library_size, num_channels, patch_size, patch_size)
+        self.patch_logits = nn.Parameter(torch.empty(shape).normal_(std=initializer_range))
+        self.token_shifts = nn.Parameter(torch.zeros(library_size, hidden_size))
+        self.image_offset = nn.Parameter(torch.zeros(shape[1:])) if image_offset else None
+        # Follows from the frozen backbone, so it is not saved.
+        self.register_buffer("directions", directions, persistent=False)
+
+    @property
+    def patches(self) -> Tensor:
+        """The library: (L, C, p, p) in [0, 1]."""
+        shifts = self.token_shifts @ self.directions.flatten(0, 2).mT  # (L, C * p * p)
+        return (self.patch_logits + shifts.view_as(self.patch_logits)).sigmoid()
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        """Blend library patches into one prompt per slot.
+
+        Args:
+            coefficients: (B, P, L), non-negative, with sum 1 over L.
+
+        Returns:
+            (B, P, C, p, p) prompts in [0, 1].
+        """
+        patches = self.patches
+        return (coefficients @ patches.flatten(1)).unflatten(-1, patches.shape[1:])
+
+    def static_prompts(self, batch_size: int) -> Tensor:
+        """Give every image all L patches as they are: (B, L, C, p, p), the input-independent control."""
+        return self.patches.expand(batch_size, -1, -1, -1, -1)
+
+    @torch.no_grad()
+    def start_from_images(self, images: Tensor, generator: torch.Generator | None = None) -> None:
+        """Replace the library by patches cut out of images, at random places.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], at least as large as a patch.
+            generator: source of the random choice.
+        """
+        library_size, _, side, _ = self.patch_logits.shape
+        largest = torch.tensor([images.shape[0], images.shape[2] - side + 1, images.shape[3] - side + 1])
+        places = (torch.rand(library_size, 3, generator=generator) * largest).long().tolist()
+        cut = torch.stack([images[image, :, top : top + side, left : left + side] for image, top, left in places])
+        # Black and white lie infinitely far out; two hundredths off them training can still move them.
+        self.patch_logits.copy_(cut.clamp(0.02, 0.98).logit())
+        self.token_shifts.zero_()

@@ -24,7 +24,7 @@ from pgn_peft.injection import (
     refuse_other_adapters,
 )
 from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer, refuse_adapter_names
-from pgn_peft.weights import compare_tensors
+from pgn_peft.tensors import compare_tensors
 
 
 class PGNConfigs(dict):
@@ -159,6 +159,12 @@ class PGNModel(BaseTuner):
                     f"`adapter_name` must be one of {', '.join(self.peft_config) or 'none'}, but got {name!r}. "
                     "Load it first: load_adapter(path, adapter_name)."
                 )
+        in_pixels = [name for name in names if self.peft_config[name].prompt_space == "pixel"]
+        if len(in_pixels) > 1:
+            raise ValueError(
+                f"`adapter_name` must name one adapter in pixel space at most, but got {', '.join(in_pixels)}: both "
+                "would lay their patches into the same image. Activate one of them."
+            )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _enable_peft_forward_hooks(

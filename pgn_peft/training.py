@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
+import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from torch import Tensor, distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pgn_peft.layer import PGNTunerLayer
+from pgn_peft.layer import PGNLayer, PGNTunerLayer
 
 logger = logging.getLogger(__name__)
 
@@ -146,3 +147,40 @@ def _read_checkpoint(path: Path, world_size: int) -> None:
         with ZipFile(path / name) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise BadZipFile(f"{name} is damaged at {damaged}")
+
+
+@torch.no_grad()
+def start_library_from_images(model: nn.Module, images: Tensor, adapter_name: str = "default", seed: int = 0) -> None:
+    """Start the library of an adapter in pixel space from patches of training images, before it is trained.
+
+    Args:
+        model: a model with the adapter.
+        images: (B, C, H, W) in [0, 1], a few hundred, at least as large as a patch.
+        adapter_name: the adapter.
+        seed: of the choice of places.
+
+    Raises:
+        ValueError: there is no such adapter in pixel space, or the images are no such images.
+    """
+    libraries = [
+        layer.pgn_library[adapter_name]
+        for layer in model.modules()
+        if isinstance(layer, PGNLayer) and adapter_name in layer.layouts
+    ]
+    if not libraries:
+        raise ValueError(
+            f"`adapter_name` must be an adapter in pixel space, but got {adapter_name!r}. Make it with "
+            "PGNConfig(prompt_space='pixel', ...)."
+        )
+    channels, side = libraries[0].patch_logits.shape[1:3]
+    if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < side:
+        raise ValueError(
+            f"`images` must have the axes (B, {channels}, H, W) and measure {side} pixels at least, but got "
+            f"{tuple(images.shape)}. Stack images of one size."
+        )
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        raise ValueError(
+            f"`images` must lie in [0, 1], but got {images.min().item():g} to {images.max().item():g}. Give them "
+            "before they are normalised, or undo it: `pgn_peft.preprocessing.denormalize`."
+        )
+    libraries[0].start_from_images(images, torch.Generator().manual_seed(seed))

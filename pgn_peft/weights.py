@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,15 +12,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pgn_peft.generator import PromptGenerator
-from pgn_peft.library import TokenLibrary
+from pgn_peft.library import PatchLibrary, TokenLibrary
+from pgn_peft.tensors import compare_tensors
 
 if TYPE_CHECKING:
     from pgn_peft.config import PGNConfig
 
 
-def make_library(config: PGNConfig, hidden_size: int) -> TokenLibrary:
+def make_library(
+    config: PGNConfig, hidden_size: int, num_channels: int, directions: Tensor | None = None
+) -> TokenLibrary | PatchLibrary:
     """Create the library that a config describes; for the "static" generator it is the prompts themselves."""
     size = config.num_virtual_tokens if config.generator == "static" else config.library_size
+    if config.prompt_space == "pixel":
+        return PatchLibrary(
+            size,
+            num_channels,
+            config.patch_size,
+            hidden_size,
+            initializer_range=config.initializer_range,
+            directions=directions,
+            image_offset=config.image_offset,
+        )
     return TokenLibrary(size, hidden_size, initializer_range=config.initializer_range)
 
 
@@ -40,33 +52,6 @@ def make_generator(config: PGNConfig, num_channels: int) -> PromptGenerator | No
         mixing=config.mixing,
         initial_logit_std=config.initial_logit_std,
     )
-
-
-def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
-    """Compare names, shapes and values of tensors with what an adapter needs. PEFT warns, or is silent.
-
-    Args:
-        expected: the adapter's tensors; only their names and shapes count.
-        found: what is to be loaded.
-        source: what `found` is, for the message.
-
-    Raises:
-        ValueError: a tensor is missing, superfluous, of another shape, or holds NaN or infinity.
-    """
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not part of it" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        if found[name].shape != expected[name].shape:
-            shapes = f"{tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-            problems.append(f"{name} has the shape {shapes}")
-        elif found[name].is_floating_point() and not torch.isfinite(found[name]).all():
-            problems.append(f"{name} holds NaN or infinity")
-    if problems:
-        listed = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(
-            f"`{source}` must hold the tensors of the adapter that its config describes, but got others: {listed}. "
-            "Weights and adapter_config.json do not belong together, or the file was damaged; fetch both again."
-        )
 
 
 def check_saved_weights(folder: Path, config: PGNConfig) -> None:
@@ -96,7 +81,7 @@ def check_saved_weights(folder: Path, config: PGNConfig) -> None:
         ) from error
     with torch.device("meta"):
         modules: dict[str, nn.Module | None] = {
-            "library": make_library(config, config.hidden_size),
+            "library": make_library(config, config.hidden_size, config.num_channels or 3),
             "generator": make_generator(config, config.num_channels or 3),
         }
         if config.head == "trained" and config.num_labels is not None:

@@ -14,7 +14,7 @@ from pgn_peft import PGNConfig, __version__
         ("num_virtual_tokens", 0, ValueError),
         ("num_virtual_tokens", 2.0, TypeError),
         ("num_virtual_tokens", True, TypeError),
-        ("num_virtual_tokens", None, TypeError),
+        ("num_virtual_tokens", "7", TypeError),
         ("library_size", -3, ValueError),
         ("library_size", "64", TypeError),
         ("generator", "resnet18", ValueError),

@@ -1,0 +1,101 @@
+"""What a server answers, read: as an answer about the task's classes, and as evidence of what it saw. Plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+# Of the largest score. Half precision moves a score of the probe by 0.02 of it, JPEG of quality 95 by 1.7, a resize by
+# more than 1 (measured on DeiT-Tiny).
+PROBE_TOLERANCE = 0.25
+
+
+def read_scores(answer: Iterable[Any]) -> dict[str, float]:
+    """Return the scores in an answer by label.
+
+    Args:
+        answer: entries with `label` and `score`, as dictionaries or as objects, from a pipeline or an endpoint.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    try:
+        return {str(_get(entry, "label")): float(_get(entry, "score")) for entry in answer}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise TypeError(
+            f"`answer` must be a list of entries with `label` and `score`, but got {answer!r}. Pass on what the "
+            "server answered for one image."
+        ) from error
+
+
+def _get(entry: Any, name: str) -> Any:
+    return entry[name] if isinstance(entry, Mapping) else getattr(entry, name)
+
+
+def map_scores(
+    scores: Mapping[str, float],
+    id2label: Mapping[int, str],
+    label_mapping: Sequence[int],
+    server_labels: Mapping[int, str],
+) -> dict[str, float]:
+    """Read scores of the server's classes as scores of the task's.
+
+    Args:
+        scores: by the server's labels.
+        id2label: names of the task's classes by index.
+        label_mapping: for each of them the index of the server's class.
+        server_labels: names of the server's classes by index.
+
+    Returns:
+        Scores by the task's labels, with sum 1.
+
+    Raises:
+        ValueError: none of the classes that the task is mapped to is among them.
+    """
+    names = [server_labels[index] for index in label_mapping]
+    found = {id2label[task]: scores[name] for task, name in enumerate(names) if name in scores}
+    total = sum(found.values())
+    if total <= 0:
+        raise ValueError(
+            f"`answer` must hold labels that the task is mapped to, like {names[0]!r}, but got "
+            f"{', '.join(map(repr, list(scores)[:5]))}. Ask the server for all its labels: top_k={len(server_labels)}."
+        )
+    return {label: score / total for label, score in found.items()}
+
+
+def compare_with_probe(
+    scores: Mapping[str, float], probe_scores: Sequence[float], server_labels: Mapping[int, str]
+) -> float:
+    """Compare a server's answer to the probe with what the unmodified model says.
+
+    Args:
+        scores: the server's, by label.
+        probe_scores: the model's, by class index.
+        server_labels: names of the classes by index.
+
+    Returns:
+        The largest difference, as a share of the model's largest score.
+
+    Raises:
+        ValueError: the labels are others, or the difference is more than rounding.
+    """
+    expected: dict[str, float] = {}
+    for index, score in enumerate(probe_scores):
+        name = server_labels[index]
+        expected[name] = max(
+            score, expected.get(name, 0.0)
+        )  # two classes can share a name; a pipeline's first is larger
+    unknown = [label for label in scores if label not in expected]
+    if unknown or not scores:
+        raise ValueError(
+            f"`answer` must hold the model's labels, but got {', '.join(map(repr, unknown[:3])) or 'none'}. The "
+            "server runs another model, or gives its classes other names."
+        )
+    difference = max(abs(score - expected[label]) for label, score in scores.items()) / max(expected.values())
+    if not difference <= PROBE_TOLERANCE:
+        raise ValueError(
+            f"`answer` must be the model's answer to the probe, but got scores that differ by {difference:.0%} of the "
+            "largest. The server resizes, crops or re-encodes what it is sent (as JPEG?), or runs another model; "
+            "images must reach the model pixel by pixel."
+        )
+    return difference

@@ -1,0 +1,206 @@
+"""Prompt inversion: the stock model, given pixels, answers as the model with the adapter does."""
+
+import pytest
+import torch
+from conftest import answer, move_adapter, tiny_config, tiny_vit
+from datasets import load_dataset
+from peft import get_peft_model
+from PIL import Image
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from pgn_peft import ImagePrompter, PGNConfig
+from pgn_peft.inversion import invert_library
+from pgn_peft.layout import make_layout
+from pgn_peft.projection import PatchInverse, position_tokens
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def processor(side=32):
+    return ViTImageProcessor(size={"height": side, "width": side}, image_mean=MEAN, image_std=STD)
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(40, 50), (32, 32), (64, 30)]
+    return [
+        Image.fromarray(torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator).numpy())
+        for size in sizes
+    ]
+
+
+def adapted(num_virtual_tokens, architecture="ViTForImageClassification", **overrides):
+    config = tiny_config(num_virtual_tokens=num_virtual_tokens, head="frozen", **overrides)
+    return move_adapter(get_peft_model(tiny_vit(architecture), config)).eval()
+
+
+@pytest.mark.parametrize("architecture", ["ViTForImageClassification", "DeiTForImageClassification"])
+@pytest.mark.parametrize(
+    ("prompts", "overrides"),
+    [
+        (4, {}),
+        (9, {}),
+        (8, {"mixing": "sigmoid"}),
+        (4, {"generator": "static"}),
+        (5 * 5 - 16, {"generator": "static"}),
+    ],
+)
+def test_the_stock_model_gives_the_latent_models_logits(architecture, prompts, overrides, images):
+    model = adapted(prompts, architecture, **overrides)
+    expected = answer(model, processor()(images=images, return_tensors="pt")["pixel_values"])
+    prompter = ImagePrompter.from_adapter(model, processor())
+    stock = tiny_vit(architecture)
+    found = answer(stock, prompter.pixel_values(images), interpolate_pos_encoding=True)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert prompter.report.token_error < 1e-9
+    assert not prompter.in_range
+    # The prompts matter: without them the answer is another one.
+    assert (
+        answer(stock, processor()(images=images, return_tensors="pt")["pixel_values"]) - expected
+    ).abs().max() > 0.1
+
+
+def test_the_training_resolution_may_be_another_than_the_models_own(images):
+    model = adapted(3)  # 24 px: 3 x 3 patches, one row of 3
+    pixel_values = processor(24)(images=images, return_tensors="pt")["pixel_values"]
+    expected = answer(model, pixel_values, interpolate_pos_encoding=True)
+    prompter = ImagePrompter.from_adapter(model, processor(24))
+    assert prompter.layout.size == (32, 24)
+    found = answer(tiny_vit(), prompter.pixel_values(images), interpolate_pos_encoding=True)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_prompts_that_do_not_fill_a_row_are_refused_early_and_late():
+    with pytest.raises(ValueError, match="`num_virtual_tokens` must fill .* but got 3. Use 4, 8, 9, 12 or 14"):
+        get_peft_model(tiny_vit(), tiny_config(num_virtual_tokens=3, prompt_layout="append"))
+    with pytest.raises(ValueError, match="`num_virtual_tokens` must fill .* but got 3. Use 4, 8, 9, 12 or 14"):
+        ImagePrompter.from_adapter(adapted(3), processor())
+    model = get_peft_model(tiny_vit(), PGNConfig(prompt_layout="append", generator_width=4))
+    config = model.peft_config["default"]
+    assert (config.num_virtual_tokens, config.image_size, config.patch_size) == (4, 32, 8)
+    with pytest.raises(ValueError, match="`prompt_layout` must be 'append' or None with prompt_space='latent'"):
+        PGNConfig(prompt_layout="canvas")
+
+
+def test_a_projection_of_low_rank_is_refused_unless_asked_for(images):
+    # 3 * 4 * 4 = 48 pixels a patch for 64 dimensions, as with ViT-L/14 (588 for 1,024).
+    sizes = {"hidden_size": 64, "patch_size": 4, "num_attention_heads": 4}
+    model = move_adapter(get_peft_model(tiny_vit(**sizes), tiny_config(num_virtual_tokens=8, head="frozen"))).eval()
+    with pytest.raises(
+        ValueError, match=r"rank 64 .* but got rank 48 \(48 pixels a patch\), which leaves up to \d+% of"
+    ):
+        ImagePrompter.from_adapter(model, processor())
+    report = ImagePrompter.from_adapter(model, processor(), approximate=True).report
+    assert report.rank == 48
+    assert report.hidden_size == 64
+    assert 0.01 < report.mean_token_error < 1
+
+
+def test_tokens_do_not_go_onto_a_canvas():
+    embeddings = tiny_vit().vit.embeddings
+    with pytest.raises(ValueError, match="`layout` must be 'append' for tokens, but got 'canvas'"):
+        invert_library(embeddings, torch.randn(4, 32), make_layout("canvas", (32, 32), 8, 12), MEAN, STD)
+
+
+def test_the_pseudo_inverse_and_its_facts():
+    weight = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    weight[0] *= 1e-3
+    inverse = PatchInverse(weight)
+    tokens = torch.randn(7, 16, dtype=torch.float64)
+    pixels = inverse.pixels(tokens)
+    torch.testing.assert_close(inverse.tokens(pixels), tokens)
+    reference = torch.linalg.pinv(weight.double().flatten(1))
+    torch.testing.assert_close(pixels, tokens @ reference.mT)
+    assert inverse.rank == 16
+    assert inverse.condition_number == pytest.approx(torch.linalg.cond(weight.double().flatten(1)).item())
+    weight[0] = weight[1]
+    assert PatchInverse(weight).rank == 15
+
+
+def test_pixels_in_range_solve_the_bounded_problem():
+    """Against the optimality conditions of bounded least squares, which have one optimum in token space."""
+    generator = torch.Generator().manual_seed(0)
+    inverse = PatchInverse(torch.randn(8, 3, 2, 2, generator=generator))
+    tokens = 8 * torch.randn(20, 8, dtype=torch.float64, generator=generator)
+    low, high = torch.full((12,), -1.5, dtype=torch.float64), torch.full((12,), 2.0, dtype=torch.float64)
+    pixels = inverse.pixels_in_range(tokens, low, high, steps=3000)
+    assert (pixels >= low).all()
+    assert (pixels <= high).all()
+    gradient = (inverse.tokens(pixels) - tokens) @ inverse.weight
+    assert gradient.abs().max() > 1, "the bounds must matter"
+    inside = (pixels > low + 1e-6) & (pixels < high - 1e-6)
+    assert gradient[inside].abs().max() < 1e-3
+    assert (gradient[pixels <= low] > -1e-3).all()
+    assert (gradient[pixels >= high] < 1e-3).all()
+    # What can be reached is reached.
+    easy = inverse.tokens(torch.rand(5, 12, dtype=torch.float64, generator=generator))
+    torch.testing.assert_close(inverse.tokens(inverse.pixels_in_range(easy, low, high)), easy, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"generator": "static"}])
+@pytest.mark.parametrize(("scale", "smallest", "largest"), [(40, 0, 1e-6), (4000, 0.05, 1)])
+def test_inversion_in_range_gives_valid_images_and_says_what_it_lost(overrides, scale, smallest, largest, images):
+    """At 40 the null space is room enough, at 4,000 it is not."""
+    model = adapted(4, **overrides)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("pgn_library.default.tokens"):
+                parameter.mul_(scale)
+    exact = ImagePrompter.from_adapter(model, processor())
+    prompter = ImagePrompter.from_adapter(model, processor(), in_range=True)
+    assert prompter.in_range
+    assert prompter.report.in_range
+    assert 0 <= prompter.library.min() <= prompter.library.max() <= 1
+    assert prompter.report.largest_pixel < 2.7 < exact.report.largest_pixel
+    assert smallest <= prompter.report.mean_token_error < largest
+    assert len(prompter(images)) == 3
+    with pytest.raises(ValueError, match="exact inverted prompts lie far outside"):
+        exact(images)
+
+
+def test_position_tokens_are_what_the_embeddings_add():
+    model = tiny_vit("DeiTForImageClassification")  # two tokens before the patches
+    embeddings = model.deit.embeddings
+    black = embeddings(torch.zeros(1, 3, 32, 32))[0, 2:]
+    torch.testing.assert_close(position_tokens(embeddings, (32, 32)).float(), black)
+    larger = embeddings(torch.zeros(1, 3, 40, 32), interpolate_pos_encoding=True)[0, 2:]
+    torch.testing.assert_close(position_tokens(embeddings, (40, 32)).float(), larger)
+    assert next(embeddings.parameters()).dtype == torch.float32, "the backbone must be left as it is"
+
+
+# (patch, hidden size, images): full-size shapes with two layers, which is where pixels become tokens.
+SHAPES = {"ViT-B/32": (32, 768, 7), "ViT-B/16": (16, 768, 14), "ViT-S/16": (16, 384, 14)}
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["DeiT-Tiny", *SHAPES])
+def test_real_images_at_full_size(shared, shape):
+    rows = load_dataset("parquet", data_files=str(shared / "data/eurosat/validation.parquet"), split="train[:24]")
+    checkpoint = shared / "models/deit-tiny-patch16-224"
+    torch.manual_seed(0)
+    if shape == "DeiT-Tiny":
+        stock, prompts = ViTForImageClassification.from_pretrained(checkpoint).eval(), 14
+    else:
+        patch, width, prompts = SHAPES[shape]
+        config = ViTConfig(
+            patch_size=patch, hidden_size=width, num_hidden_layers=2, num_attention_heads=6, intermediate_size=512
+        )
+        stock = ViTForImageClassification(config).eval()
+    weights = stock.state_dict()
+    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    model = get_peft_model(
+        stock,
+        PGNConfig(
+            num_virtual_tokens=prompts, library_size=64, initializer_range=0.3, initial_logit_std=4, head="frozen"
+        ),
+    ).eval()
+    expected = answer(model, processor(images=rows["image"][:], return_tensors="pt")["pixel_values"])
+    prompter = ImagePrompter.from_adapter(model, processor)
+    unmodified = ViTForImageClassification(stock.config).eval()
+    unmodified.load_state_dict({name: weights[name] for name in unmodified.state_dict()})
+    found = answer(unmodified, prompter.pixel_values(rows["image"][:]), interpolate_pos_encoding=True)
+    assert (found - expected).abs().max() < 1e-3
+    assert torch.equal(found.argmax(1), expected.argmax(1))

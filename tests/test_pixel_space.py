@@ -1,0 +1,243 @@
+"""Adapters in pixel space: PEFT's contract, valid pixels, and what was trained is what is deployed."""
+
+import pytest
+import torch
+from conftest import answer, move_adapter, tiny_config, tiny_vit
+from peft import AutoPeftModel, PeftModel, get_peft_model
+
+from pgn_peft import PGNConfig
+from pgn_peft.layer import PGNLayer
+from pgn_peft.library import PatchLibrary
+from pgn_peft.preprocessing import denormalize, normalize
+from pgn_peft.training import start_library_from_images
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+layouts = pytest.mark.parametrize("layout", ["canvas", "append"])
+generators = pytest.mark.parametrize("generator", ["resnet10", "static"])
+architectures = pytest.mark.parametrize(
+    "architecture",
+    ["ViTForImageClassification", "DeiTForImageClassification", "ViTMSNForImageClassification", "ViTModel"],
+)
+
+
+def pixel_config(**overrides):
+    defaults = {"prompt_space": "pixel", "image_mean": MEAN, "image_std": STD, "num_virtual_tokens": None}
+    return tiny_config(**(defaults | overrides))
+
+
+def layer_of(model):
+    return next(module for module in model.modules() if isinstance(module, PGNLayer))
+
+
+@architectures
+@layouts
+@generators
+def test_the_adapted_model_is_the_stock_model_on_the_prompted_image(architecture, layout, generator, pixel_values):
+    model = get_peft_model(
+        tiny_vit(architecture), pixel_config(prompt_layout=layout, generator=generator, head="frozen")
+    )
+    move_adapter(model).eval()
+    prompted = layer_of(model).prompted_images("default", pixel_values)
+    assert prompted.shape[2:] == ((40, 32) if layout == "append" else (32, 32))
+    expected = answer(model, pixel_values)
+    found = answer(tiny_vit(architecture), prompted, interpolate_pos_encoding=layout == "append")
+    torch.testing.assert_close(found, expected)
+    with model.disable_adapter():
+        assert torch.equal(answer(model, pixel_values), answer(tiny_vit(architecture), pixel_values))
+
+
+@layouts
+@generators
+def test_training_moves_the_whole_adapter_and_keeps_pixels_valid(layout, generator, pixel_values):
+    model = get_peft_model(tiny_vit(), pixel_config(prompt_layout=layout, generator=generator))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=100.0)
+    for _ in range(3):
+        model(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(before[name], parameter) != parameter.requires_grad, name
+    layer = layer_of(model)
+    patches = layer.prompts("default", pixel_values)
+    assert 0 <= patches.min() < 0.05
+    assert 0.95 < patches.max() <= 1
+    pixels = denormalize(pixel_values.clamp(-1.8, 2.2), MEAN, STD)
+    prompted = denormalize(layer.prompted_images("default", normalize(pixels, MEAN, STD)), MEAN, STD)
+    assert prompted.min() > -1e-5
+    assert prompted.max() < 1 + 1e-5
+
+
+@layouts
+@generators
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_save_and_load_under_another_name(layout, generator, low_cpu_mem_usage, pixel_values, tmp_path):
+    config = pixel_config(prompt_layout=layout, generator=generator, num_labels=3)
+    model = move_adapter(get_peft_model(tiny_vit(), config)).eval()
+    expected = answer(model, pixel_values)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        tiny_vit(), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
+    ).eval()
+    torch.testing.assert_close(answer(loaded, pixel_values), expected)
+    again = get_peft_model(tiny_vit(), tiny_config()).eval()
+    again.load_adapter(tmp_path, "second")
+    again.set_adapter("second")
+    torch.testing.assert_close(answer(again, pixel_values), expected)
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    recorded = loaded.peft_config["other"]
+    assert (recorded.image_size, recorded.patch_size, recorded.hidden_size) == (32, 8, 32)
+    assert recorded.num_virtual_tokens == (4 if layout == "append" else 12)
+
+
+def test_auto_peft_model_loads_it(pixel_values, tmp_path):
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    base = type(tiny_vit()).from_pretrained(tmp_path / "vit")
+    model = move_adapter(get_peft_model(base, pixel_config())).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(answer(loaded, pixel_values), answer(model, pixel_values))
+
+
+def test_unload_and_delete_leave_nothing(pixel_values):
+    model = get_peft_model(tiny_vit(), pixel_config())
+    model.add_adapter("latent", tiny_config())
+    model.delete_adapter("default")
+    layer = layer_of(model)
+    assert list(layer.configs) == ["latent"]
+    assert not layer.layouts
+    assert torch.equal(answer(model.unload(), pixel_values), answer(tiny_vit(), pixel_values))
+
+
+def test_a_latent_adapter_beside_it_appends_to_the_prompted_image(pixel_values):
+    model = get_peft_model(tiny_vit("ViTModel"), pixel_config())
+    model.add_adapter("latent", tiny_config())
+    move_adapter(model).eval()
+    model.base_model.set_adapter(["default", "latent"])
+    assert answer(model, pixel_values).shape == (4, 1 + 16 + 3, 32)
+
+
+def test_two_adapters_in_pixel_space_at_once_are_refused(pixel_values):
+    model = get_peft_model(tiny_vit(), pixel_config())
+    model.add_adapter("second", pixel_config(prompt_layout="append"))
+    with pytest.raises(ValueError, match="one adapter in pixel space at most, but got default, second"):
+        model.base_model.set_adapter(["default", "second"])
+    model.set_adapter("second")
+    assert answer(model, pixel_values).shape == (4, 5)
+
+
+def test_another_resolution_than_the_models_own(pixel_values):
+    model = get_peft_model(tiny_vit(), pixel_config(image_size=48)).eval()
+    assert model.peft_config["default"].num_virtual_tokens == 6 * 6 - 4 * 4
+    large = torch.nn.functional.interpolate(pixel_values, size=(48, 48))
+    assert answer(model, large, interpolate_pos_encoding=True).shape == (4, 5)
+    with pytest.raises(
+        ValueError, match="`pixel_values` must measure 48 x 48 pixels, as the layout does, but got 32 x 32"
+    ):
+        answer(model, pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_mean": None}, "`image_mean` must be given with prompt_space='pixel', but got None"),
+        ({"image_std": None}, "`image_std` must be given with prompt_space='pixel', but got None"),
+        ({"image_std": [0.2, 0.0, 0.2]}, r"`image_std` must hold above 0 numbers, .* but got \[0.2, 0.0, 0.2\]"),
+        ({"image_mean": [float("nan")] * 3}, "`image_mean` must hold finite numbers"),
+        ({"mixing": "sigmoid"}, "`mixing` must be 'softmax' with prompt_space='pixel', but got 'sigmoid'"),
+        ({"prompt_space": "pixels"}, "`prompt_space` must be one of latent, pixel, but got 'pixels'"),
+        ({"prompt_layout": "below"}, "`prompt_layout` must be one of append, canvas, but got 'below'"),
+        ({"image_size": 4}, "`image_size` must lie in 8..16384, but got 4"),
+    ],
+)
+def test_impossible_configs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        pixel_config(**fields)
+
+
+def test_a_mean_that_is_no_list_is_refused():
+    with pytest.raises(TypeError, match="`image_mean` must be a list with a number for each channel, but got 0.5"):
+        pixel_config(image_mean=0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_virtual_tokens": 5}, "`num_virtual_tokens` must fill .* but got 5. Use 4, 7, 8, 10 or 12"),
+        ({"image_size": 36}, "`image_size` must be whole patches of 8 pixels, but got 36 x 36"),
+        (
+            {"image_mean": [0.5], "image_std": [0.5]},
+            "must have 3 numbers, one a channel of the model, but got 1 and 1",
+        ),
+    ],
+)
+def test_configs_that_do_not_fit_the_model_are_refused_and_leave_it_alone(fields, message):
+    model = tiny_vit()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, pixel_config(**fields))
+    assert not any("pgn" in name for name, _ in model.named_modules())
+
+
+def test_one_channel(pixel_values):
+    model = get_peft_model(tiny_vit(num_channels=1), pixel_config(image_mean=[0.5], image_std=[0.5])).eval()
+    assert answer(model, pixel_values[:, :1]).shape == (4, 5)
+
+
+@pytest.mark.slow
+@layouts
+def test_it_compiles_without_a_break(layout, pixel_values):
+    model = move_adapter(get_peft_model(tiny_vit(), pixel_config(prompt_layout=layout))).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(answer(compiled, pixel_values), answer(model, pixel_values), atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16(pixel_values):
+    model = get_peft_model(tiny_vit(), pixel_config()).eval()
+    expected = answer(model, pixel_values)
+    found = answer(model.to(torch.bfloat16), pixel_values.bfloat16()).float()
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_the_library_starts_from_training_images():
+    model = get_peft_model(tiny_vit(), pixel_config(library_size=50))
+    images = torch.rand(10, 3, 20, 12).clamp(0.02, 0.98)
+    start_library_from_images(model, images)
+    library = layer_of(model).pgn_library["default"]
+    windows = images.unfold(2, 8, 1).unfold(3, 8, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    for patch in library.patches:
+        assert (windows - patch).flatten(1).abs().amax(1).min() < 1e-5
+    assert len(library.patches.flatten(1).unique(dim=0)) > 40
+    with pytest.raises(ValueError, match="`images` must lie in "):
+        start_library_from_images(model, images * 255)
+    with pytest.raises(ValueError, match=r"`images` must have the axes .* but got \(10, 3, 20, 6\)"):
+        start_library_from_images(model, images[..., :6])
+    with pytest.raises(ValueError, match="`adapter_name` must be an adapter in pixel space, but got 'default'"):
+        start_library_from_images(get_peft_model(tiny_vit(), tiny_config()), images)
+
+
+def test_a_token_shift_moves_the_token_equally_in_every_direction():
+    """Around grey, to first order: that is what the parameter is for."""
+    model = get_peft_model(tiny_vit(), pixel_config(generator="static"))
+    layer = layer_of(model)
+    library = layer.pgn_library["default"]
+    assert isinstance(library, PatchLibrary)
+    with torch.no_grad():
+        library.patch_logits.zero_()
+        before = layer.patch_embeddings(normalize(library.patches, MEAN, STD))[:, 0]
+        shifts = 1e-2 * torch.randn(library.token_shifts.shape, generator=torch.Generator().manual_seed(0))
+        library.token_shifts.copy_(shifts)
+        after = layer.patch_embeddings(normalize(library.patches, MEAN, STD))[:, 0]
+    torch.testing.assert_close(after - before, shifts, atol=2e-4, rtol=0)
+
+
+def test_mixing_by_hand():
+    library = PatchLibrary(4, 3, 2, 8, directions=torch.zeros(3, 2, 2, 8))
+    coefficients = torch.rand(5, 6, 4).softmax(-1)
+    prompts = library(coefficients)
+    by_hand = sum(coefficients[..., k, None, None, None] * library.patches[k] for k in range(4))
+    torch.testing.assert_close(prompts, by_hand)
+
+
+def test_json_round_trip(tmp_path):
+    config = pixel_config(prompt_layout="append", image_size=32, head="frozen", label_mapping=[4, 2])
+    config.save_pretrained(tmp_path)
+    assert PGNConfig.from_pretrained(tmp_path) == config
