@@ -64,7 +64,7 @@ def build(method: str, model_path: str, labels: list[str], learning_rate: float,
         nn.init.zeros_(backbone.classifier.bias)
         backbone.config.id2label = dict(enumerate(labels))
         return backbone, parameter_groups(backbone, learning_rate)
-    model = get_peft_model(backbone, adapter.config(labels))
+    model = get_peft_model(backbone, adapter.config(labels, None, None, None))
     return model, parameter_groups(model, learning_rate)
 
 

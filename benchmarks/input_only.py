@@ -15,7 +15,8 @@ of the mapping, and latent prompts ("latent-static", "latent-pgn") to compare wi
 
 All methods see the same images, flips, batches, epochs and schedule. Each one's learning rate is chosen from a grid of
 equal size by the accuracy on validation with seed 0; the report is that of other seeds, on test images seen once,
-after the last epoch. Figures are those of the PNGs: encoded, decoded, and through the server's processor. Every run is
+after the last epoch. Figures are those of the PNGs: encoded, decoded, and through the server's processor; and of JPEGs
+of quality 90, to see what they cost. Every run is
 appended to a file of JSON lines, and one that is there is not repeated. `--smoke`: tiny, offline, in seconds.
 """
 
@@ -37,87 +38,24 @@ from peft import get_peft_model
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTForImageClassification, set_seed
+from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import image_data
+from input_peers import Adapted, Border, Mapped, load_server, scale
 from smoke_material import smoke_arguments
 
 from pgn_peft import ImagePrompter, PGNConfig, frequency_mapping
-from pgn_peft.preprocessing import Preprocessing, normalize, to_8_bit, to_images, to_pixels
+from pgn_peft.preprocessing import Preprocessing, to_8_bit, to_images, to_pixels
 from pgn_peft.training import start_library_from_images
 
 METHODS = {
     "frozen": ("mapping", "border", "static", "pgn"),
     "trained": ("linear", "border", "static", "pgn", "latent-static", "latent-pgn"),
 }
-# Learning rates to choose from, as many for each. A border's are in pixels, so larger ones were tried first.
-GRIDS = {"border": (0.003, 0.01, 0.03)}
-GRID = (0.001, 0.003, 0.01)
-
-
-class Border(nn.Module):
-    """Visual prompting: a learned border, added to the image and clipped to valid pixels."""
-
-    def __init__(self, server: nn.Module, preprocessing: Preprocessing, side: int) -> None:
-        super().__init__()
-        self.server, self.preprocessing = server, preprocessing
-        width = round(side * 30 / 224)
-        self.border = nn.Parameter(torch.zeros(1, 3, side, side))
-        mask = torch.ones(1, 1, side, side)
-        mask[..., width:-width, width:-width] = 0
-        self.register_buffer("mask", mask)
-
-    def prompted(self, pixels: Tensor) -> Tensor:
-        return (pixels + self.border * self.mask).clamp(0, 1)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.server(normalize(self.prompted(pixels), *_scale(self.preprocessing))).logits
-
-
-class Adapted(nn.Module):
-    """A model with a PGN adapter, from pixels in [0, 1] to logits."""
-
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        self.model, self.preprocessing = model, preprocessing
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(normalize(pixels, *_scale(self.preprocessing))).logits
-
-
-def _scale(preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return preprocessing.image_mean, preprocessing.image_std
-
-
-class Mapped(nn.Module):
-    """The server's logits, read through a label mapping."""
-
-    def __init__(self, server: nn.Module, mapping: list[int] | None) -> None:
-        super().__init__()
-        self.server, self.mapping = server, mapping
-
-    def forward(self, pixel_values: Tensor):
-        outputs = self.server(pixel_values)
-        if self.mapping is not None:
-            outputs.logits = outputs.logits[:, self.mapping]
-        return outputs
-
-
-def load_server(path: str, side: int | None) -> ViTForImageClassification:
-    """Load the model, with its position embeddings resized once and for all if it is to serve another image size."""
-    server = ViTForImageClassification.from_pretrained(path).eval()
-    if side is None or side == server.config.image_size:
-        return server
-    embeddings = server.vit.embeddings
-    patch = server.config.patch_size
-    tokens = torch.zeros(1, (side // patch) ** 2 + 1, server.config.hidden_size)
-    positions = embeddings.interpolate_pos_encoding(tokens, side, side).detach()
-    weights = server.state_dict() | {"vit.embeddings.position_embeddings": positions}
-    server.config.image_size = side
-    resized = ViTForImageClassification(server.config).eval()
-    resized.load_state_dict(weights)
-    return resized
+# Learning rates to choose from, as many for each method.
+GRIDS = {"border": (0.01, 0.03)}
+GRID = (0.003, 0.01)
 
 
 def load_pixels(rows, preprocessing: Preprocessing, limit: int | None) -> tuple[Tensor, Tensor]:
@@ -135,12 +73,12 @@ def predict(model: nn.Module, pixels: Tensor) -> Tensor:
         return torch.cat([model(batch.float() / 255) for batch in pixels.split(50)])
 
 
-def through_png(images: list[Image.Image], processor) -> Tensor:
-    """Encode images as PNG, decode them, and run the server's processor."""
+def through(encoding: str, images: list[Image.Image], processor) -> Tensor:
+    """Encode images, decode them, and run the server's processor."""
     decoded = []
     for image in images:
         file = io.BytesIO()
-        image.save(file, "PNG")
+        image.save(file, encoding, **({"quality": 90} if encoding == "JPEG" else {}))
         decoded.append(Image.open(file))
     return processor(images=decoded, return_tensors="pt")["pixel_values"]
 
@@ -168,7 +106,7 @@ def build(method: str, server: nn.Module, preprocessing: Preprocessing, material
     }
     if method.startswith("latent-"):
         return Adapted(get_peft_model(server, PGNConfig(**common)), preprocessing)
-    mean, std = map(list, _scale(preprocessing))
+    mean, std = map(list, scale(preprocessing))
     pixel = PGNConfig(
         prompt_space="pixel", num_virtual_tokens=options.num_virtual_tokens, image_mean=mean, image_std=std, **common
     )
@@ -239,30 +177,38 @@ def run(method: str, learning_rate: float | None, seed: int, report: bool, optio
     }
     if not method.startswith("latent-"):
         served = serve(method, model, server, to_images(pixels, Image.Image), processor)
-        row["png_accuracy"] = (served.argmax(1) == labels).float().mean().item()
-        row["png_agreement"] = (served.argmax(1) == trained.argmax(1)).float().mean().item()
+        for encoding, logits in served.items():
+            row[f"{encoding.lower()}_accuracy"] = (logits.argmax(1) == labels).float().mean().item()
+            row[f"{encoding.lower()}_agreement"] = (logits.argmax(1) == trained.argmax(1)).float().mean().item()
     return row | settings(options) | versions()
 
 
-def serve(method: str, model: nn.Module, server: nn.Module, images: list[Image.Image], processor) -> Tensor:
-    """Answer PNGs of prompted images with the unmodified server: logits of the task's classes."""
+def serve(method: str, model: nn.Module, server: nn.Module, images: list[Image.Image], processor) -> dict[str, Tensor]:
+    """Answer prompted images, as PNG and as JPEG, with the unmodified server: logits of the task's classes."""
+    head = mapping = None
     if method in ("static", "pgn"):
         prompter = ImagePrompter.from_adapter(model.model, processor)
         mapping, head = prompter.label_mapping, prompter.head
         images = [image for start in range(0, len(images), 50) for image in prompter(images[start : start + 50])]
         server = model.model.unload()
+    elif method == "border":
+        pixels = torch.stack([to_pixels(image, 3) for image in images]).float() / 255
+        images = to_images(to_8_bit(model.prompted(pixels).detach()), Image.Image)
+        mapping = model.server.mapping
     else:
-        if method == "border":
-            pixels = torch.stack([to_pixels(image, 3) for image in images]).float() / 255
-            images = to_images(to_8_bit(model.prompted(pixels).detach()), Image.Image)
-        mapping, head = (model.server if method == "border" else model.model).mapping, server.classifier
-    answers = []
+        mapping = model.model.mapping
+    answers = {}
     with torch.inference_mode():
-        for start in range(0, len(images), 50):
-            outputs = server(through_png(images[start : start + 50], processor), output_hidden_states=True)
-            features = server.vit.layernorm(outputs.hidden_states[-1])[:, 0]
-            answers.append(head(features) if mapping is None else outputs.logits[:, mapping])
-    return torch.cat(answers)
+        for encoding in ("PNG", "JPEG"):
+            logits = []
+            for start in range(0, len(images), 50):
+                pixel_values = through(encoding, images[start : start + 50], processor)
+                if head is None:
+                    logits.append(server(pixel_values).logits)
+                else:
+                    logits.append(head(server.vit(pixel_values).last_hidden_state[:, 0]))
+            answers[encoding] = torch.cat(logits) if mapping is None else torch.cat(logits)[:, mapping]
+    return answers
 
 
 def settings(options: argparse.Namespace) -> dict:
@@ -303,14 +249,15 @@ def run_all(options: argparse.Namespace) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """Make a Markdown table of the reported runs."""
     lines = [
-        "| method | trained parameters | learning rate | seed | as PNG | as trained |",
-        "|---|---|---|---|---|---|",
+        "| method | trained parameters | learning rate | seed | as trained | as PNG | agreement | as JPEG |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        png = f"{row['png_accuracy']:.3f}" if "png_accuracy" in row else "-"
+        served = ("png_accuracy", "png_agreement", "jpeg_accuracy")
+        figures = " | ".join(f"{row[name]:.3f}" if name in row else "-" for name in ("accuracy", *served))
         lines.append(
-            f"| {row['method']} | {row['trainable_parameters']:,} | {row['learning_rate'] or '-'} | {row['seed']} | "
-            f"{png} | {row['accuracy']:.3f} |"
+            f"| {row['method']} | {row['trainable_parameters']:,} | {row['learning_rate'] or '-'} | {row['seed']} "
+            f"| {figures} |"
         )
     return "\n".join(lines)
 
@@ -322,7 +269,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--head", choices=("frozen", "trained"), default="frozen")
     parser.add_argument("--results", default="outputs/input_only.jsonl", help="file of JSON lines, appended to")
     parser.add_argument("--methods", nargs="+", help="only these")
-    parser.add_argument("--grid", type=int, default=3, help="use this many learning rates")
+    parser.add_argument("--grid", type=int, default=2, help="use this many learning rates")
     parser.add_argument("--seeds", nargs="*", type=int, default=(1,))
     parser.add_argument("--side", type=int, default=112, help="of the images, in pixels")
     parser.add_argument("--epochs", type=int, default=12)

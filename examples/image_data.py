@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,8 +157,12 @@ AUGMENTATIONS = {
 }
 
 
-def add_transforms(splits: DatasetDict, processor, augmentation: str) -> None:
-    """Let each split turn its images into `pixel_values` as they are read, the training images augmented."""
+def add_transforms(splits: DatasetDict, processor, augmentation: str) -> Callable:
+    """Let each split turn its images into `pixel_values` as they are read, the training images augmented.
+
+    Returns:
+        The transform without augmentation.
+    """
 
     def transform(augment):
         def apply(batch):
@@ -169,3 +174,4 @@ def add_transforms(splits: DatasetDict, processor, augmentation: str) -> None:
 
     for split in splits:
         splits[split].set_transform(transform(AUGMENTATIONS[augmentation if split == "train" else "none"]))
+    return transform(AUGMENTATIONS["none"])

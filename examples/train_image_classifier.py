@@ -10,13 +10,20 @@ Parquet files named train, validation and test, at a quarter of the cost of 224 
     python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
         --dataset path/to/parquet --image_size 112 --num_train_epochs 12 --output_dir outputs/my-adapter
 
+For a model that can only be called: prompts that are valid pixels, and the model's own classes read as the task's.
+`deploy_input_only.py` shows how the result, outputs/my-adapter/prompter, is used:
+
+    python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
+        --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --initial_logit_std 4 \
+        --output_dir outputs/my-adapter
+
 Two processes (Accelerate calls that multi_gpu everywhere; on a CPU, add --use_cpu after the script):
 
     accelerate launch --multi_gpu --num_processes 2 examples/train_image_classifier.py ...
 
-It needs `image_data.py` beside it. After an interruption, the same command with --resume_from_checkpoint true goes on
-from the last complete checkpoint. `--smoke` runs the whole script offline on a tiny model and a few generated images,
-in seconds; it ends with
+It needs `image_data.py`, `adapter_arguments.py` and `model_card.py` beside it. After an interruption, the same command
+with --resume_from_checkpoint true goes on from the last complete checkpoint. `--smoke` runs the whole script offline
+on a tiny model and a few generated images, in seconds; it ends with
 
     test accuracy 1.000
 
@@ -39,8 +46,10 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
+from adapter_arguments import AdapterArguments, find_label_mapping, start_library
 from datasets import DatasetDict, Features, Value
 from image_data import DataArguments, add_transforms, load_processor, load_splits
+from model_card import write_card
 from peft import PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score
 from transformers import (
@@ -51,40 +60,8 @@ from transformers import (
     set_seed,
 )
 
-from pgn_peft import ImageCollator, PGNConfig
+from pgn_peft import ImageCollator, ImagePrompter, PGNConfig
 from pgn_peft.training import EqualStatistics, last_complete_checkpoint, parameter_groups
-
-
-@dataclass
-class AdapterArguments:
-    """What to train: a frozen model, and the adapter on it. See `PGNConfig` for the fields."""
-
-    model_name_or_path: str = field(metadata={"help": "Id or path of a ViT."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    num_virtual_tokens: int = 16
-    library_size: int = 64
-    generator: str = field(default="resnet10", metadata={"help": "'resnet10', or 'static' for the control."})
-    generator_image_size: int | None = None
-    generator_width: int = 16
-    generator_norm: str = "batch"
-    mixing: str = "softmax"
-    initializer_range: float = 0.02
-    initial_logit_std: float = 0.0
-
-    def config(self, labels: list[str]) -> PGNConfig:
-        """Return the adapter's configuration for these classes."""
-        return PGNConfig(
-            num_virtual_tokens=self.num_virtual_tokens,
-            library_size=self.library_size,
-            generator=self.generator,
-            generator_image_size=self.generator_image_size,
-            generator_width=self.generator_width,
-            generator_norm=self.generator_norm,
-            mixing=self.mixing,
-            initializer_range=self.initializer_range,
-            initial_logit_std=self.initial_logit_std,
-            id2label=dict(enumerate(labels)),
-        )
 
 
 @dataclass
@@ -192,45 +169,6 @@ def check_same_adapter(wanted: PGNConfig, found: PGNConfig) -> None:
             )
 
 
-def write_card(folder: Path, adapter: AdapterArguments, data: DataArguments, results: dict, labels: list[str]) -> None:
-    """Write a model card with what a stranger needs: how to load it, what it knows, how good it is."""
-    call = ", interpolate_pos_encoding=True" if data.image_size is not None else ""
-    shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
-    folder.joinpath("README.md").write_text(
-        f"""---
-library_name: peft
-base_model: {adapter.model_name_or_path}
-pipeline_tag: image-classification
-tags: [pgn-peft, image-classification]
----
-
-# {folder.name}
-
-A Prompt Generation Network ([arXiv:2210.06466](https://arxiv.org/abs/2210.06466)) for the frozen
-`{adapter.model_name_or_path}`, trained on `{data.dataset}` with `train_image_classifier.py` of pgn-peft.
-
-```python
-import pgn_peft  # makes PEFT know this adapter
-from peft import AutoPeftModel
-from transformers import AutoImageProcessor
-
-model = AutoPeftModel.from_pretrained("{folder.name}")
-processor = AutoImageProcessor.from_pretrained("{folder.name}")
-logits = model(**processor(images=image, return_tensors="pt"){call}).logits
-label = model.config.id2label[logits.argmax(-1).item()]
-```
-
-| | |
-|---|---|
-| classes | {len(labels)}: {shown} |
-| trainable parameters | {results["trainable_parameters"]:,} |
-| training images | {results["train_images"]:,} |
-| accuracy on validation | {results["validation_accuracy"]:.4f} (the best epoch was chosen by it) |
-| accuracy on test | {"-" if results["test_accuracy"] is None else f"{results['test_accuracy']:.4f}"} |
-"""
-    )
-
-
 def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict:
     """Train, evaluate and save; return what results.json holds."""
     resume = arguments.resume_from_checkpoint not in (None, "", "false", "False")
@@ -239,14 +177,20 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     with arguments.main_process_first(desc="loading the data"):
         splits = load_splits(data, seed=0)
     labels = splits["train"].features["label"].names
-    config = adapter.config(labels)
-
     processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
-    add_transforms(splits, processor, data.augmentation)
+    adapter.config(labels, processor, data.image_size, None if adapter.head == "trained" else [*range(len(labels))])
+    as_they_are = splits["train"].with_transform(add_transforms(splits, processor, data.augmentation))
     backbone = AutoModelForImageClassification.from_pretrained(
         adapter.model_name_or_path, revision=adapter.model_revision
     )
+    mapping = None
+    if adapter.label_mapping:
+        interpolate = data.image_size not in (None, backbone.config.image_size)
+        mapping = find_label_mapping(backbone, as_they_are, interpolate)
+    config = adapter.config(labels, processor, data.image_size, mapping)
     model: PeftModel = get_peft_model(backbone, config, revision=adapter.model_revision)
+    if config.prompt_space == "pixel":
+        start_library(model, as_they_are, processor)
     trainable, _ = model.get_nb_trainable_parameters()
 
     parameters = parameter_groups(
@@ -287,6 +231,8 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_card(folder, adapter, data, results, labels)
+        if config.prompt_space == "pixel":
+            ImagePrompter.from_adapter(model, processor).save_pretrained(folder / "prompter")
         folder.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n")
         model.print_trainable_parameters()
         print(f"validation accuracy {results['validation_accuracy']:.3f}")

@@ -57,7 +57,7 @@ def make_prompter(
     generator = dict(layer.pgn_generator).get(adapter_name)
     library = layer.pgn_library[adapter_name]
     if config.prompt_space == "pixel":
-        offset = None if library.image_offset is None else library.image_offset.detach().float().cpu()
+        offset = None if library.image_offset is None else library.image_offset.detach().float().cpu().clone()
         prompts = PixelPrompts(library.patches.detach().float().cpu(), image_offset=offset)
     else:
         invert = invert_static_prompts if generator is None else invert_library

@@ -107,7 +107,7 @@ class Preprocessing:
         outer = self.size or (self.shortest_edge, self.shortest_edge)
         if outer[0] < self.crop_size[0] or outer[1] < self.crop_size[1]:
             return (0, 0, 0, 0)  # it pads by itself
-        top, left = (round((whole - part) / 2) for whole, part in zip(outer, self.crop_size, strict=True))
+        top, left = ((whole - part) // 2 for whole, part in zip(outer, self.crop_size, strict=True))
         return (left, outer[1] - self.crop_size[1] - left, top, outer[0] - self.crop_size[0] - top)
 
     def apply(self, image: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Preprocessing:
             image = F.interpolate(image[None], size=size, mode=self.resample, antialias=True)[0]
         if self.crop_size is not None:
             (height, width), (crop_height, crop_width) = image.shape[-2:], self.crop_size
-            top, left = round((height - crop_height) / 2), round((width - crop_width) / 2)
+            top, left = max((height - crop_height) // 2, 0), max((width - crop_width) // 2, 0)
             image = image[..., top : top + crop_height, left : left + crop_width]
         return image
 

@@ -1,0 +1,118 @@
+"""The steps of an image processor without Transformers: pixel for pixel what the real one does."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ConvNextImageProcessor, DeiTImageProcessor, ViTImageProcessor
+
+from pgn_peft.preprocessing import Preprocessing, denormalize, normalize, to_8_bit, to_images, to_pixels
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+PROCESSORS = {
+    "size": ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD),
+    "bicubic": ViTImageProcessor(size={"height": 32, "width": 24}, resample=3),
+    "crop": DeiTImageProcessor(size={"height": 40, "width": 40}, crop_size={"height": 32, "width": 32}),
+    "odd crop": DeiTImageProcessor(size={"height": 37, "width": 39}, crop_size={"height": 32, "width": 32}),
+    "shorter side": DeiTImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}),
+    "no crop": DeiTImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False),
+}
+
+
+def photo(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("size", [(64, 64), (47, 91), (120, 50), (32, 32), (20, 30)])
+def test_images_come_out_as_from_the_processor(name, size):
+    processor = PROCESSORS[name]
+    preprocessing = Preprocessing.from_processor(processor)
+    image = photo(*size)
+    expected = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    pixels = preprocessing.apply(to_pixels(image, 3)).float() / 255
+    found = normalize(pixels, preprocessing.image_mean, preprocessing.image_std)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert preprocessing.output_size == tuple(expected.shape[1:])
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_processor_cuts_the_margins_off_and_leaves_every_pixel_alone(name):
+    """What the client sends is what the model sees."""
+    processor = PROCESSORS[name]
+    preprocessing = Preprocessing.from_processor(processor)
+    finished = to_pixels(photo(*preprocessing.output_size), 3)
+    sent = to_images(torch.nn.functional.pad(finished[None], preprocessing.margins), Image.Image)[0]
+    seen = processor(images=sent, return_tensors="pt")["pixel_values"][0]
+    seen = denormalize(seen, preprocessing.image_mean, preprocessing.image_std)
+    assert torch.equal(to_8_bit(seen), finished)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"do_normalize": False}, "`do_normalize` must be True in the image processor, but got False"),
+        ({"rescale_factor": 1 / 127.5}, "`rescale_factor` must be 1/255 in the image processor, but got 0.0078"),
+        ({"resample": 0}, "`resample` must be bilinear .* but got"),
+        ({"size": {"longest_edge": 32}}, "`size` must have height and width, or shortest_edge, .* but got"),
+    ],
+)
+def test_processors_that_do_something_else_are_refused(change, message):
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    for name, value in change.items():
+        setattr(processor, name, value)
+    with pytest.raises(ValueError, match=message):
+        Preprocessing.from_processor(processor)
+
+
+def test_a_processor_with_rescaling_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="in the image processor"):
+        Preprocessing.from_processor(ConvNextImageProcessor(do_rescale=False))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA"])
+def test_pillow_images_of_any_mode(mode):
+    image = photo(5, 7).convert(mode)
+    pixels = to_pixels(image, 3)
+    assert pixels.shape == (3, 5, 7)
+    assert torch.equal(pixels, torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+    assert to_pixels(image, 1).shape == (1, 5, 7)
+
+
+def test_the_same_image_in_all_its_forms():
+    image = photo(5, 7)
+    array = np.array(image)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    for form in (array, tensor, array / 255, tensor.float() / 255, tensor.double() / 255, np.asfortranarray(array)):
+        assert torch.equal(to_pixels(form, 3), tensor)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (
+            np.zeros((5, 7), np.uint8),
+            ValueError,
+            r"`images` must have the axes \(H, W, C\) as arrays, but got \(5, 7\)",
+        ),
+        (
+            np.zeros((5, 7, 4), np.uint8),
+            ValueError,
+            r"`images` must have 3 channels, .* but got a tensor of \(4, 5, 7\)",
+        ),
+        (torch.zeros(1, 5, 7), ValueError, r"`images` must have 3 channels, .* but got a tensor of \(1, 5, 7\)"),
+        (torch.zeros(3, 5, 7, dtype=torch.int64), TypeError, "8-bit integers or floats .* but got torch.int64"),
+        (torch.full((3, 5, 7), 200.0), ValueError, r"`images` must lie in \[0, 1\] as floats, but got 200 to 200"),
+        (torch.full((3, 5, 7), float("nan")), ValueError, r"`images` must lie in \[0, 1\] as floats, but got nan"),
+        ("cat.png", TypeError, "`images` must be Pillow images, numpy arrays or tensors, but got str"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, error, message):
+    with pytest.raises(error, match=message):
+        to_pixels(image, 3)
+
+
+def test_normalisation_and_back():
+    pixels = torch.rand(2, 3, 4, 5)
+    torch.testing.assert_close(denormalize(normalize(pixels, MEAN, STD), MEAN, STD), pixels)
+    assert normalize(torch.tensor(MEAN)[:, None, None], MEAN, STD).abs().max() == 0
