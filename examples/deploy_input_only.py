@@ -30,7 +30,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, is_offline_mode
 from image_data import DataArguments, load_splits
 from PIL import Image
 from tqdm import tqdm
@@ -149,6 +149,11 @@ def main(command_line: list[str] | None = None) -> dict[str, float] | None:
             train_smoke(Path(folder), options)
         if not (options.model_name_or_path and options.prompter and options.dataset):
             parser.error("--model_name_or_path, --prompter and --dataset are required")
+        if is_offline_mode():
+            raise SystemExit(
+                "`HF_HUB_OFFLINE` must not be set for this example, but got it: huggingface_hub's client refuses "
+                "every call then, to this machine too. Unset it; with local paths nothing else is called."
+            )
         prompter = ImagePrompter.from_pretrained(options.prompter)
         if prompter.layout.name != "canvas":
             raise SystemExit(

@@ -31,15 +31,20 @@ sys.path.insert(0, str(ROOT / "examples"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def run(*command, **options):
+# huggingface_hub's client calls nobody in offline mode, not even this machine.
+ONLINE = {name: value for name, value in ENVIRONMENT.items() if name != "HF_HUB_OFFLINE"}
+
+
+def run(*command, env=ENVIRONMENT, **options):
     return subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, env=ENVIRONMENT, check=True, timeout=300, **options
+        [*map(str, command)], capture_output=True, text=True, env=env, check=True, timeout=300, **options
     ).stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_smoke_mode_runs_offline_and_ends_with_a_figure(script, tmp_path):
-    output = run(sys.executable, script, "--smoke", cwd=tmp_path)
+    online = script.name == "deploy_input_only.py"  # it calls a server of its own on this machine
+    output = run(sys.executable, script, "--smoke", cwd=tmp_path, env=ONLINE if online else ENVIRONMENT)
     assert re.search(r"\d\.\d{3}", output.strip().splitlines()[-1])
 
 
@@ -295,3 +300,49 @@ def test_the_official_recipe_is_sgd_with_a_long_warm_up(tmp_path):
     assert (arguments.learning_rate, arguments.warmup_steps) == (0.1, 0.5)
     assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.01}
     assert script.Arguments(output_dir=str(tmp_path), use_cpu=True).learning_rate == 3e-3
+
+
+def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(material, tmp_path):
+    """The two commands of the README, typed as there, on a folder of JPEGs."""
+    _, command = material
+    folder = tmp_path / "input-only"
+    more = "--prompt_space pixel --head frozen --label_mapping true --num_virtual_tokens 12 --learning_rate 0.03"
+    output = run(*with_output(command, folder, *more.split(), "--num_train_epochs", "6"))
+    assert output.strip().splitlines()[-1] == "test accuracy 1.000"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert sorted(config["label_mapping"]) == [0, 1]
+    assert config["image_size"] is None or config["image_size"] == 32
+    assert {path.name for path in (folder / "prompter").iterdir()} == {"prompter.safetensors", "prompter_config.json"}
+    options = dict(zip(command[2::2], command[3::2], strict=False))
+    deploy = [sys.executable, ROOT / "examples/deploy_input_only.py"]
+    deploy += ["--model_name_or_path", options["--model_name_or_path"], "--dataset", options["--dataset"]]
+    lines = run(*deploy, "--prompter", folder / "prompter", env=ONLINE).strip().splitlines()
+    assert any(line.startswith("the server sees what it is sent") for line in lines)
+    assert "agreement with the model at hand 1.000" in lines
+    assert lines[-1] == "accuracy prompted 1.000"
+
+    for env, message in [
+        (ONLINE, "must be the folder of a prompter, but got one without prompter_config.json"),
+        (ENVIRONMENT, "`HF_HUB_OFFLINE` must not be set for this example"),
+    ]:
+        wrong = subprocess.run(
+            [*map(str, deploy), "--prompter", str(folder)], capture_output=True, text=True, env=env, timeout=100
+        )
+        assert wrong.returncode == 1
+        assert message in wrong.stderr
+
+
+def test_a_server_answers_whatever_it_is_sent(material):
+    import urllib.error
+    import urllib.request
+
+    from deploy_input_only import hosted
+
+    with hosted(str(material[0] / "vit")) as url:
+        for body in (b"no image", b'{"inputs": 7}', b""):
+            request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                urllib.request.urlopen(request)
+        image = next((material[0] / "images/red").iterdir()).read_bytes()
+        with urllib.request.urlopen(urllib.request.Request(url, data=image)) as reply:
+            assert {"label", "score"} == json.load(reply)[0].keys()
