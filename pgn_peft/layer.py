@@ -139,9 +139,11 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             (B, C, H', W') prompted images, normalised.
         """
         config, offset = self.configs[adapter_name], self.pgn_library[adapter_name].image_offset
-        pixels = denormalize(pixel_values, config.image_mean, config.image_std)
-        prompted = compose(pixels, self.prompts(adapter_name, pixel_values), self.layouts[adapter_name], offset)
-        return normalize(prompted, config.image_mean, config.image_std)
+        # In float32, whatever the backbone computes in: half precision does not hold 8 bits of a normalised pixel.
+        pixels = denormalize(pixel_values.float(), config.image_mean, config.image_std)
+        patches = self.prompts(adapter_name, pixel_values).float()
+        prompted = compose(pixels, patches, self.layouts[adapter_name], offset)
+        return normalize(prompted, config.image_mean, config.image_std).to(pixel_values.dtype)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Make the tokens of the image and the prompts of the active adapters: (B, N + P, D).

@@ -141,7 +141,7 @@ def _fitting(name: str, rows: int, columns: int) -> dict[int, tuple[int, int]]:
 
 
 def compose(
-    pixels: Tensor, patches: Tensor, layout: PromptLayout, image_offset: Tensor | None = None, clip: bool = True
+    pixels: Tensor, patches: Tensor, layout: PromptLayout, image_offset: Tensor | None = None, valid: bool = True
 ) -> Tensor:
     """Lay prompts and image side by side.
 
@@ -151,7 +151,8 @@ def compose(
         layout: where they go.
         image_offset: added to the image once it has its size in the layout: (C, h, w), or one patch (C, p, p) added to
             each of the image's patches; None: nothing.
-        clip: clip the image to [0, 1] after that.
+        valid: clip the image to [0, 1] after that, and round all pixels to 8 bits, as a file will hold them. Gradients
+            pass the rounding as if it were not there.
 
     Returns:
         (B, C, H', W') prompted images of the layout's `size`.
@@ -174,12 +175,16 @@ def compose(
     if image_offset is not None:
         times = [whole // part for whole, part in zip(layout.image_size, image_offset.shape[-2:], strict=True)]
         image = image + image_offset.repeat(1, *times)
-    if clip:
+    if valid:
         image = image.clamp(0, 1)
     image_patches = to_patches(image, layout.patch_size)
     both = torch.cat([image_patches, patches.to(image_patches.dtype)], dim=1)  # (B, N, C, p, p), image first
     order = torch.tensor(layout.image_patches + layout.slots, device=both.device).argsort()
-    return to_image(both[:, order], layout.grid)
+    prompted = to_image(both[:, order], layout.grid)
+    if valid:
+        # Decisions near a boundary hang on less than a rounding; so training rounds too.
+        prompted = prompted + ((prompted * 255).round() / 255 - prompted).detach()
+    return prompted
 
 
 def to_patches(pixel_values: Tensor, patch_size: int) -> Tensor:

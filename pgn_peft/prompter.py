@@ -93,7 +93,7 @@ class ImagePrompter(nn.Module):
             pixels: (B, C, H, W) in [0, 1], of the layout's `input_size`.
 
         Returns:
-            (B, C, H', W') of the layout's `size`; in [0, 1] where `in_range`.
+            (B, C, H', W') of the layout's `size`; where `in_range`, in [0, 1] and rounded to 8 bits.
         """
         if self.generator is None:
             patches = self.library.expand(pixels.shape[0], -1, -1, -1, -1)
@@ -106,7 +106,7 @@ class ImagePrompter(nn.Module):
                 patches = (coefficients @ self.library.flatten(1)).unflatten(-1, self.library.shape[1:])
         if self.offsets is not None:
             patches = patches + self.offsets
-        return compose(pixels, patches, self.layout, self.image_offset, clip=self.in_range)
+        return compose(pixels, patches, self.layout, self.image_offset, valid=self.in_range)
 
     @torch.inference_mode()
     def pixel_values(self, images: Any) -> Tensor:

@@ -76,7 +76,7 @@ def test_a_head_of_the_adapters_own_classifies_features_at_the_client():
     prompter = ImagePrompter.from_adapter(model, PROCESSOR)
     with torch.no_grad():
         features = tiny_vit(num_labels=20).vit(prompter.pixel_values(images)).last_hidden_state[:, 0]
-    torch.testing.assert_close(prompter.classify(features), expected)
+    assert (prompter.classify(features) - expected).abs().max() < 0.01 * expected.std()
     with pytest.raises(ValueError, match="`answer` must be about the adapter's own classes, but got 'LABEL_7'"):
         prompter.answer([{"label": "LABEL_7", "score": 1.0}])
     assert prompter.answer([{"label": "river", "score": 1.0}])[0]["label"] == "river"

@@ -57,7 +57,7 @@ def test_the_prompted_image_holds_every_prompt_and_the_whole_image(name, prompts
     layout = make_layout(name, (32, 32), 8, prompts)
     images = torch.rand(2, 3, 32, 32)
     patches = torch.rand(2, prompts, 3, 8, 8)
-    prompted = to_patches(compose(images, patches, layout), 8)
+    prompted = to_patches(compose(images, patches, layout, valid=False), 8)
     assert torch.equal(prompted[:, layout.slots], patches)
     inside = to_image(prompted[:, layout.image_patches], layout.image_grid)
     assert torch.equal(inside, resize(images, layout.image_size))
@@ -80,12 +80,14 @@ def test_a_shrunk_image_is_shrunk_not_cropped_and_stays_in_range():
 def test_an_offset_is_added_to_the_image_alone_and_clipped():
     layout = make_layout("canvas", (32, 32), 8, 12)
     images, patches, offset = torch.rand(2, 3, 32, 32), torch.rand(2, 12, 3, 8, 8), torch.randn(3, 8, 8)
-    plain, shifted = (to_patches(compose(images, patches, layout, part), 8) for part in (None, offset))
-    assert torch.equal(shifted[:, layout.slots], plain[:, layout.slots])
+    plain = to_patches(compose(images, patches, layout, valid=False), 8)
+    shifted = to_patches(compose(images, patches, layout, offset), 8)
     own = layout.image_patches
-    assert torch.equal(shifted[:, own], (plain[:, own] + offset).clamp(0, 1))
+    rounded = ((plain[:, own] + offset).clamp(0, 1) * 255).round() / 255
+    torch.testing.assert_close(shifted[:, own], rounded)
+    torch.testing.assert_close(shifted[:, layout.slots], (patches * 255).round() / 255)
     whole = torch.randn(3, 16, 16)
-    free = to_patches(compose(images, patches, layout, whole, clip=False), 8)
+    free = to_patches(compose(images, patches, layout, whole, valid=False), 8)
     assert torch.equal(free[:, own], plain[:, own] + to_patches(whole[None], 8))
 
 
@@ -95,3 +97,13 @@ def test_images_and_prompts_of_another_size_are_refused():
         compose(torch.rand(1, 3, 32, 40), torch.rand(1, 12, 3, 8, 8), layout)
     with pytest.raises(ValueError, match="`patches` must be 12 an image, as the layout has, but got 4"):
         compose(torch.rand(1, 3, 32, 32), torch.rand(1, 4, 3, 8, 8), layout)
+
+
+def test_rounding_to_8_bits_lets_gradients_pass():
+    layout = make_layout("canvas", (32, 32), 8, 12)
+    images, patches = torch.rand(1, 3, 32, 32), torch.rand(1, 12, 3, 8, 8, requires_grad=True)
+    prompted = compose(images, patches, layout)
+    levels = prompted.detach() * 255
+    torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+    (prompted * 3).sum().backward()
+    assert torch.equal(patches.grad, torch.full_like(patches, 3))

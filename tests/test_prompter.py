@@ -64,9 +64,10 @@ def test_the_client_sends_what_was_trained(form):
     expected = answer(model, PROCESSOR(images=images, return_tensors="pt")["pixel_values"])
     options = {"interpolate_pos_encoding": form == "append"}
     found = answer(tiny_vit(), prompter.pixel_values(images), **options)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    # A pixel that falls between two levels may be rounded up here and down there, and hardly any does.
+    assert (found - expected).abs().max() < 0.01 * expected.std()
     served = PROCESSOR(images=prompter(images), return_tensors="pt", do_resize=form != "append")["pixel_values"]
-    assert (answer(tiny_vit(), served, **options) - expected).abs().max() < 0.05 * expected.std()
+    assert (answer(tiny_vit(), served, **options) - expected).abs().max() < 0.01 * expected.std()
 
 
 def test_a_cropping_server_gets_a_margin_to_cut_off():
@@ -80,7 +81,7 @@ def test_a_cropping_server_gets_a_margin_to_cut_off():
     assert sent[0].size == (40, 40)
     expected = answer(model, processor(images=images, return_tensors="pt")["pixel_values"])
     found = answer(tiny_vit(), processor(images=sent, return_tensors="pt")["pixel_values"])
-    assert (found - expected).abs().max() < 0.05 * expected.std()
+    assert (found - expected).abs().max() < 0.01 * expected.std()
     classify = pipeline("image-classification", model=tiny_vit(), image_processor=processor)
     assert prompter.check_server(classify(prompter.probe())) < 1e-3
 
