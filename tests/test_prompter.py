@@ -4,6 +4,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
 from datasets import load_dataset
+from loopback_hub import loopback_hub
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -366,3 +368,48 @@ def test_png_through_the_stock_pipeline_on_real_images(shared):
         found = {entry["label"]: entry["score"] for entry in prompter.answer(reply)}
         for index, label in prompter.id2label.items():
             assert found[label] == pytest.approx(scores[index].item(), abs=0.03)
+
+
+# The Hub: the client's address is fixed when huggingface_hub is imported, hence new processes.
+
+PUSH = """
+import sys
+from pgn_peft.prompter import ImagePrompter
+print(ImagePrompter.from_pretrained(sys.argv[1]).push_to_hub("someone/prompter", private=True))
+"""
+PULL = """
+import sys
+from pgn_peft.prompter import ImagePrompter
+ImagePrompter.from_pretrained("someone/prompter").save_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_pushed_to_a_hub_and_loaded_from_it(tmp_path):
+    _, prompter = prompter_of("canvas")
+    prompter.save_pretrained(tmp_path / "local")
+    with loopback_hub(token="hf_secret") as hub:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+
+        def run(code, folder, token):
+            secret = {} if token is None else {"HF_TOKEN": token}
+            return subprocess.run(
+                [sys.executable, "-c", code, folder],
+                capture_output=True,
+                text=True,
+                env=environment | secret,
+                timeout=100,
+            )
+
+        refused = run(PUSH, tmp_path / "local", None)
+        assert refused.returncode == 1
+        assert "401" in refused.stderr
+        assert not hub.repositories
+        pushed = run(PUSH, tmp_path / "local", "hf_secret")
+        assert pushed.returncode == 0, pushed.stderr
+        assert pushed.stdout.strip() == "someone/prompter"
+        assert set(hub.repositories["someone/prompter"]) == {"prompter.safetensors", "prompter_config.json"}
+        pulled = run(PULL, tmp_path / "pulled", "hf_secret")
+        assert pulled.returncode == 0, pulled.stderr
+    assert same_images(ImagePrompter.from_pretrained(tmp_path / "pulled")(photos()), prompter(photos()))

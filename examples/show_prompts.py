@@ -1,0 +1,124 @@
+"""Draw what an input-only adapter does: prompted images as the server sees them, the library, the coefficients.
+
+    python examples/show_prompts.py --prompter outputs/my-adapter/prompter --dataset path/to/images \
+        --output_dir outputs/pictures
+
+writes prompted.png (each image as it is, as it is sent, and how often each library patch is used in it), and
+library.png (all patches of the library, the most used first). `--smoke` trains a tiny model first, offline, in
+seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from itertools import zip_longest
+from pathlib import Path
+
+import matplotlib
+import torch
+from deploy_input_only import train_smoke
+from image_data import DataArguments, load_splits
+from torch import Tensor
+
+from pgn_peft import ImagePrompter
+from pgn_peft.preprocessing import normalize, read_images
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def choose(rows, number: int) -> tuple[list, list[str]]:
+    """Choose images of as many classes as possible, and return them with the names of their classes."""
+    names, labels = rows.features["label"].names, rows["label"]
+    seen: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        seen.setdefault(label, []).append(index)
+    by_turns = [index for turn in zip_longest(*(seen[label] for label in sorted(seen))) for index in turn]
+    chosen = [index for index in by_turns if index is not None][:number]
+    return [rows[index]["image"] for index in chosen], [names[labels[index]] for index in chosen]
+
+
+@torch.inference_mode()
+def usage(prompter: ImagePrompter, images: list) -> Tensor:
+    """Return the share of each library patch in the prompts of each image: (B, L)."""
+    pixels, _, _ = read_images(images, prompter.preprocessing, prompter.num_channels, prompter.layout.input_size)
+    mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
+    return prompter.generator(normalize(pixels.float() / 255, mean, std)).mean(dim=1)
+
+
+def draw_prompted(prompter: ImagePrompter, images: list, names: list[str], file: Path) -> None:
+    """Draw images as they are, prompted, and their coefficients below."""
+    shares = None if prompter.generator is None else usage(prompter, images)
+    rows = 2 if shares is None else 3
+    figure, axes = plt.subplots(
+        rows, len(images), figsize=(1.6 * len(images), 1.75 * rows), layout="constrained", squeeze=False
+    )
+    for column, (image, prompted) in enumerate(zip(images, prompter(images), strict=True)):
+        axes[0, column].imshow(image)
+        axes[0, column].set_title(names[column], fontsize=8)
+        axes[1, column].imshow(prompted, interpolation="nearest")
+        if shares is not None:
+            axes[2, column].bar(range(shares.shape[1]), shares[column], width=1, color="tab:blue")
+            axes[2, column].set_ylim(0, shares.max().item() * 1.05)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis, name in zip(axes[:, 0], ("image", "as it is sent", "library in use"), strict=False):
+        axis.set_ylabel(name, fontsize=8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_library(prompter: ImagePrompter, images: list, file: Path) -> None:
+    """Draw the library's patches, the most used first."""
+    library = prompter.library
+    if prompter.generator is not None:
+        library = library[usage(prompter, images).mean(dim=0).argsort(descending=True)]
+    columns = 16
+    figure, axes = plt.subplots(
+        -(-len(library) // columns), columns, figsize=(8, 0.52 * -(-len(library) // columns)), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, patch in zip(axes.flat, library, strict=False):
+        axis.imshow(patch.permute(1, 2, 0), interpolation="nearest")
+    figure.subplots_adjust(0.01, 0.02, 0.99, 0.98, 0.08, 0.08)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompter", help="folder or id of an ImagePrompter in pixel space")
+    parser.add_argument("--dataset", help="images to prompt: the test split, or else validation")
+    parser.add_argument("--number", type=int, default=8, help="of images")
+    parser.add_argument("--output_dir", default="outputs/pictures")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
+    options = parser.parse_args(command_line)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.smoke:
+            train_smoke(Path(folder), options)
+            options.output_dir = f"{folder}/pictures"
+        if not (options.prompter and options.dataset):
+            parser.error("--prompter and --dataset are required")
+        prompter = ImagePrompter.from_pretrained(options.prompter)
+        if not prompter.in_range or prompter.library.ndim != 4:
+            raise SystemExit(
+                f"`prompter` must hold a library of valid patches, but got {options.prompter!r}, which was inverted "
+                "from tokens. Train with --prompt_space pixel."
+            )
+        splits = load_splits(DataArguments(options.dataset), seed=0)
+        images, names = choose(splits["test" if "test" in splits else "validation"], options.number)
+        output = Path(options.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        draw_prompted(prompter, images, names, output / "prompted.png")
+        draw_library(prompter, images, output / "library.png")
+        print(f"saved prompted.png and library.png to {output}")
+        if prompter.generator is not None:
+            spread = usage(prompter, images).std(dim=0).mean().item()
+            print(f"mean spread of a library patch's share from image to image: {spread:.3f}")
+
+
+if __name__ == "__main__":
+    main()
