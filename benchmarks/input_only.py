@@ -53,9 +53,11 @@ METHODS = {
     "frozen": ("mapping", "border", "static", "pgn"),
     "trained": ("linear", "border", "static", "pgn", "latent-static", "latent-pgn"),
 }
-# Learning rates to choose from, as many for each method.
-GRIDS = {"border": (0.01, 0.03)}
-GRID = (0.003, 0.01)
+# Learning rates to choose from, as many for each method: of a border, a library or a linear probe. A generator, and a
+# head beside prompts, learn at a rate of their own.
+GRID = (0.03, 0.1)
+GRIDS = {name: (0.003, 0.01) for name in ("linear", "latent-static", "latent-pgn")}
+OTHER_LEARNING_RATE = 0.003
 
 
 def load_pixels(rows, preprocessing: Preprocessing, limit: int | None) -> tuple[Tensor, Tensor]:
@@ -117,8 +119,12 @@ def build(method: str, server: nn.Module, preprocessing: Preprocessing, material
 
 def train(model: nn.Module, pixels: Tensor, labels: Tensor, learning_rate: float, options) -> float:
     """Train what is trainable; return the mean loss of the last epoch."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            searched = "pgn_library" in name or name == "border" or name.startswith("model.server")
+            groups.setdefault(learning_rate if searched else OTHER_LEARNING_RATE, []).append(parameter)
+    optimizer = torch.optim.AdamW([{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=0.0)
     steps = options.epochs * (len(pixels) // options.batch)
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -77,7 +77,9 @@ class Arguments(TrainingArguments):
         },
     )
     learning_rate: float | None = field(default=None, metadata={"help": "Of the generator; by default the recipe's."})
-    library_learning_rate: float | None = field(default=None, metadata={"help": "By default as the generator's."})
+    library_learning_rate: float | None = field(
+        default=None, metadata={"help": "By default as the generator's, and ten times that in pixel space."}
+    )
     head_learning_rate: float | None = field(default=None, metadata={"help": "By default as the generator's."})
     num_train_epochs: float = 12
     per_device_train_batch_size: int = 25
@@ -193,10 +195,13 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         start_library(model, as_they_are, processor)
     trainable, _ = model.get_nb_trainable_parameters()
 
+    library_learning_rate = arguments.library_learning_rate
+    if library_learning_rate is None and config.prompt_space == "pixel":
+        library_learning_rate = 10 * arguments.learning_rate  # pixels in [0, 1] have further to go than tokens
     parameters = parameter_groups(
         model,
         arguments.learning_rate,
-        library_learning_rate=arguments.library_learning_rate,
+        library_learning_rate=library_learning_rate,
         head_learning_rate=arguments.head_learning_rate,
         weight_decay=arguments.weight_decay,
     )

@@ -33,9 +33,11 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": n % 3} for n in range(6)]
     monkeypatch.setattr(transformers.TrainingArguments, "num_train_epochs", 1)
-    names = {"train_dataset": rows, "image": Image.new("RGB", (40, 30), "red")}
+    server = transformers.pipeline("image-classification", model="vit")
+    names = {"train_dataset": rows, "image": Image.new("RGB", (40, 30), "red"), "server": server}
     exec(source, names)
     assert names["label"] in {"cat", "dog", "owl"}
+    assert {entry["label"] for entry in names["prompter"].answer(names["answer"])} == {"mountain", "valley", "bridge"}
 
 
 @pytest.mark.parametrize("page", PAGES)

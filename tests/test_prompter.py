@@ -287,7 +287,7 @@ def test_it_works_in_an_environment_of_torch_safetensors_numpy_and_pillow(tmp_pa
     (site,) = (tmp_path / "environment").glob("lib/python*/site-packages")
     wanted = {"torch", "torchgen", "functorch", "safetensors", "numpy", "numpy.libs", "PIL", "pillow.libs"}
     wanted |= {"typing_extensions.py", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec"}
-    wanted |= {"nvidia", "triton", "cuda", "setuptools"}
+    wanted |= {"nvidia", "triton", "cuda", "setuptools", "packaging"}
     for path in Path(torch.__file__).parents[1].iterdir():
         if path.name in wanted:
             (site / path.name).symlink_to(path)
