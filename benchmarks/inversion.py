@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from PIL import Image
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
@@ -37,7 +36,8 @@ from input_peers import Adapted, load_server, scale
 from smoke_material import smoke_arguments
 
 from pgn_peft import ImagePrompter, PGNConfig
-from pgn_peft.preprocessing import Preprocessing, normalize, to_8_bit, to_images
+from pgn_peft.layout import compose
+from pgn_peft.preprocessing import Preprocessing, normalize
 
 # name -> fields of ViTConfig, and prompts in one row at 224 px
 SHAPES = {
@@ -45,6 +45,9 @@ SHAPES = {
     "ViT-B/16": ({"patch_size": 16}, 14),
     "ViT-S/16": ({"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}, 14),
 }
+
+
+NOT_SHOWN = ("torch", "transformers", "device", "seconds")
 
 
 def exact(options) -> list[dict]:
@@ -161,12 +164,11 @@ def served(prompter: ImagePrompter, stock: nn.Module, pixels: Tensor, precision:
     logits = []
     with torch.inference_mode():
         for batch in pixels.split(50):
-            images = to_images(batch, Image.Image)
-            if precision == "float":
-                pixel_values = prompter.pixel_values(images)
-            else:
-                prompted = to_8_bit(prompter.prompted(batch.float() / 255)).float() / 255
-                pixel_values = normalize(prompted, *scale(prompter.preprocessing))
+            batch = batch.float() / 255
+            prompted = compose(
+                batch, prompter.patches(batch), prompter.layout, prompter.image_offset, valid=precision == "8-bit"
+            )
+            pixel_values = normalize(prompted, *scale(prompter.preprocessing))
             features = stock.vit(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 0]
             logits.append(prompter.classify(features))
     return torch.cat(logits)
@@ -174,7 +176,7 @@ def served(prompter: ImagePrompter, stock: nn.Module, pixels: Tensor, precision:
 
 def table(rows: list[dict]) -> str:
     """Make a Markdown table."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("torch", "transformers", "device"))
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_SHOWN)
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
         shown = (row.get(name, "-") for name in names)

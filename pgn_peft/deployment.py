@@ -60,6 +60,11 @@ def make_prompter(
         offset = None if library.image_offset is None else library.image_offset.detach().float().cpu().clone()
         prompts = PixelPrompts(library.patches.detach().float().cpu(), image_offset=offset)
     else:
+        if in_range and config.mixing != "softmax" and generator is not None:
+            raise ValueError(
+                f"`in_range` must be False for an adapter with mixing={config.mixing!r}, but got True: only "
+                "coefficients that sum to 1 mix valid patches into a valid patch. Train with mixing='softmax'."
+            )
         invert = invert_static_prompts if generator is None else invert_library
         prompts = invert(
             layer.get_base_layer(),

@@ -77,24 +77,22 @@ class ImagePrompter(nn.Module):
 
     @classmethod
     def from_adapter(
-        cls, model: nn.Module, processor: Any, adapter_name: str = "default", **options: Any
+        cls,
+        model: nn.Module,
+        processor: Any,
+        adapter_name: str = "default",
+        in_range: bool = False,
+        approximate: bool = False,
     ) -> ImagePrompter:
-        """Make the client of a trained adapter; see `pgn_peft.deployment.make_prompter` for all options."""
+        """Make the client of a trained adapter; see `pgn_peft.deployment.make_prompter`."""
         from pgn_peft.deployment import make_prompter
 
-        return make_prompter(model, processor, adapter_name, **options)
+        return make_prompter(model, processor, adapter_name, in_range=in_range, approximate=approximate)
 
     # Prompting.
 
-    def prompted(self, pixels: Tensor) -> Tensor:
-        """Generate the prompts for images, and lay them in.
-
-        Args:
-            pixels: (B, C, H, W) in [0, 1], of the layout's `input_size`.
-
-        Returns:
-            (B, C, H', W') of the layout's `size`; where `in_range`, in [0, 1] and rounded to 8 bits.
-        """
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Generate the prompts for images (B, C, H, W) in [0, 1]: (B, P, C, p, p), in [0, 1] where `in_range`."""
         if self.generator is None:
             patches = self.library.expand(pixels.shape[0], -1, -1, -1, -1)
         else:
@@ -104,16 +102,22 @@ class ImagePrompter(nn.Module):
                 patches = torch.einsum("bpl,plchw->bpchw", coefficients, self.library)
             else:
                 patches = (coefficients @ self.library.flatten(1)).unflatten(-1, self.library.shape[1:])
-        if self.offsets is not None:
-            patches = patches + self.offsets
-        return compose(pixels, patches, self.layout, self.image_offset, valid=self.in_range)
+        return patches if self.offsets is None else patches + self.offsets
+
+    def prompted(self, pixels: Tensor) -> Tensor:
+        """Lay its prompts into images.
+
+        Args:
+            pixels: (B, C, H, W) in [0, 1], of the layout's `input_size`.
+
+        Returns:
+            (B, C, H', W') of the layout's `size`; where `in_range`, in [0, 1] and rounded to 8 bits.
+        """
+        return compose(pixels, self.patches(pixels), self.layout, self.image_offset, valid=self.in_range)
 
     @torch.inference_mode()
     def pixel_values(self, images: Any) -> Tensor:
-        """Prompt images for a model that takes tensors.
-
-        Args:
-            images: one image or several, as for `forward`.
+        """Prompt images, given as to `forward`, for a model that takes tensors.
 
         Returns:
             (B, C, H', W') float32, normalised as the model expects them. In the "append" layout they are larger than
@@ -128,8 +132,8 @@ class ImagePrompter(nn.Module):
         """Prompt images for a model that takes images.
 
         Args:
-            images: a Pillow image of any mode, a numpy array (H, W, C) or (B, H, W, C), a tensor (C, H, W) or
-                (B, C, H, W), or a list of these; 8-bit integers, or floats in [0, 1]; of any size.
+            images: Pillow images of any mode, arrays (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), one
+                or a list of them; 8-bit integers, or floats in [0, 1]; of any size.
 
         Returns:
             The same kind, one or several, with 8-bit pixels (also for floats), prompted. Save them as PNG: JPEG
@@ -238,7 +242,7 @@ class ImagePrompter(nn.Module):
 
         Raises:
             OSError: a file is not there.
-            ValueError: a file is damaged, or does not hold what its configuration declares.
+            ValueError: a file does not hold what its configuration declares.
         """
         return prompter_files.load(cls, prompter_files.find(pretrained_model_name_or_path, revision, token))
 
@@ -249,8 +253,7 @@ class ImagePrompter(nn.Module):
     def export_onnx(self, path: str | Path) -> None:
         """Write the prompter as an ONNX file (with `onnx` and `onnxscript` installed).
 
-        Its input `image` is (B, C, H, W) uint8, resized and cropped as `preprocessing` says; its output `prompted` is
-        (B, C, H', W') uint8.
+        From `image` (B, C, H, W) uint8, resized and cropped as `preprocessing` says, to `prompted` (B, C, H', W').
 
         Raises:
             ValueError: the prompts are no valid images.

@@ -204,3 +204,10 @@ def test_real_images_at_full_size(shared, shape):
     found = answer(unmodified, prompter.pixel_values(rows["image"][:]), interpolate_pos_encoding=True)
     assert (found - expected).abs().max() < 1e-3
     assert torch.equal(found.argmax(1), expected.argmax(1))
+
+
+def test_inversion_in_range_needs_coefficients_that_sum_to_one():
+    with pytest.raises(
+        ValueError, match="`in_range` must be False for an adapter with mixing='sigmoid', but got True"
+    ):
+        ImagePrompter.from_adapter(adapted(4, mixing="sigmoid"), processor(), in_range=True)
