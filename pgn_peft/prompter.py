@@ -25,7 +25,8 @@ from pgn_peft.preprocessing import Preprocessing, normalize, read_images, to_8_b
 class ImagePrompter(nn.Module):
     """Prompt images for a frozen model behind an interface.
 
-    Make one with `from_adapter`, or load one with `from_pretrained`.
+    Make one with `from_adapter`, or load one with `from_pretrained`. `report` is what prompt inversion kept; None for
+    prompts trained as pixels, and after loading.
 
     Args:
         layout: where the prompts lie.
@@ -37,9 +38,6 @@ class ImagePrompter(nn.Module):
         server_labels: names of the server's classes by index.
         head: the adapter's own head, for a server that answers with features.
         probe_scores: the unmodified model's scores (M,) for `probe`.
-
-    Attributes:
-        report: what prompt inversion kept; None for prompts trained as pixels, and after loading.
     """
 
     def __init__(
