@@ -47,19 +47,22 @@ def map_scores(
         server_labels: names of the server's classes by index.
 
     Returns:
-        Scores by the task's labels, with sum 1.
+        Scores by the task's labels, with sum 1. If the answer was cut short and lacks some of them, the scores of the
+        others as they came: the best of them is the best of all, but how sure the model is cannot be known.
 
     Raises:
         ValueError: none of the classes that the task is mapped to is among them.
     """
     names = [server_labels[index] for index in label_mapping]
     found = {id2label[task]: scores[name] for task, name in enumerate(names) if name in scores}
-    total = sum(found.values())
-    if total <= 0:
+    if not found:
         raise ValueError(
             f"`answer` must hold labels that the task is mapped to, like {names[0]!r}, but got "
             f"{', '.join(map(repr, list(scores)[:5]))}. Ask the server for all its labels: top_k={len(server_labels)}."
         )
+    total = sum(found.values())
+    if len(found) < len(names) or not 0 < total < float("inf"):
+        return found
     return {label: score / total for label, score in found.items()}
 
 

@@ -169,7 +169,7 @@ class ImagePrompter(nn.Module):
 
         Returns:
             Entries with `label`, a class of the task, and `score`, best first. With a label mapping these are the
-            scores of the classes that stand for the task's, made to sum to 1.
+            scores of the classes that stand for the task's, made to sum to 1 if all of them are in the answer.
 
         Raises:
             TypeError: it is something else.

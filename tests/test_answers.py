@@ -37,6 +37,8 @@ def test_scores_are_mapped_by_index_and_made_to_sum_to_one():
     scores = {"crane": 0.5, "dog": 0.3, "owl": 0.1}
     mapped = map_scores(scores, {0: "river", 1: "forest"}, [3, 1], server_labels)
     assert mapped == pytest.approx({"river": 0.25, "forest": 0.75})
+    # Cut short: the best is still the best, and nothing is said of how sure the model is.
+    assert map_scores({"crane": 0.5, "dog": 0.3}, {0: "river", 1: "forest"}, [3, 1], server_labels) == {"forest": 0.3}
     with pytest.raises(ValueError, match="like 'owl', but got 'crane'. Ask the server for all its labels: top_k=4"):
         map_scores({"crane": 0.5}, {0: "river", 1: "forest"}, [3, 1], server_labels)
 
