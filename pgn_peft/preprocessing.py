@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,14 @@ class Preprocessing:
         """Read the steps off a Transformers image processor.
 
         Raises:
+            TypeError: it is no image processor.
             ValueError: it does something else: another filter, another scale, no normalisation, or padding.
         """
+        if not hasattr(processor, "rescale_factor"):
+            raise TypeError(
+                f"`processor` must be an image processor, but got {processor!r}. Load it: "
+                "AutoImageProcessor.from_pretrained(model_id)."
+            )
         for name, wanted in (("do_normalize", True), ("do_rescale", True), ("do_pad", False)):
             found = getattr(processor, name, None)
             if found is not None and bool(found) != wanted:
@@ -161,6 +167,8 @@ def to_pixels(image: Any, num_channels: int) -> Tensor:
             f"`images` must have {num_channels} channels, (H, W, C) as arrays and (C, H, W) as tensors, but got a "
             f"tensor of {tuple(image.shape)}. {_GREY}"
         )
+    if image.numel() == 0:
+        raise ValueError(f"`images` must have pixels, but got none in {tuple(image.shape)}. Drop empty images.")
     if image.dtype == torch.uint8:
         return image.cpu()
     if not image.is_floating_point():
@@ -197,7 +205,7 @@ def read_images(
     """
     batched = isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4
     single = not batched and isinstance(images, (Image.Image, np.ndarray, Tensor))
-    several = [images] if single else list(images)
+    several = list(images) if isinstance(images, Iterable) and not single else [images]
     if not several:
         raise ValueError("`images` must be one image at least, but got none. Leave the call out.")
     kind = Image.Image if isinstance(several[0], Image.Image) else type(several[0])

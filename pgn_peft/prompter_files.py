@@ -207,11 +207,15 @@ def find(name_or_path: str | Path, revision: str | None, token: str | None) -> P
                     "save_pretrained; an adapter's folder is turned into one with ImagePrompter.from_adapter."
                 )
         return folder
-    hub = _import_hub(f"`{name_or_path}` must be an existing folder, or the id of a prompter on the Hub")
-    files = [
-        hub.hf_hub_download(str(name_or_path), name, revision=revision, token=token)
-        for name in (CONFIG_FILE, WEIGHTS_FILE)
-    ]
+    problem = f"`{name_or_path}` must be an existing folder, or the id of a prompter on the Hub"
+    hub = _import_hub(problem)
+    try:
+        files = [
+            hub.hf_hub_download(str(name_or_path), name, revision=revision, token=token)
+            for name in (CONFIG_FILE, WEIGHTS_FILE)
+        ]
+    except ValueError as error:  # no possible id
+        raise OSError(f"{problem}, but got neither: {error} Look for a misspelt path.") from error
     return Path(files[0]).parent
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import ConvNextImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
-from pgn_peft.preprocessing import Preprocessing, denormalize, normalize, to_8_bit, to_images, to_pixels
+from pgn_peft.preprocessing import Preprocessing, denormalize, normalize, read_images, to_8_bit, to_images, to_pixels
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PROCESSORS = {
@@ -65,6 +65,19 @@ def test_processors_that_do_something_else_are_refused(change, message):
         Preprocessing.from_processor(processor)
 
 
+@pytest.mark.parametrize("processor", [None, "google/vit-base-patch16-224"])
+def test_what_is_no_processor_is_refused(processor):
+    with pytest.raises(TypeError, match="`processor` must be an image processor, but got"):
+        Preprocessing.from_processor(processor)
+
+
+@pytest.mark.parametrize("images", [None, 7, "cat.png", ["cat.png"], {"image": 1}])
+def test_what_holds_no_images_is_refused(images):
+    preprocessing = Preprocessing.from_processor(PROCESSORS["size"])
+    with pytest.raises(TypeError, match="`images` must be Pillow images, numpy arrays or tensors, but got"):
+        read_images(images, preprocessing, 3, (32, 32))
+
+
 def test_a_processor_with_rescaling_of_its_own_is_refused():
     with pytest.raises(ValueError, match="in the image processor"):
         Preprocessing.from_processor(ConvNextImageProcessor(do_rescale=False))
@@ -104,6 +117,7 @@ def test_the_same_image_in_all_its_forms():
         (torch.zeros(3, 5, 7, dtype=torch.int64), TypeError, "8-bit integers or floats .* but got torch.int64"),
         (torch.full((3, 5, 7), 200.0), ValueError, r"`images` must lie in \[0, 1\] as floats, but got 200 to 200"),
         (torch.full((3, 5, 7), float("nan")), ValueError, r"`images` must lie in \[0, 1\] as floats, but got nan"),
+        (torch.zeros(3, 0, 7), ValueError, r"`images` must have pixels, but got none in \(3, 0, 7\)"),
         ("cat.png", TypeError, "`images` must be Pillow images, numpy arrays or tensors, but got str"),
     ],
 )

@@ -251,6 +251,10 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
     file.unlink()
     with pytest.raises(OSError, match="one without prompter.safetensors"):
         ImagePrompter.from_pretrained(tmp_path)
+    with pytest.raises(
+        OSError, match="must be an existing folder, or the id of a prompter on the Hub, but got neither"
+    ):
+        ImagePrompter.from_pretrained(tmp_path / "misspelt")
 
 
 # Without PEFT and Transformers, and without torch.
