@@ -174,15 +174,19 @@ def served(prompter: ImagePrompter, stock: nn.Module, pixels: Tensor, precision:
     return torch.cat(logits)
 
 
+def shown(name: str, value: object) -> str:
+    """Format a figure: shares with three decimals, other numbers with three digits."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if name in ("accuracy", "agreement", "equal_top_1") else f"{value:.3g}"
+
+
 def table(rows: list[dict]) -> str:
     """Make a Markdown table."""
     names = dict.fromkeys(name for row in rows for name in row if name not in NOT_SHOWN)
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        shown = (row.get(name, "-") for name in names)
-        lines.append(
-            "| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in shown) + " |"
-        )
+        lines.append("| " + " | ".join(shown(name, row.get(name, "-")) for name in names) + " |")
     return "\n".join(lines)
 
 
