@@ -30,6 +30,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {value!r}. Choose one of these.")
 
 
+def check_boolean(name: str, value: Any) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, but got {value!r}. Write one of these.")
+
+
 def check_scale(name: str, value: Any, official: str, zero: bool = False) -> None:
     """Raise unless `value` is a number above 0, or 0 where `zero`, and at most 1000."""
     remedy = f"The official code uses {official}."

@@ -29,6 +29,7 @@ INTEGERS = {
     "library_size": (1, 1_048_576, False),
     "generator_image_size": (8, 4096, True),
     "generator_width": (4, 1024, False),
+    "generator_rank": (1, 1024, True),
     "num_labels": (1, 10_000_000, True),
     "hidden_size": (1, 65_536, True),
     "num_channels": (1, 4096, True),
@@ -59,7 +60,12 @@ class PGNConfig(PeftConfig):
             as it is. Smaller is faster.
         generator_width: channels of the generator's stem. Parameters and cost of the CNN grow with its square.
         generator_norm: "batch", as in the official code, or "group", which needs no running statistics.
+        generator_rank: length of the queries (one for each prompt of an image) and keys (one for each entry of the
+            library) whose products are the mixing logits: at 8 a twentieth of the parameters of the official code's
+            linear layer, which None stands for.
         mixing: "softmax" over the library or "sigmoid" for each of its entries.
+        slot_prompts: also learn a static prompt for each of the P slots, to which the generated part is added. In
+            latent space; the "static" generator has nothing else anyway.
         initializer_range: standard deviation of the initial library (or static prompts).
         initial_logit_std: standard deviation of the offsets that the mixing logits start from. 0, as in the official
             code: all prompts start as nearly the same mixture. 4: each prompt starts near a library token of its own.
@@ -107,7 +113,11 @@ class PGNConfig(PeftConfig):
     )
     generator_width: int = field(default=16, metadata={"help": "Channels of the generator's stem."})
     generator_norm: str = field(default="batch", metadata={"help": "'batch' or 'group'."})
+    generator_rank: int | None = field(
+        default=None, metadata={"help": "Length of queries and keys of a factorised head; None: one linear layer."}
+    )
     mixing: str = field(default="softmax", metadata={"help": "'softmax' or 'sigmoid'."})
+    slot_prompts: bool = field(default=False, metadata={"help": "Add the generated part to a static prompt a slot."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial library."})
     initial_logit_std: float = field(default=0.0, metadata={"help": "Spread of the initial mixing logits."})
     prompt_space: str = field(default="latent", metadata={"help": "'latent' or 'pixel'."})
@@ -160,6 +170,7 @@ class PGNConfig(PeftConfig):
         checks.check_choice("generator", self.generator, GENERATORS)
         checks.check_choice("generator_norm", self.generator_norm, tuple(NORMS))
         checks.check_choice("mixing", self.mixing, tuple(MIXINGS))
+        checks.check_boolean("slot_prompts", self.slot_prompts)
         checks.check_choice("head", self.head, HEADS)
         if self.problem_type is not None:
             checks.check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
@@ -181,10 +192,7 @@ class PGNConfig(PeftConfig):
             self.num_virtual_tokens = 16 if self.num_virtual_tokens is None else self.num_virtual_tokens
             return
         checks.check_choice("prompt_layout", self.prompt_layout, LAYOUTS)
-        if not isinstance(self.image_offset, bool):
-            raise TypeError(
-                f"`image_offset` must be True or False, but got {self.image_offset!r}. Write one of these."
-            )
+        checks.check_boolean("image_offset", self.image_offset)
         if self.prompt_space == "latent" and self.prompt_layout != "append":
             raise ValueError(
                 f"`prompt_layout` must be 'append' or None with prompt_space='latent', but got "
@@ -192,6 +200,11 @@ class PGNConfig(PeftConfig):
             )
         if self.prompt_space == "latent":
             return
+        if self.slot_prompts:
+            raise ValueError(
+                "`slot_prompts` must be False with prompt_space='pixel', but got True. Patches stay valid pixels as "
+                "mixtures, and not as sums; initial_logit_std=4 starts each slot near a patch of its own."
+            )
         if self.mixing != "softmax":
             raise ValueError(
                 f"`mixing` must be 'softmax' with prompt_space='pixel', but got {self.mixing!r}. Only coefficients "

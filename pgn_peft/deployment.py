@@ -65,16 +65,13 @@ def make_prompter(
                 f"`in_range` must be False for an adapter with mixing={config.mixing!r}, but got True: only "
                 "coefficients that sum to 1 mix valid patches into a valid patch. Train with mixing='softmax'."
             )
-        invert = invert_static_prompts if generator is None else invert_library
-        prompts = invert(
-            layer.get_base_layer(),
-            library.tokens,
-            layout,
-            preprocessing.image_mean,
-            preprocessing.image_std,
-            in_range=in_range,
-            approximate=approximate,
-        )
+        scale = (preprocessing.image_mean, preprocessing.image_std)
+        options = {"in_range": in_range, "approximate": approximate}
+        if generator is None:
+            prompts = invert_static_prompts(layer.get_base_layer(), library.tokens, layout, *scale, **options)
+        else:
+            options["slot_prompts"] = library.slot_prompts
+            prompts = invert_library(layer.get_base_layer(), library.tokens, layout, *scale, **options)
     head = next((module for module in model.modules() if isinstance(module, PGNHead)), None)
     own_head = None if head is None else dict(head.pgn_head).get(adapter_name)
     prompter = ImagePrompter(

@@ -120,6 +120,32 @@ def resize_shorter_side(pixel_values: Tensor, size: int) -> Tensor:
     return resize(pixel_values, (size * height // shorter, size * width // shorter))
 
 
+class FactorisedHead(nn.Module):
+    """Mixing logits as products of queries and keys, as in attention: a tenth of the parameters of one linear layer.
+
+    An image has one query for each prompt, an entry of the library has one key; both are `rank` numbers.
+
+    Args:
+        num_features: of the trunk, F.
+        num_virtual_tokens: prompts per image, P.
+        library_size: entries of the library, L.
+        rank: length of a query and of a key, R.
+
+    Differs from the official code, whose head is one linear layer from F features to P * L logits.
+    """
+
+    def __init__(self, num_features: int, num_virtual_tokens: int, library_size: int, rank: int) -> None:
+        super().__init__()
+        self.queries = nn.Linear(num_features, num_virtual_tokens * rank)
+        self.keys = nn.Parameter(torch.empty(library_size, rank).normal_(std=rank**-0.5))
+        self.bias = nn.Parameter(torch.zeros(num_virtual_tokens * library_size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (B, F) to logits (B, P * L)."""
+        queries = self.queries(features).unflatten(-1, (-1, self.keys.shape[1]))  # (B, P, R)
+        return (queries @ self.keys.mT).flatten(1) + self.bias  # (B, P * L)
+
+
 class PromptGenerator(nn.Module):
     """Look at an image and say how to mix the prompts for it out of the library.
 
@@ -134,6 +160,7 @@ class PromptGenerator(nn.Module):
         mixing: "softmax" (coefficients of a prompt sum to 1) or "sigmoid" (each lies in [0, 1] by itself).
         initial_logit_std: standard deviation of the bias that each logit starts from; 0 keeps torch's small one, with
             which all prompts start as nearly the same mixture.
+        rank: length of queries and keys of a factorised head; None: one linear layer, as in the official code.
 
     Attributes:
         settings: the arguments that say what the parameters are, for files.
@@ -152,6 +179,7 @@ class PromptGenerator(nn.Module):
         norm: str = "batch",
         mixing: str = "softmax",
         initial_logit_std: float = 0.0,
+        rank: int | None = None,
     ) -> None:
         super().__init__()
         self.num_virtual_tokens = num_virtual_tokens
@@ -166,16 +194,21 @@ class PromptGenerator(nn.Module):
             "width": width,
             "norm": norm,
             "mixing": mixing,
+            "rank": rank,
         }
         self.trunk = TRUNKS[trunk](num_channels=num_channels, width=width, norm=norm)
-        self.head = nn.Linear(self.trunk.num_features, num_virtual_tokens * library_size)
+        self.head: nn.Linear | FactorisedHead
+        if rank is None:
+            self.head = nn.Linear(self.trunk.num_features, num_virtual_tokens * library_size)
+        else:
+            self.head = FactorisedHead(self.trunk.num_features, num_virtual_tokens, library_size, rank)
         if initial_logit_std > 0:
             nn.init.normal_(self.head.bias, std=initial_logit_std)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters, float32 unless the whole model was cast."""
-        return self.head.weight.dtype
+        return self.head.bias.dtype
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Compute the mixing coefficients.

@@ -44,7 +44,11 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     """
     # PEFT tells adapters apart by looking for their names between the dots of tensor names.
     with torch.device("meta"):
-        own = (*PromptGenerator(1, 1).state_dict(), *TokenLibrary(1, 1).state_dict())
+        own = (
+            *PromptGenerator(1, 1).state_dict(),
+            *PromptGenerator(1, 1, rank=1).state_dict(),
+            *TokenLibrary(1, 1, num_slots=1).state_dict(),
+        )
     containers = (*PGNLayer.adapter_layer_names, *PGNHead.adapter_layer_names)
     base = (name.partition(".pgn_")[0] for name, _ in model.named_modules())
     parts = {part for name in (*own, *base, "base_model.model.base_layer", *containers) for part in name.split(".")}

@@ -72,6 +72,7 @@ def invert_library(
     image_std: Sequence[float],
     in_range: bool = False,
     approximate: bool = False,
+    slot_prompts: Tensor | None = None,
 ) -> PixelPrompts:
     """Turn a trained library of tokens into pixels for the "append" layout.
 
@@ -85,6 +86,7 @@ def invert_library(
             outside. Each slot gets a library of its own then, and the image stays as it is: its patches keep the small
             shift of the interpolated position embeddings. Valid only for coefficients that sum to 1.
         approximate: accept a projection whose rank is below D, which cannot express all of a token.
+        slot_prompts: (P, D), the static prompt of each slot, to which the mixture is added; or None.
 
     Returns:
         The prompts as pixels, with a report.
@@ -92,7 +94,7 @@ def invert_library(
     Raises:
         ValueError: the layout is not "append", or the projection has too low a rank.
     """
-    return _invert(embeddings, tokens[None], layout, image_mean, image_std, in_range, approximate)
+    return _invert(embeddings, tokens[None], layout, image_mean, image_std, in_range, approximate, slot_prompts)
 
 
 def invert_static_prompts(
@@ -119,6 +121,7 @@ def _invert(
     image_std: Sequence[float],
     in_range: bool,
     approximate: bool,
+    slot_prompts: Tensor | None = None,
 ) -> PixelPrompts:
     """Invert tokens (1, L, D), the same for all slots, or (P, 1, D), one for each."""
     if layout.name != "append":
@@ -131,6 +134,8 @@ def _invert(
     tokens = tokens.detach().to(inverse.weight)
     added = position_tokens(embeddings, layout.size)  # (N', D)
     slots = added[layout.slots]  # (P, D)
+    if slot_prompts is not None:
+        slots = slots - slot_prompts.detach().to(slots)
     targets = tokens - slots[:, None]  # (P, L, D): what the projection must say in each slot
     if inverse.rank < hidden_size and not approximate:
         lost = (targets - (targets @ inverse.left) @ inverse.left.mT).norm(dim=-1) / targets.norm(dim=-1)

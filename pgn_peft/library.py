@@ -14,13 +14,20 @@ class TokenLibrary(nn.Module):
         hidden_size: the backbone's width, D.
         initializer_range: standard deviation of the initial values. The official code uses 0.02; trained libraries
             grow far beyond it.
+        num_slots: also learn a static prompt for each of so many slots, P, to which the mixture is added; None: the
+            mixture is the prompt, as in the paper.
 
     Source: arXiv:2210.06466 and its official code.
     """
 
-    def __init__(self, library_size: int, hidden_size: int, initializer_range: float = 0.02) -> None:
+    def __init__(
+        self, library_size: int, hidden_size: int, initializer_range: float = 0.02, num_slots: int | None = None
+    ) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(library_size, hidden_size).normal_(std=initializer_range))
+        self.slot_prompts: nn.Parameter | None = None
+        if num_slots is not None:
+            self.slot_prompts = nn.Parameter(torch.empty(num_slots, hidden_size).normal_(std=initializer_range))
 
     def forward(self, coefficients: Tensor) -> Tensor:
         """Blend library tokens into one prompt per slot.
@@ -31,7 +38,8 @@ class TokenLibrary(nn.Module):
         Returns:
             (B, P, D) prompts.
         """
-        return coefficients @ self.tokens
+        prompts = coefficients @ self.tokens
+        return prompts if self.slot_prompts is None else prompts + self.slot_prompts
 
     def static_prompts(self, batch_size: int) -> Tensor:
         """Give every image all L tokens as they are: (B, L, D) prompts, the input-independent control."""

@@ -188,6 +188,7 @@ def _generator(settings: dict[str, Any] | None, channels: int) -> tuple[PromptGe
             width=check_integer("width", settings["width"], 4, LARGEST_WIDTH),
             norm=settings["norm"],
             mixing=settings["mixing"],
+            rank=check_integer("rank", settings["rank"], 1, LARGEST_WIDTH, optional=True),
         )
     return generator, library_size
 

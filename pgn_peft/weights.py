@@ -34,7 +34,9 @@ def make_library(
             directions=directions,
             image_offset=config.image_offset,
         )
-    return TokenLibrary(size, hidden_size, initializer_range=config.initializer_range)
+    generated = config.generator != "static"
+    slots = config.num_virtual_tokens if config.slot_prompts and generated else None
+    return TokenLibrary(size, hidden_size, initializer_range=config.initializer_range, num_slots=slots)
 
 
 def make_generator(config: PGNConfig, num_channels: int) -> PromptGenerator | None:
@@ -51,6 +53,7 @@ def make_generator(config: PGNConfig, num_channels: int) -> PromptGenerator | No
         norm=config.generator_norm,
         mixing=config.mixing,
         initial_logit_std=config.initial_logit_std,
+        rank=config.generator_rank,
     )
 
 

@@ -1,4 +1,4 @@
-"""What PEFT promises its users, for every supported architecture and for both kinds of generator."""
+"""What PEFT promises its users, for every supported architecture and every kind of generator."""
 
 import peft
 import pytest
@@ -8,7 +8,13 @@ from peft import PeftModel, get_peft_model
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 classifiers = pytest.mark.parametrize("architecture", CLASSIFIERS)
-generators = pytest.mark.parametrize("generator", ["resnet10", "static"])
+# name -> what makes it so
+GENERATORS = {
+    "official": {},
+    "factorised": {"generator_rank": 2, "slot_prompts": True},
+    "static": {"generator": "static"},
+}
+generators = pytest.mark.parametrize("generator", GENERATORS)
 
 THREE = dict(enumerate(["cat", "dog", "owl"]))
 
@@ -31,7 +37,7 @@ def test_prompts_are_appended_and_change_the_answer(architecture, generator, pix
     base = tiny_vit(architecture)
     tokens = base.base_model.embeddings(pixel_values)
     before = answer(base, pixel_values)
-    model = move_adapter(get_peft_model(base, tiny_config(generator=generator))).eval()
+    model = move_adapter(get_peft_model(base, tiny_config(**GENERATORS[generator]))).eval()
     embeddings = model.get_base_model().base_model.embeddings
     prompted = embeddings(pixel_values)
     assert torch.equal(prompted[:, : tokens.shape[1]], tokens)
@@ -47,7 +53,7 @@ def test_prompts_are_appended_and_change_the_answer(architecture, generator, pix
 @generators
 def test_adapters_off_is_the_base_bit_for_bit(architecture, generator, pixel_values):
     before = answer(tiny_vit(architecture), pixel_values)
-    model = adapted(architecture, generator=generator)
+    model = adapted(architecture, **GENERATORS[generator])
     on = answer(model, pixel_values)
     with model.disable_adapter():
         assert torch.equal(answer(model, pixel_values), before)
@@ -57,7 +63,7 @@ def test_adapters_off_is_the_base_bit_for_bit(architecture, generator, pixel_val
 @architectures
 @generators
 def test_training_changes_every_adapter_weight_and_nothing_of_the_base(architecture, generator, pixel_values):
-    model = adapted(architecture, generator=generator).train()
+    model = adapted(architecture, **GENERATORS[generator]).train()
     frozen = snapshot(model)
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert trained
@@ -81,7 +87,7 @@ def test_training_changes_every_adapter_weight_and_nothing_of_the_base(architect
 @generators
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_save_and_load_under_another_name(architecture, generator, low_cpu_mem_usage, pixel_values, tmp_path):
-    model = adapted(architecture, generator=generator)
+    model = adapted(architecture, **GENERATORS[generator])
     expected = answer(model, pixel_values)
     model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {

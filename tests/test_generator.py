@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgn_peft.generator import BatchNorm2d, PromptGenerator, resize_shorter_side
+from pgn_peft.generator import BatchNorm2d, FactorisedHead, PromptGenerator, resize_shorter_side
 from pgn_peft.library import TokenLibrary
 
 
@@ -40,6 +40,26 @@ def test_initial_logit_std_starts_each_prompt_near_a_token_of_its_own():
     assert alike.max() < 0.05
     assert apart.max(dim=-1).values.median() > 0.5
     assert len(apart.argmax(dim=-1)[0].unique()) > 8
+
+
+def test_a_factorised_head_gives_products_of_queries_and_keys():
+    head = FactorisedHead(num_features=5, num_virtual_tokens=3, library_size=7, rank=2)
+    torch.nn.init.normal_(head.bias)
+    features = torch.randn(4, 5)
+    queries = head.queries(features).view(4, 3, 2)
+    expected = torch.einsum("bpr,lr->bpl", queries, head.keys) + head.bias.view(3, 7)
+    torch.testing.assert_close(head(features).view(4, 3, 7), expected)
+
+
+def test_a_factorised_generator_is_a_generator_of_a_fraction_of_the_size():
+    images = torch.randn(2, 3, 32, 32)
+    coefficients = make(rank=2).eval()(images)
+    torch.testing.assert_close(coefficients.sum(dim=-1), torch.ones(2, 3))
+    apart = make(num_virtual_tokens=16, library_size=64, rank=8, initial_logit_std=4.0).eval()(images)
+    assert apart.max(dim=-1).values.median() > 0.5
+    head, official = PromptGenerator(16, 256, rank=8).head, PromptGenerator(16, 256).head
+    assert sum(p.numel() for p in head.parameters()) == 22_656
+    assert sum(p.numel() for p in official.parameters()) == 528_384
 
 
 def test_group_norm_answers_for_each_image_by_itself():
@@ -107,6 +127,13 @@ def test_library_mixes_and_gives_its_tokens_as_they_are():
     torch.testing.assert_close(prompts[0, 0], library.tokens[0])
     torch.testing.assert_close(prompts[0, 1], (library.tokens[1] + library.tokens[2]) / 2)
     assert torch.equal(library.static_prompts(3), library.tokens.expand(3, -1, -1))
+
+
+def test_slot_prompts_are_added_to_every_mixture():
+    library = TokenLibrary(4, 8, num_slots=2)
+    coefficients = torch.rand(3, 2, 4)
+    torch.testing.assert_close(library(coefficients), coefficients @ library.tokens + library.slot_prompts)
+    assert TokenLibrary(4, 8).slot_prompts is None
 
 
 def test_initializer_range_is_the_scale_of_the_library():

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from pgn_peft import ImagePrompter, PGNConfig
-from pgn_peft.inversion import invert_library
+from pgn_peft.inversion import invert_library, invert_static_prompts
 from pgn_peft.layout import make_layout
 from pgn_peft.projection import PatchInverse, position_tokens
 
@@ -42,6 +42,8 @@ def adapted(num_virtual_tokens, architecture="ViTForImageClassification", **over
         (4, {}),
         (9, {}),
         (8, {"mixing": "sigmoid"}),
+        (8, {"generator_rank": 2, "slot_prompts": True}),
+        (4, {"mixing": "sigmoid", "slot_prompts": True}),
         (4, {"generator": "static"}),
         (5 * 5 - 16, {"generator": "static"}),
     ],
@@ -102,6 +104,14 @@ def test_tokens_do_not_go_onto_a_canvas():
     embeddings = tiny_vit().vit.embeddings
     with pytest.raises(ValueError, match="`layout` must be 'append' for tokens, but got 'canvas'"):
         invert_library(embeddings, torch.randn(4, 32), make_layout("canvas", (32, 32), 8, 12), MEAN, STD)
+
+
+def test_in_range_a_slots_own_prompt_is_part_of_what_is_inverted():
+    embeddings, layout = tiny_vit().vit.embeddings, make_layout("append", (32, 32), 8, 4)
+    one, slots = torch.randn(1, 32), torch.randn(4, 32)
+    found = invert_library(embeddings, one, layout, MEAN, STD, in_range=True, slot_prompts=slots).library
+    expected = invert_static_prompts(embeddings, one + slots, layout, MEAN, STD, in_range=True).library
+    torch.testing.assert_close(found[:, 0], expected)
 
 
 def test_the_pseudo_inverse_and_its_facts():

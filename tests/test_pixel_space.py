@@ -143,6 +143,7 @@ def test_another_resolution_than_the_models_own(pixel_values):
         ({"image_std": None}, "`image_std` must be given with prompt_space='pixel', but got None"),
         ({"image_std": [0.2, 0.0, 0.2]}, r"`image_std` must hold above 0 numbers, .* but got \[0.2, 0.0, 0.2\]"),
         ({"image_mean": [float("nan")] * 3}, "`image_mean` must hold finite numbers"),
+        ({"slot_prompts": True}, "`slot_prompts` must be False with prompt_space='pixel', but got True"),
         ({"mixing": "sigmoid"}, "`mixing` must be 'softmax' with prompt_space='pixel', but got 'sigmoid'"),
         ({"prompt_space": "pixels"}, "`prompt_space` must be one of latent, pixel, but got 'pixels'"),
         ({"prompt_layout": "below"}, "`prompt_layout` must be one of append, canvas, but got 'below'"),
