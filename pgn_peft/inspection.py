@@ -1,0 +1,154 @@
+"""Looking inside an adapted model: what its prompts are mixed of, and how much attention they get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgn_peft.layer import PGNLayer
+
+
+def find_layer(model: nn.Module, adapter_name: str = "default") -> PGNLayer:
+    """Find the layer of a model that holds an adapter.
+
+    Args:
+        model: a model with PGN adapters, made by PEFT or by Transformers' own loaders.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: there is no adapter of that name.
+    """
+    layer = next((module for module in model.modules() if isinstance(module, PGNLayer)), None)
+    if layer is None or adapter_name not in layer.configs:
+        names = ", ".join(layer.configs) if layer is not None else "none"
+        raise ValueError(
+            f"`adapter_name` must be one of the model's adapters, {names}, but got {adapter_name!r}. Load it first."
+        )
+    return layer
+
+
+@torch.no_grad()
+def mixing_coefficients(
+    model: nn.Module, pixel_values: Tensor, adapter_name: str = "default", batch_size: int = 64
+) -> Tensor:
+    """Compute what the prompts of images are mixed of.
+
+    Args:
+        model: a model with the adapter. Its mode is left as it is found; BatchNorm normalises as in evaluation.
+        pixel_values: (B, C, H, W), normalised as for the backbone.
+        adapter_name: the adapter.
+        batch_size: images at a time.
+
+    Returns:
+        (B, P, L) coefficients in float32 on the CPU.
+
+    Raises:
+        ValueError: there is no such adapter, or its prompts are static and not mixed.
+    """
+    layer = find_layer(model, adapter_name)
+    if adapter_name not in layer.pgn_generator:
+        raise ValueError(
+            f"`adapter_name` must be an adapter with a generator, but got {adapter_name!r}, whose prompts are static. "
+            "There is nothing mixed in it."
+        )
+    generator = layer.pgn_generator[adapter_name]
+    device = next(generator.parameters()).device
+    with _evaluating(generator):
+        parts = [generator(part.to(device)).float().cpu() for part in pixel_values.split(batch_size)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: str = "default") -> Tensor:
+    """Measure how much of its attention CLS pays to each prompt, in each layer of the backbone.
+
+    Args:
+        model: a model with the adapter, which must be the only active one. Its attention is computed the plain way for
+            this call, because fused attention keeps no weights.
+        pixel_values: (B, C, H, W), normalised as for the backbone.
+        adapter_name: the adapter.
+
+    Returns:
+        (B, number of layers, P) shares of CLS's attention, averaged over the heads, in float32 on the CPU.
+
+    Raises:
+        ValueError: there is no such adapter, or it is not the only active one.
+    """
+    layer = find_layer(model, adapter_name)
+    if layer.disable_adapters or list(layer.active_adapters) != [adapter_name]:
+        raise ValueError(
+            f"`adapter_name` must be the only active adapter, but got {adapter_name!r} with {layer.active_adapters} "
+            "active. Call set_adapter first."
+        )
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.config._attn_implementation
+    own_size = tuple(layer.patch_embeddings.image_size)
+    options = {} if tuple(pixel_values.shape[2:]) == own_size else {"interpolate_pos_encoding": True}
+    with _evaluating(model):
+        try:
+            base.set_attn_implementation("eager")
+            attentions = model(pixel_values=pixel_values, output_attentions=True, **options).attentions
+        finally:
+            base.set_attn_implementation(before)
+    # Each (B, heads, tokens, tokens). CLS is token 0; prompts are the last tokens, or where the layout has its patches.
+    places = torch.arange(-layer.configs[adapter_name].num_virtual_tokens, 0)
+    if adapter_name in layer.layouts:
+        places = 1 + torch.as_tensor(layer.layouts[adapter_name].slots)
+    return torch.stack([weights[:, :, 0, places].mean(dim=1) for weights in attentions], dim=1).float().cpu()
+
+
+def library_tokens(model: nn.Module, adapter_name: str = "default") -> Tensor:
+    """Return an adapter's library: tokens (L, D), or in pixel space patches (L, C, p, p) in [0, 1]; on the CPU.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    library = find_layer(model, adapter_name).pgn_library[adapter_name]
+    tensor = library.patches if hasattr(library, "patches") else library.tokens
+    return tensor.detach().float().cpu()
+
+
+def usage_by_class(coefficients: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    """Average how much of each library entry the images of each class use.
+
+    Args:
+        coefficients: (B, P, L).
+        labels: (B,) classes, 0 to `num_labels` - 1.
+        num_labels: number of classes.
+
+    Returns:
+        (num_labels, L): mean over the images of a class and over their prompts; rows of absent classes are zero.
+
+    Raises:
+        ValueError: there is not one label an image, or one lies outside.
+    """
+    if labels.shape != coefficients.shape[:1]:
+        raise ValueError(
+            f"`labels` must hold one class for each of {coefficients.shape[0]} images, but got shape "
+            f"{tuple(labels.shape)}. Pass the labels of the same images."
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
+        raise ValueError(
+            f"`labels` must lie in 0..{num_labels - 1}, but got {int(labels.min())}..{int(labels.max())}. Pass class "
+            "indices."
+        )
+    use = coefficients.mean(dim=1)  # (B, L)
+    sums = torch.zeros(num_labels, use.shape[1], dtype=use.dtype).index_add_(0, labels.long(), use)
+    counts = torch.bincount(labels.long(), minlength=num_labels).clamp(min=1)
+    return sums / counts[:, None]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode, and every part of it back into its own mode afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

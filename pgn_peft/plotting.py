@@ -1,0 +1,196 @@
+"""Pictures of an adapter at work. Needs matplotlib: `pip install 'pgn-peft[examples]'`.
+
+Every function takes tensors, which `pgn_peft.inspection` gets out of a model, and draws into the axes that it is given
+or into a new figure. Nothing is shown or saved: that is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError as error:  # the package itself does without
+    raise ImportError("`pgn_peft.plotting` needs matplotlib. Install it: pip install matplotlib") from error
+
+COLOURS = "magma"
+
+
+def plot_coefficients(coefficients: Tensor, ax: Axes | None = None) -> Axes:
+    """Draw what one image's prompts are mixed of.
+
+    Args:
+        coefficients: (P, L), of one image.
+        ax: axes to draw into; None: a new figure's.
+
+    Returns:
+        The axes: a row a prompt, a column a library entry.
+
+    Raises:
+        ValueError: `coefficients` has another number of axes.
+    """
+    _check_axes("coefficients", coefficients, 2, "(P, L), those of one image")
+    ax = ax if ax is not None else _new_axes(width=0.1 * coefficients.shape[1], height=0.2 * coefficients.shape[0])
+    picture = ax.imshow(coefficients.numpy(), aspect="auto", cmap=COLOURS, vmin=0)
+    ax.set(xlabel="library entry", ylabel="prompt")
+    ax.figure.colorbar(picture, ax=ax, label="coefficient")
+    return ax
+
+
+def plot_usage(usage: Tensor, names: Sequence[str], ax: Axes | None = None) -> Axes:
+    """Draw how much of each library entry the images of each class use.
+
+    Args:
+        usage: (number of classes, L); see `pgn_peft.inspection.usage_by_class`.
+        names: the classes' names, one a row.
+        ax: axes to draw into; None: a new figure's.
+
+    Returns:
+        The axes: a row a class; entries are sorted by the class that uses them most.
+
+    Raises:
+        ValueError: there is not one name a row.
+    """
+    _check_axes("usage", usage, 2, "(number of classes, L)")
+    if len(names) != len(usage):
+        raise ValueError(f"`names` must name {len(usage)} classes, one a row, but got {len(names)}. Pass all of them.")
+    ax = ax if ax is not None else _new_axes(width=0.1 * usage.shape[1] + 1, height=0.25 * len(names))
+    # By class first, and within a class by how much it is used.
+    strongest = usage.argmax(dim=0).double() - usage.amax(dim=0).double() / (usage.amax().double() + 1e-12) / 2
+    picture = ax.imshow(usage[:, strongest.argsort()].numpy(), aspect="auto", cmap=COLOURS, vmin=0)
+    ax.set(xlabel="library entry, sorted by the class that uses it most")
+    ax.set_yticks(range(len(names)), names)
+    ax.figure.colorbar(picture, ax=ax, label="mean coefficient")
+    return ax
+
+
+def plot_images_by_entry(
+    pixels: Tensor, coefficients: Tensor, entries: int = 6, images: int = 8, figure: Figure | None = None
+) -> Figure:
+    """Draw the images that use the library's most decisive entries most.
+
+    Args:
+        pixels: (B, 3, H, W) in [0, 1].
+        coefficients: (B, P, L), of the same images.
+        entries: rows: the entries whose use differs most from image to image.
+        images: columns: for each of these the images that use it most, the strongest first.
+        figure: figure to draw into; None: a new one.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: the images are not as many as the coefficients, or not pixels in [0, 1].
+    """
+    _check_axes("coefficients", coefficients, 3, "(B, P, L)")
+    _check_pixels(pixels)
+    if len(pixels) != len(coefficients):
+        raise ValueError(
+            f"`pixels` must hold the {len(coefficients)} images of `coefficients`, but got {len(pixels)}. Pass the "
+            "same images."
+        )
+    use = coefficients.mean(dim=1)  # (B, L)
+    entries, images = min(entries, use.shape[1]), min(images, len(pixels))
+    chosen = use.std(dim=0, correction=0).argsort(descending=True)[:entries].tolist()
+    figure = figure or plt.figure(figsize=(images, 1.1 * entries), layout="constrained")
+    grid = figure.subplots(entries, images, squeeze=False)
+    for row, entry in zip(grid, chosen, strict=True):
+        for ax, index in zip(row, use[:, entry].argsort(descending=True)[:images].tolist(), strict=True):
+            ax.imshow(pixels[index].permute(1, 2, 0).numpy())
+            ax.set_title(f"{use[index, entry]:.2f}", fontsize=7, pad=2)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"entry {entry}", fontsize=8)
+    return figure
+
+
+def plot_library(tokens: Tensor, usage: Tensor | None = None, method: str = "pca", ax: Axes | None = None) -> Axes:
+    """Draw a map of the library: a point an entry. Needs scikit-learn.
+
+    Args:
+        tokens: (L, D), or patches (L, C, p, p), which are flattened.
+        usage: (number of classes, L): points are as large as an entry's use, and coloured by the class that uses it
+            most; None: all alike.
+        method: "pca", or "tsne" with a fixed seed.
+        ax: axes to draw into; None: a new figure's.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: there is no such method, or there are fewer than three entries.
+    """
+    if method not in ("pca", "tsne"):
+        raise ValueError(f"`method` must be one of pca, tsne, but got {method!r}. Choose one of these.")
+    if len(tokens) < 3:
+        raise ValueError(f"`tokens` must hold three entries at least, but got {len(tokens)}. There is nothing to map.")
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    flat = tokens.flatten(1).numpy()
+    if method == "pca":
+        mapping = PCA(n_components=2)
+        places = mapping.fit_transform(flat)
+        shares = [f" ({share:.0%} of the variance)" for share in mapping.explained_variance_ratio_]
+    else:
+        places = TSNE(perplexity=min(30, (len(flat) - 1) / 3), random_state=0).fit_transform(flat)
+        shares = ["", ""]
+    ax = ax if ax is not None else _new_axes(width=5, height=4.5)
+    if usage is None:
+        ax.scatter(*places.T)
+    else:
+        total = usage.sum(dim=0)
+        sizes = 10 + 290 * total / total.max().clamp(min=1e-12)
+        ax.scatter(*places.T, s=sizes.numpy(), c=usage.argmax(dim=0).numpy(), cmap="tab20", alpha=0.8)
+    ax.set(xlabel=f"first axis{shares[0]}", ylabel=f"second axis{shares[1]}")
+    return ax
+
+
+def plot_attention(attention: Tensor, ax: Axes | None = None) -> Axes:
+    """Draw how much of its attention CLS pays to the prompts, layer by layer.
+
+    Args:
+        attention: (B, layers, P) or (layers, P); see `pgn_peft.inspection.attention_to_prompts`. Images are averaged.
+        ax: axes to draw into; None: a new figure's.
+
+    Returns:
+        The axes: bars are all prompts together, stacked prompt by prompt.
+
+    Raises:
+        ValueError: `attention` has another number of axes.
+    """
+    if attention.ndim == 3:
+        attention = attention.mean(dim=0)
+    _check_axes("attention", attention, 2, "(B, layers, P) or (layers, P)")
+    ax = ax if ax is not None else _new_axes(width=5, height=3)
+    layers, number = attention.shape
+    shades = plt.get_cmap(COLOURS)(torch.linspace(0.15, 0.9, number).numpy())
+    below = torch.zeros(layers)
+    for prompt, shade in enumerate(shades):
+        ax.bar(range(1, layers + 1), attention[:, prompt].numpy(), bottom=below.numpy(), color=shade, width=0.8)
+        below = below + attention[:, prompt]
+    ax.set(xlabel="layer of the backbone", ylabel="share of CLS's attention", ylim=(0, 1.05 * float(below.max())))
+    return ax
+
+
+def _new_axes(width: float, height: float) -> Axes:
+    _, ax = plt.subplots(figsize=(max(width, 3.0), max(height, 2.0)), layout="constrained")
+    return ax
+
+
+def _check_axes(name: str, tensor: Tensor, axes: int, wanted: str) -> None:
+    if tensor.ndim != axes:
+        raise ValueError(f"`{name}` must have the axes {wanted}, but got shape {tuple(tensor.shape)}. Select them.")
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    _check_axes("pixels", pixels, 4, "(B, 3, H, W)")
+    if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise ValueError(
+            f"`pixels` must lie in [0, 1], but got {pixels.min().item():g} to {pixels.max().item():g}. Give them as "
+            "they are before they are normalised."
+        )

@@ -1,0 +1,110 @@
+"""What is got out of an adapted model is what the model computes with."""
+
+import pytest
+import torch
+from conftest import answer, move_adapter, tiny_config, tiny_vit
+from peft import get_peft_model
+
+from pgn_peft.inspection import (
+    attention_to_prompts,
+    find_layer,
+    library_tokens,
+    mixing_coefficients,
+    usage_by_class,
+)
+
+SCALE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def adapted(**overrides):
+    return move_adapter(get_peft_model(tiny_vit(), tiny_config(**overrides)))
+
+
+def test_coefficients_mix_the_library_into_the_models_own_prompts(pixel_values):
+    model = adapted().train()
+    coefficients = mixing_coefficients(model, pixel_values, batch_size=3)
+    assert coefficients.shape == (4, 3, 6)
+    expected = find_layer(model.eval()).prompts("default", pixel_values)
+    torch.testing.assert_close(coefficients @ library_tokens(model), expected)
+
+
+def test_looking_leaves_modes_and_statistics_alone(pixel_values):
+    model = adapted().train()
+    model.get_base_model().classifier.eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attention = model.get_base_model().config._attn_implementation
+    mixing_coefficients(model, pixel_values)
+    attention_to_prompts(model, pixel_values)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.get_base_model().config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_attention_is_a_share_for_each_layer_and_prompt(size):
+    pixel_values = torch.randn(2, 3, size, size)
+    shares = attention_to_prompts(adapted(), pixel_values)
+    assert shares.shape == (2, 2, 3)
+    assert ((shares > 0) & (shares < 1)).all()
+    assert (shares.sum(dim=-1) < 1).all()
+
+
+def test_a_prompt_that_nothing_attends_to_has_no_share(pixel_values):
+    # A prompt whose key is far away from every query: of three prompts, the one that stands out gets the attention.
+    model = adapted(generator="static").eval()
+    layer = model.get_base_model().vit.layers[0]
+    library = find_layer(model).pgn_library["default"]
+    with torch.no_grad():
+        query = layer.attention.q_proj(layer.layernorm_before(find_layer(model)(pixel_values)))[:, 0].mean(0)
+        wanted = torch.linalg.lstsq(layer.attention.k_proj.weight, query[:, None]).solution[:, 0]
+        library.tokens[0], library.tokens[1] = 5 * wanted, -5 * wanted
+    shares = attention_to_prompts(model, pixel_values)[:, 0]
+    assert (shares[:, 0] > 2 * shares[:, 1]).all()
+
+
+def test_in_pixel_space_prompts_are_found_where_the_layout_has_them(pixel_values):
+    model = get_peft_model(tiny_vit(), tiny_config(num_virtual_tokens=None, prompt_space="pixel", **SCALE)).eval()
+    assert attention_to_prompts(model, pixel_values).shape == (4, 2, 12)  # a ring of 12 patches in a grid of 4 x 4
+    patches = library_tokens(model)
+    assert patches.shape == (6, 3, 8, 8)
+    assert ((patches >= 0) & (patches <= 1)).all()
+
+
+def test_usage_is_averaged_over_the_images_of_a_class():
+    coefficients = torch.rand(5, 3, 4)
+    labels = torch.tensor([0, 2, 0, 2, 2])
+    usage = usage_by_class(coefficients, labels, 3)
+    torch.testing.assert_close(usage[0], coefficients[[0, 2]].mean(dim=(0, 1)))
+    torch.testing.assert_close(usage[2], coefficients[[1, 3, 4]].mean(dim=(0, 1)))
+    assert usage[1].eq(0).all()
+
+
+def test_what_is_not_there_is_refused_by_name(pixel_values):
+    with pytest.raises(
+        ValueError, match="`adapter_name` must be one of the model's adapters, default, but got 'cats'"
+    ):
+        find_layer(adapted(), "cats")
+    with pytest.raises(
+        ValueError, match="`adapter_name` must be one of the model's adapters, none, but got 'default'"
+    ):
+        library_tokens(tiny_vit())
+    with pytest.raises(ValueError, match="`adapter_name` must be an adapter with a generator, but got 'default'"):
+        mixing_coefficients(adapted(generator="static"), pixel_values)
+    model = adapted()
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match="`adapter_name` must be the only active adapter, but got 'default'"),
+    ):
+        attention_to_prompts(model, pixel_values)
+    with pytest.raises(ValueError, match=r"`labels` must hold one class for each of 5 images, but got shape \(4,\)"):
+        usage_by_class(torch.rand(5, 3, 4), torch.zeros(4, dtype=torch.long), 3)
+    with pytest.raises(ValueError, match="`labels` must lie in 0..2, but got 1..3"):
+        usage_by_class(torch.rand(2, 3, 4), torch.tensor([1, 3]), 3)
+
+
+def test_the_answer_is_the_same_before_and_after(pixel_values):
+    model = adapted().eval()
+    before = answer(model, pixel_values)
+    attention_to_prompts(model, pixel_values)
+    assert torch.equal(answer(model, pixel_values), before)
