@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pgn_peft.head import PGNHead
+from pgn_peft.inspection import find_layer
 from pgn_peft.inversion import PixelPrompts, invert_library, invert_static_prompts
 from pgn_peft.layer import PGNLayer, PGNTunerLayer
 from pgn_peft.layout import PromptLayout, make_layout
@@ -45,12 +46,7 @@ def make_prompter(
         ValueError: there is no such adapter, its prompts do not fill rows of patches, or the processor is not the one
             that it was trained with.
     """
-    layer = next((module for module in model.modules() if isinstance(module, PGNLayer)), None)
-    if layer is None or adapter_name not in layer.configs:
-        names = ", ".join(layer.configs) if layer is not None else "none"
-        raise ValueError(
-            f"`adapter_name` must be one of the model's adapters, {names}, but got {adapter_name!r}. Load it."
-        )
+    layer = find_layer(model, adapter_name)
     config = layer.configs[adapter_name]
     preprocessing = Preprocessing.from_processor(processor)
     layout = _layout(layer, adapter_name, preprocessing)

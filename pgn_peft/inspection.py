@@ -94,7 +94,7 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
             attentions = model(pixel_values=pixel_values, output_attentions=True, **options).attentions
         finally:
             base.set_attn_implementation(before)
-    # Each (B, heads, tokens, tokens). CLS is token 0; prompts are the last tokens, or where the layout has its patches.
+    # Each (B, heads, tokens, tokens). CLS is token 0; prompts are the last tokens, or patches of the layout.
     places = torch.arange(-layer.configs[adapter_name].num_virtual_tokens, 0)
     if adapter_name in layer.layouts:
         places = 1 + torch.as_tensor(layer.layouts[adapter_name].slots)

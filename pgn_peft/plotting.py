@@ -1,4 +1,4 @@
-"""Pictures of an adapter at work. Needs matplotlib: `pip install 'pgn-peft[examples]'`.
+"""Pictures of an adapter at work. Needs matplotlib: `pip install 'pgn-peft[plotting]'`.
 
 Every function takes tensors, which `pgn_peft.inspection` gets out of a model, and draws into the axes that it is given
 or into a new figure. Nothing is shown or saved: that is the caller's.
@@ -16,7 +16,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ImportError as error:  # the package itself does without
-    raise ImportError("`pgn_peft.plotting` needs matplotlib. Install it: pip install matplotlib") from error
+    raise ImportError("`pgn_peft.plotting` needs matplotlib. Install it: pip install 'pgn-peft[plotting]'") from error
 
 COLOURS = "magma"
 
