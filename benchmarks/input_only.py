@@ -24,29 +24,23 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import math
-import platform
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-import transformers
 from peft import get_peft_model
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import image_data
-from input_peers import Adapted, Border, Mapped, load_server, scale
+import bench
+from methods import Adapted, Border, new_head
 from smoke_material import smoke_arguments
 
 from pgn_peft import ImagePrompter, PGNConfig, frequency_mapping
-from pgn_peft.preprocessing import Preprocessing, to_8_bit, to_images, to_pixels
+from pgn_peft.preprocessing import to_8_bit, to_images, to_pixels
 from pgn_peft.training import start_library_from_images
 
 METHODS = {
@@ -60,19 +54,19 @@ GRIDS = {name: (0.003, 0.01) for name in ("linear", "latent-static", "latent-pgn
 OTHER_LEARNING_RATE = 0.003
 
 
-def load_pixels(rows, preprocessing: Preprocessing, limit: int | None) -> tuple[Tensor, Tensor]:
-    """Return images (N, C, H, W) uint8 as the processor leaves them before it normalises, and their labels (N,)."""
-    if limit is not None and limit < len(rows):
-        rows = rows.train_test_split(train_size=limit, stratify_by_column="label", seed=0)["train"]
-    pixels = torch.stack([preprocessing.apply(to_pixels(image, 3)) for image in rows["image"]])
-    return pixels, torch.tensor(rows["label"])
+class Mapped(nn.Module):
+    """The server's logits, read through a label mapping."""
 
+    def __init__(self, server: nn.Module, mapping: list[int] | None) -> None:
+        super().__init__()
+        self.server, self.mapping = server, mapping
 
-def predict(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Return logits (N, M) for uint8 pixels."""
-    model.eval()
-    with torch.inference_mode():
-        return torch.cat([model(batch.float() / 255) for batch in pixels.split(50)])
+    def forward(self, pixel_values: Tensor):
+        """Answer normalised pixels with the model's outputs, the logits mapped."""
+        outputs = self.server(pixel_values)
+        if self.mapping is not None:
+            outputs.logits = outputs.logits[:, self.mapping]
+        return outputs
 
 
 def through(encoding: str, images: list[Image.Image], processor) -> Tensor:
@@ -85,17 +79,14 @@ def through(encoding: str, images: list[Image.Image], processor) -> Tensor:
     return processor(images=decoded, return_tensors="pt")["pixel_values"]
 
 
-def build(method: str, server: nn.Module, preprocessing: Preprocessing, material: dict, options) -> nn.Module:
+def build(method: str, server: nn.Module, material: bench.Material, mapping: list[int] | None, options) -> nn.Module:
     """Make the model that a method trains."""
-    labels, mapping = material["labels"], material["mapping"]
     server.requires_grad_(False)
     if method in ("mapping", "linear", "border"):
         if mapping is None:
-            server.classifier = nn.Linear(server.config.hidden_size, len(labels))
-            nn.init.normal_(server.classifier.weight, std=0.02)
-            nn.init.zeros_(server.classifier.bias)
-        mapped = Mapped(server, mapping)
-        return Border(mapped, preprocessing, options.side) if method == "border" else Adapted(mapped, preprocessing)
+            new_head(server, len(material.names))
+        adapted = Adapted(Mapped(server, mapping), material)
+        return Border(adapted, options.side).to(bench.DEVICE) if method == "border" else adapted
     kind = method.removeprefix("latent-")
     common = {
         "generator": "static" if kind == "static" else "resnet10",
@@ -104,89 +95,68 @@ def build(method: str, server: nn.Module, preprocessing: Preprocessing, material
         "initial_logit_std": 4.0,
         "head": "trained" if mapping is None else "frozen",
         "label_mapping": mapping,
-        "id2label": dict(enumerate(labels)),
+        "id2label": dict(enumerate(material.names)),
     }
     if method.startswith("latent-"):
-        return Adapted(get_peft_model(server, PGNConfig(**common)), preprocessing)
-    mean, std = map(list, scale(preprocessing))
+        return Adapted(get_peft_model(server, PGNConfig(**common)), material)
+    mean, std = map(list, material.scale)
     pixel = PGNConfig(
         prompt_space="pixel", num_virtual_tokens=options.num_virtual_tokens, image_mean=mean, image_std=std, **common
     )
     model = get_peft_model(server, pixel)
-    start_library_from_images(model, material["train"][0][:500].float() / 255, seed=options.seed)
-    return Adapted(model, preprocessing)
+    start_library_from_images(model, material.splits["train"].pixels[:500].float() / 255, seed=options.seed)
+    return Adapted(model, material)
 
 
-def train(model: nn.Module, pixels: Tensor, labels: Tensor, learning_rate: float, options) -> float:
-    """Train what is trainable; return the mean loss of the last epoch."""
-    groups: dict[float, list[nn.Parameter]] = {}
+def groups(model: nn.Module, learning_rate: float) -> list[dict]:
+    """Sort what is trained: the library, the border or a linear probe at the searched rate, the rest at its own."""
+    found: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             searched = "pgn_library" in name or name == "border" or name.startswith("model.server")
-            groups.setdefault(learning_rate if searched else OTHER_LEARNING_RATE, []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=0.0)
-    steps = options.epochs * (len(pixels) // options.batch)
-    warm_up = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)))
-    )
-    for epoch in range(options.epochs):
-        model.train()
-        losses = []
-        for chosen in torch.randperm(len(pixels))[: steps // options.epochs * options.batch].view(-1, options.batch):
-            batch = pixels[chosen].float() / 255
-            flipped = torch.rand(len(batch)) < 0.5
-            batch[flipped] = batch[flipped].flip(-1)
-            loss = F.cross_entropy(model(batch), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-        print(f"  epoch {epoch + 1} of {options.epochs}, loss {sum(losses) / len(losses):.3f}", flush=True)
-    return sum(losses) / len(losses)
+            found.setdefault(learning_rate if searched else OTHER_LEARNING_RATE, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in found.items()]
 
 
 def run(method: str, learning_rate: float | None, seed: int, report: bool, options) -> dict:
     """Train one model; evaluate it as trained and through PNGs, on validation or, if it is to be reported, on test."""
     set_seed(seed)
     options.seed = seed
-    processor = image_data.load_processor(options.model, options.side)
-    preprocessing = Preprocessing.from_processor(processor)
-    server = load_server(options.model, options.side)
-    splits = image_data.load_splits(image_data.DataArguments(options.data), seed=0)
-    material = {"train": load_pixels(splits["train"], preprocessing, options.max_train_samples)}
-    material["labels"] = splits["train"].features["label"].names
-    pixels, labels = material["train"]
-    material["mapping"] = None
+    material = bench.load_material(
+        options.data, options.model, options.side, options.max_train_samples, options.max_test_samples
+    )
+    server = bench.load_backbone(options.model, options.side)
+    images = material.splits["train"]
+    mapping = None
     if options.head == "frozen":
-        logits = predict(Adapted(server, preprocessing), pixels)
-        material["mapping"] = frequency_mapping(logits, labels, len(material["labels"]), server.config.id2label)
-    model = build(method, server, preprocessing, material, options)
-    start = time.perf_counter()
-    loss = None if learning_rate is None else train(model, pixels, labels, learning_rate, options)
-    seconds = time.perf_counter() - start
-    pixels, labels = load_pixels(splits["test" if report else "validation"], preprocessing, options.max_test_samples)
-    trained = predict(model, pixels)
+        logits = bench.predict(Adapted(server, material), images.pixels)
+        mapping = frequency_mapping(logits, images.labels, len(material.names), server.config.id2label)
+    model = build(method, server, material, mapping, options)
+    loss = None
+    if learning_rate is not None:
+        loss = bench.train(
+            model,
+            images,
+            groups(model, learning_rate),
+            epochs=options.epochs,
+            batch_size=options.batch,
+            flip=True,
+        )
+    images = material.splits["test" if report else "validation"]
+    trained = bench.predict(model, images.pixels)
     row = {
-        "method": method,
-        "head": options.head,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "report": report,
-        "accuracy": (trained.argmax(1) == labels).float().mean().item(),
+        "accuracy": bench.accuracy(trained, images.labels),
         "train_loss_last_epoch": loss,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) if loss else 0,
-        "images": len(labels),
-        "train_images": len(material["train"][0]),
-        "seconds": round(seconds, 1),
+        "images": len(images.labels),
+        "train_images": len(material.splits["train"].labels),
     }
     if not method.startswith("latent-"):
-        served = serve(method, model, server, to_images(pixels, Image.Image), processor)
-        for encoding, logits in served.items():
-            row[f"{encoding.lower()}_accuracy"] = (logits.argmax(1) == labels).float().mean().item()
-            row[f"{encoding.lower()}_agreement"] = (logits.argmax(1) == trained.argmax(1)).float().mean().item()
-    return row | settings(options) | versions()
+        shown = to_images(images.pixels, Image.Image)
+        for encoding, logits in serve(method, model, server, shown, material.processor).items():
+            row[f"{encoding.lower()}_accuracy"] = bench.accuracy(logits, images.labels)
+            row[f"{encoding.lower()}_agreement"] = bench.accuracy(logits, trained.argmax(1))
+    return row
 
 
 def serve(method: str, model: nn.Module, server: nn.Module, images: list[Image.Image], processor) -> dict[str, Tensor]:
@@ -200,7 +170,7 @@ def serve(method: str, model: nn.Module, server: nn.Module, images: list[Image.I
     elif method == "border":
         pixels = torch.stack([to_pixels(image, 3) for image in images]).float() / 255
         images = to_images(to_8_bit(model.prompted(pixels).detach()), Image.Image)
-        mapping = model.server.mapping
+        mapping = model.model.model.mapping
     else:
         mapping = model.model.mapping
     answers = {}
@@ -217,38 +187,22 @@ def serve(method: str, model: nn.Module, server: nn.Module, images: list[Image.I
     return answers
 
 
-def settings(options: argparse.Namespace) -> dict:
-    """Return what, beside method, learning rate and seed, makes a run what it is."""
-    names = ("side", "epochs", "batch", "library_size", "generator_image_size", "num_virtual_tokens")
-    return {name: getattr(options, name) for name in names} | {"data": Path(options.data).name}
-
-
-def versions() -> dict:
-    """Return the software and hardware behind a figure."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "device": device}
-
-
 def run_all(options: argparse.Namespace) -> list[dict]:
-    """Run what is missing in the results file, and return the rows that belong to these settings."""
-    results = Path(options.results)
+    """Run what is missing in the results file, and return the rows to be reported."""
+    results = bench.Results(options.results)
+    names = ("head", "side", "epochs", "batch", "library_size", "generator_image_size", "num_virtual_tokens")
+    common = {name: getattr(options, name) for name in names} | {"data": Path(options.data).name}
 
     def cell(method: str, learning_rate: float | None, seed: int, report: bool) -> dict:
-        key = {"method": method, "head": options.head, "learning_rate": learning_rate, "seed": seed, "report": report}
-        rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-        found = next((row for row in rows if (key | settings(options)).items() <= row.items()), None)
-        if found is None:
-            print(f"{method}, learning rate {learning_rate}, seed {seed}, report {report}", flush=True)
-            found = run(method, learning_rate, seed, report, options)
-            with results.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-        return found
+        key = {"method": method, "learning_rate": learning_rate, "seed": seed, "report": report}
+        return results.get(key | common, lambda: run(method, learning_rate, seed, report, options))
 
     reported = []
     for method in options.methods or METHODS[options.head]:
         rates = (None,) if method == "mapping" else GRIDS.get(method, GRID)[: options.grid]
         chosen = max((cell(method, rate, 0, False) for rate in rates), key=lambda row: row["accuracy"])
-        reported += [cell(method, chosen["learning_rate"], seed, True) for seed in options.seeds]
+        rate = chosen["settings"]["learning_rate"]
+        reported += [cell(method, rate, seed, True) for seed in options.seeds]
     return reported
 
 
@@ -261,9 +215,10 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         served = ("png_accuracy", "png_agreement", "jpeg_accuracy")
         figures = " | ".join(f"{row[name]:.3f}" if name in row else "-" for name in ("accuracy", *served))
+        settings = row["settings"]
         lines.append(
-            f"| {row['method']} | {row['trainable_parameters']:,} | {row['learning_rate'] or '-'} | {row['seed']} "
-            f"| {figures} |"
+            f"| {settings['method']} | {row['trainable_parameters']:,} | {settings['learning_rate'] or '-'} "
+            f"| {settings['seed']} | {figures} |"
         )
     return "\n".join(lines)
 
@@ -295,7 +250,6 @@ def main(command_line: list[str] | None = None) -> None:
             options.side, options.epochs, options.grid, options.batch, options.library_size = 32, 1, 1, 8, 8
         if not (options.data and options.model):
             parser.error("--data and --model are required")
-        Path(options.results).parent.mkdir(parents=True, exist_ok=True)
         print(table(run_all(options)))
 
 

@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import bench
 import image_data
-from input_only import load_pixels, predict, train, versions
-from input_peers import Adapted, load_server, scale
+from methods import Adapted
 from smoke_material import smoke_arguments
 
 from pgn_peft import ImagePrompter, PGNConfig
 from pgn_peft.layout import compose
-from pgn_peft.preprocessing import Preprocessing, normalize
+from pgn_peft.preprocessing import normalize
 
 # name -> fields of ViTConfig, and prompts in one row at 224 px
 SHAPES = {
@@ -47,7 +47,7 @@ SHAPES = {
 }
 
 
-NOT_SHOWN = ("torch", "transformers", "device", "seconds")
+NOT_SHOWN = ("pgn_peft", "torch", "transformers", "peft", "device", "threads", "seconds")
 
 
 def exact(options) -> list[dict]:
@@ -100,36 +100,36 @@ def compare(name: str, options) -> dict:
 def curve(options) -> list[dict]:
     """Train a latent adapter, and follow its accuracy from tokens to PNGs."""
     set_seed(1)
-    processor = image_data.load_processor(options.model, options.side)
-    preprocessing = Preprocessing.from_processor(processor)
-    server = load_server(options.model, options.side).requires_grad_(False)
-    splits = image_data.load_splits(image_data.DataArguments(options.data), seed=0)
-    pixels, labels = load_pixels(splits["train"], preprocessing, options.max_train_samples)
+    material = bench.load_material(
+        options.data, options.model, options.side, options.max_train_samples, options.max_test_samples
+    )
+    processor, images = material.processor, material.splits["test"]
     config = PGNConfig(
         prompt_layout="append",
         library_size=options.library_size,
         generator_image_size=options.generator_image_size,
         initial_logit_std=4,
-        id2label=dict(enumerate(splits["train"].features["label"].names)),
+        id2label=dict(enumerate(material.names)),
     )
-    model = get_peft_model(server, config)
-    train(Adapted(model, preprocessing), pixels, labels, 0.003, options)
-    pixels, labels = load_pixels(splits["test"], preprocessing, options.max_test_samples)
-    latent = predict(Adapted(model, preprocessing), pixels)
+    model = get_peft_model(bench.load_backbone(options.model, options.side), config)
+    trained = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad], "lr": 0.003}]
+    adapted = Adapted(model, material)
+    bench.train(adapted, material.splits["train"], trained, epochs=options.epochs, batch_size=options.batch, flip=True)
+    latent = bench.predict(adapted, images.pixels)
     with model.disable_adapter():
-        features = predict(Features(server.vit, preprocessing), pixels)
+        features = bench.predict(Features(model.get_base_model().vit, material), images.pixels)
     exact_prompter = ImagePrompter.from_adapter(model, processor)
     prompter = ImagePrompter.from_adapter(model, processor, in_range=True)
     stock = model.unload()
     forms = {
         "latent": latent,
         "no prompts": exact_prompter.classify(features),
-        "exact": served(exact_prompter, stock, pixels, "float"),
-        "in range": served(prompter, stock, pixels, "float"),
-        "8-bit PNG": served(prompter, stock, pixels, "8-bit"),
+        "exact": served(exact_prompter, stock, images.pixels, "float"),
+        "in range": served(prompter, stock, images.pixels, "float"),
+        "8-bit PNG": served(prompter, stock, images.pixels, "8-bit"),
     }
     exact_prompter.image_offset = None  # what the undone shift of the position embeddings is worth
-    forms["exact, image's own shift left"] = served(exact_prompter, stock, pixels, "float")
+    forms["exact, image's own shift left"] = served(exact_prompter, stock, images.pixels, "float")
     reports = {"exact": exact_prompter.report, "in range": prompter.report, "8-bit PNG": prompter.report}
     return [
         {
@@ -138,9 +138,9 @@ def curve(options) -> list[dict]:
             "side": options.side,
             "epochs": options.epochs,
             "num_virtual_tokens": prompter.layout.num_virtual_tokens,
-            "images": len(labels),
-            "accuracy": (logits.argmax(1) == labels).float().mean().item(),
-            "agreement": (logits.argmax(1) == latent.argmax(1)).float().mean().item(),
+            "images": len(images.labels),
+            "accuracy": bench.accuracy(logits, images.labels),
+            "agreement": bench.accuracy(logits, latent.argmax(1)),
         }
         | (dataclasses.asdict(reports[form]) if form in reports else {})
         for form, logits in forms.items()
@@ -150,13 +150,13 @@ def curve(options) -> list[dict]:
 class Features(nn.Module):
     """Token 0 of the last hidden state, from pixels in [0, 1]."""
 
-    def __init__(self, vit: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(self, vit: nn.Module, material: bench.Material) -> None:
         super().__init__()
-        self.vit, self.preprocessing = vit, preprocessing
+        self.vit, self.scale = vit, material.scale
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (B, D) features."""
-        return self.vit(normalize(pixels, *scale(self.preprocessing))).last_hidden_state[:, 0]
+        return self.vit(normalize(pixels, *self.scale)).last_hidden_state[:, 0]
 
 
 def served(prompter: ImagePrompter, stock: nn.Module, pixels: Tensor, precision: str) -> Tensor:
@@ -168,7 +168,8 @@ def served(prompter: ImagePrompter, stock: nn.Module, pixels: Tensor, precision:
             prompted = compose(
                 batch, prompter.patches(batch), prompter.layout, prompter.image_offset, valid=precision == "8-bit"
             )
-            pixel_values = normalize(prompted, *scale(prompter.preprocessing))
+            preprocessing = prompter.preprocessing
+            pixel_values = normalize(prompted, preprocessing.image_mean, preprocessing.image_std)
             features = stock.vit(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 0]
             logits.append(prompter.classify(features))
     return torch.cat(logits)
@@ -220,7 +221,7 @@ def main(command_line: list[str] | None = None) -> None:
         rows = (exact if options.what == "exact" else curve)(options)
         with Path(options.results).open("a") as file:
             for row in rows:
-                row |= {"seconds": round(time.perf_counter() - start, 1)} | versions()
+                row |= {"seconds": round(time.perf_counter() - start, 1)} | bench.environment()
                 file.write(json.dumps(row) + "\n")
         print(table(rows))
 

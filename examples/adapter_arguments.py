@@ -30,7 +30,9 @@ class AdapterArguments:
     generator_image_size: int | None = None
     generator_width: int = 16
     generator_norm: str = "batch"
+    generator_rank: int | None = None
     mixing: str = "softmax"
+    slot_prompts: bool = False
     initializer_range: float = 0.02
     initial_logit_std: float = 0.0
     prompt_space: str = field(default="latent", metadata={"help": "'latent', or 'pixel': prompts are valid pixels."})
@@ -51,7 +53,9 @@ class AdapterArguments:
             generator_image_size=self.generator_image_size,
             generator_width=self.generator_width,
             generator_norm=self.generator_norm,
+            generator_rank=self.generator_rank,
             mixing=self.mixing,
+            slot_prompts=self.slot_prompts,
             initializer_range=self.initializer_range,
             initial_logit_std=self.initial_logit_std,
             prompt_space=self.prompt_space,

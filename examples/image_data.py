@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from huggingface_hub.errors import HFValidationError
+from recipes import RECIPES, Recipe
 from torchvision.transforms import v2
 from transformers import AutoImageProcessor
 
@@ -18,9 +19,11 @@ from transformers import AutoImageProcessor
 class DataArguments:
     """What to train on."""
 
-    dataset: str = field(metadata={"help": "Id of a data set, a folder of images, or a folder of parquet files."})
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with the classes."})
+    dataset: str = field(
+        metadata={"help": "Id of a data set, a folder of images or of parquet files, or a name in recipes.py."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column with the images; by default 'image'."})
+    label_column: str | None = field(default=None, metadata={"help": "Column with the classes; by default 'label'."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many images only, the same share of each class."}
     )
@@ -44,7 +47,10 @@ def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
         SystemExit: there are no training images, a column is missing, a class is too small to be split, or the splits
             have different classes.
     """
-    splits = _read(arguments.dataset)
+    recipe = Recipe(arguments.dataset, 0)
+    if not Path(arguments.dataset).exists():
+        recipe = RECIPES.get(arguments.dataset, recipe)
+    splits = _read(recipe.dataset, recipe.configuration)
     for name in ("val", "valid", "dev"):
         if name in splits and "validation" not in splits:
             splits["validation"] = splits.pop(name)
@@ -53,7 +59,10 @@ def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
             f"`dataset` must have a split 'train', but got {arguments.dataset!r} with {', '.join(splits)}. Rename its "
             "training split."
         )
-    columns = {arguments.image_column: "image", arguments.label_column: "label"}
+    columns = {
+        arguments.image_column or recipe.image_column: "image",
+        arguments.label_column or recipe.label_column: "label",
+    }
     for column in columns:
         if column not in splits["train"].column_names:
             raise SystemExit(
@@ -85,7 +94,7 @@ def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
     return splits
 
 
-def _read(source: str) -> DatasetDict:
+def _read(source: str, configuration: str | None) -> DatasetDict:
     folder = Path(source)
     files: dict[str, list[str]] = {}
     for file in sorted(folder.rglob("*.parquet")) if folder.is_dir() else ():
@@ -97,7 +106,9 @@ def _read(source: str) -> DatasetDict:
             {split: load_dataset("parquet", data_files=names, split="train") for split, names in files.items()}
         )
     try:
-        return load_dataset("imagefolder", data_dir=source) if folder.is_dir() else load_dataset(source)
+        if folder.is_dir():
+            return load_dataset("imagefolder", data_dir=source)
+        return load_dataset(source, configuration)
     except (OSError, ValueError, HFValidationError) as error:
         raise SystemExit(
             f"`dataset` must be a folder of images or parquet files, or the id of a data set, but got {source!r}: "

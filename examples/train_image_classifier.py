@@ -21,9 +21,9 @@ Two processes (Accelerate calls that multi_gpu everywhere; on a CPU, add --use_c
 
     accelerate launch --multi_gpu --num_processes 2 examples/train_image_classifier.py ...
 
-It needs `image_data.py`, `adapter_arguments.py` and `model_card.py` beside it. After an interruption, the same command
-with --resume_from_checkpoint true goes on from the last complete checkpoint. `--smoke` runs the whole script offline
-on a tiny model and a few generated images, in seconds; it ends with
+It needs `image_data.py`, `recipes.py`, `adapter_arguments.py` and `model_card.py` beside it. After an interruption,
+the same command with --resume_from_checkpoint true goes on from the last complete checkpoint. `--smoke` runs the whole
+script offline on a tiny model and a few generated images, in seconds; it ends with
 
     test accuracy 1.000
 
