@@ -32,9 +32,9 @@ class AdapterArguments:
     generator_norm: str = "batch"
     generator_rank: int | None = None
     mixing: str = "softmax"
-    slot_prompts: bool = False
+    slot_prompts: bool | None = None
     initializer_range: float = 0.02
-    initial_logit_std: float = 0.0
+    initial_logit_std: float | None = None
     prompt_space: str = field(default="latent", metadata={"help": "'latent', or 'pixel': prompts are valid pixels."})
     prompt_layout: str | None = field(default=None, metadata={"help": "'canvas' or 'append', where pixels go."})
     image_offset: bool = field(default=True, metadata={"help": "In pixel space: learn a patch added to the image."})

@@ -64,11 +64,13 @@ class PGNConfig(PeftConfig):
             library) whose products are the mixing logits: at 8 a twentieth of the parameters of the official code's
             linear layer, which None stands for.
         mixing: "softmax" over the library or "sigmoid" for each of its entries.
-        slot_prompts: also learn a static prompt for each of the P slots, to which the generated part is added. In
-            latent space; the "static" generator has nothing else anyway.
+        slot_prompts: also learn a static prompt for each of the P slots, to which the generated part is added. None:
+            in latent space, where it was the better form; False is the paper's. The "static" generator has nothing
+            else anyway, and pixels do not add up to valid ones.
         initializer_range: standard deviation of the initial library (or static prompts).
         initial_logit_std: standard deviation of the offsets that the mixing logits start from. 0, as in the official
             code: all prompts start as nearly the same mixture. 4: each prompt starts near a library token of its own.
+            None: 4, and 0 with mixing="sigmoid", which it would switch on and off.
         prompt_space: "latent": prompts are tokens, as in the paper; "pixel": they are patches of valid pixels laid
             into the image, so that the unmodified model can be adapted through its input alone.
         prompt_layout: where patches go. "canvas": around the image, which is shrunk into the middle, so that the
@@ -117,9 +119,11 @@ class PGNConfig(PeftConfig):
         default=None, metadata={"help": "Length of queries and keys of a factorised head; None: one linear layer."}
     )
     mixing: str = field(default="softmax", metadata={"help": "'softmax' or 'sigmoid'."})
-    slot_prompts: bool = field(default=False, metadata={"help": "Add the generated part to a static prompt a slot."})
+    slot_prompts: bool | None = field(
+        default=None, metadata={"help": "Add the generated part to a static prompt a slot."}
+    )
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial library."})
-    initial_logit_std: float = field(default=0.0, metadata={"help": "Spread of the initial mixing logits."})
+    initial_logit_std: float | None = field(default=None, metadata={"help": "Spread of the initial mixing logits."})
     prompt_space: str = field(default="latent", metadata={"help": "'latent' or 'pixel'."})
     prompt_layout: str | None = field(default=None, metadata={"help": "'append' or 'canvas'."})
     image_size: int | None = field(default=None, metadata={"help": "Side of the images with a layout, in pixels."})
@@ -170,11 +174,12 @@ class PGNConfig(PeftConfig):
         checks.check_choice("generator", self.generator, GENERATORS)
         checks.check_choice("generator_norm", self.generator_norm, tuple(NORMS))
         checks.check_choice("mixing", self.mixing, tuple(MIXINGS))
-        checks.check_boolean("slot_prompts", self.slot_prompts)
         checks.check_choice("head", self.head, HEADS)
         if self.problem_type is not None:
             checks.check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
         checks.check_scale("initializer_range", self.initializer_range, "0.02")
+        if self.initial_logit_std is None:
+            self.initial_logit_std = 4.0 if self.mixing == "softmax" else 0.0
         checks.check_scale("initial_logit_std", self.initial_logit_std, "0", zero=True)
         self._check_prompts()
         self.target_modules = checks.check_one_name("target_modules", self.target_modules)
@@ -186,6 +191,15 @@ class PGNConfig(PeftConfig):
 
     def _check_prompts(self) -> None:
         checks.check_choice("prompt_space", self.prompt_space, PROMPT_SPACES)
+        generated = self.generator != "static"
+        if self.slot_prompts is None:
+            self.slot_prompts = generated and self.prompt_space == "latent"
+        checks.check_boolean("slot_prompts", self.slot_prompts)
+        if self.slot_prompts and not generated:
+            raise ValueError(
+                "`slot_prompts` must be False with generator='static', but got True. Leave it out: static prompts are "
+                "all that this generator has."
+            )
         if self.prompt_space == "pixel" and self.prompt_layout is None:
             self.prompt_layout = "canvas"
         if self.prompt_layout is None:

@@ -34,8 +34,7 @@ def make_library(
             directions=directions,
             image_offset=config.image_offset,
         )
-    generated = config.generator != "static"
-    slots = config.num_virtual_tokens if config.slot_prompts and generated else None
+    slots = config.num_virtual_tokens if config.slot_prompts else None
     return TokenLibrary(size, hidden_size, initializer_range=config.initializer_range, num_slots=slots)
 
 

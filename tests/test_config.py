@@ -81,6 +81,16 @@ def test_a_field_assigned_later_is_checked_when_the_config_is_validated():
         config.validate()
 
 
+def test_what_is_left_out_is_settled_by_what_is_given():
+    assert (PGNConfig().slot_prompts, PGNConfig().initial_logit_std) == (True, 4.0)
+    assert PGNConfig(generator="static").slot_prompts is False
+    assert PGNConfig(mixing="sigmoid").initial_logit_std == 0.0
+    official = PGNConfig(slot_prompts=False, initial_logit_std=0)
+    assert (official.slot_prompts, official.initial_logit_std) == (False, 0)
+    with pytest.raises(ValueError, match="`slot_prompts` must be False with generator='static', but got True"):
+        PGNConfig(generator="static", slot_prompts=True)
+
+
 def test_json_round_trip(tmp_path):
     config = PGNConfig(
         num_virtual_tokens=7,

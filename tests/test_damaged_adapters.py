@@ -113,7 +113,9 @@ def test_tampered_tensors_are_refused_and_the_adapter_kept(change, message, save
     [
         {"generator_width": 8},
         {"generator_norm": "group"},
-        {"generator": "static"},
+        {"generator": "static", "slot_prompts": False},
+        {"slot_prompts": False},
+        {"generator_rank": 2},
         {"library_size": 1_000_000},
         {"num_virtual_tokens": 65_536},
         {"num_labels": 4, "id2label": None},

@@ -21,7 +21,7 @@ def adapted(**overrides):
 
 
 def test_coefficients_mix_the_library_into_the_models_own_prompts(pixel_values):
-    model = adapted().train()
+    model = adapted(slot_prompts=False).train()
     coefficients = mixing_coefficients(model, pixel_values, batch_size=3)
     assert coefficients.shape == (4, 3, 6)
     expected = find_layer(model.eval()).prompts("default", pixel_values)

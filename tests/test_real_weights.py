@@ -31,7 +31,7 @@ def test_a_1000_label_checkpoint_becomes_a_10_label_classifier_and_back(deit, eu
     model = get_peft_model(base, PGNConfig(id2label=labels))
     trainable, _ = model.get_nb_trainable_parameters()
     # The official size for width 768, with a library of DeiT-Tiny's width, and the head.
-    assert trainable == 1_032_304 - 256 * (768 - 192) + 10 * 193
+    assert trainable == 1_032_304 - 256 * (768 - 192) + 16 * 192 + 10 * 193
     move_adapter(model).eval()
     expected = answer(model, images)
     assert expected.shape == (4, 10)
