@@ -10,6 +10,7 @@ from pgn_peft.prompter import ImagePrompter
 from pgn_peft.version import __version__
 
 __all__ = [
+    "AdapterTrainer",
     "CardFacts",
     "Classifier",
     "ImageCollator",
@@ -32,5 +33,6 @@ if find_spec("peft") is not None:
     from pgn_peft.config import PGNConfig
     from pgn_peft.model import PGNModel
     from pgn_peft.model_card import CardFacts
+    from pgn_peft.trainer import AdapterTrainer
 
     register()
