@@ -96,7 +96,7 @@ def test_training_ends_with_an_adapter_a_stranger_can_use(finished, material):
     assert "More Information Needed" not in card
     assert f"| trainable parameters | {results['trainable_parameters']:,} |" in card
     assert "| images | test | accuracy | 1 |" in card
-    assert "| Training Loss | Epoch | Step | Validation Loss | Accuracy |" in card
+    assert re.search(r"\| Training Loss \| Epoch \| Step \| Validation Loss \|.* Accuracy \|", card)
     assert "| training images | 64 |" in card
 
 
