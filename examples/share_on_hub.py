@@ -103,7 +103,8 @@ def main(command_line: list[str] | None = None) -> float | None:
             commit = classifier.push_to_hub(options.repo_id, facts, private=options.private or None)
             print(f"published: {commit.commit_url}")
             return None
-        target = Path(options.adapter, "to-publish")
+        name = options.repo_id or Path(options.adapter).name
+        target = Path(options.adapter, "to-publish", name.rpartition("/")[2])  # the card is named after its folder
         classifier.save_pretrained(target, facts)
         print(target.joinpath("README.md").read_text())
         print(f"wrote {', '.join(sorted(path.name for path in target.iterdir()))} to {target}")

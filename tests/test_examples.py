@@ -384,14 +384,14 @@ def test_a_dry_run_shows_what_would_be_published(finished, capsys):
 
     options = ["--dataset_name", "Colours", "--license", "mit", "--description", "Tells *red* from blue.", "--dry_run"]
     assert share_on_hub.main(["--adapter", str(finished[0]), *options]) == 0
-    card = ModelCard.load(finished[0] / "to-publish/README.md")
+    card = ModelCard.load(finished[0] / "to-publish/adapter/README.md")
     assert (card.data.eval_results[0].dataset_name, card.data.eval_results[0].metric_value) == ("Colours", 1.0)
     assert card.data.license == "mit"
     assert "Tells *red* from blue." in card.text
     assert card.text.strip() in capsys.readouterr().out
     shutil.rmtree(finished[0] / "to-publish")
     share_on_hub.main(["--adapter", str(finished[0]), *options, "--metric", "f1=0.5"])
-    card = ModelCard.load(finished[0] / "to-publish/README.md")
+    card = ModelCard.load(finished[0] / "to-publish/adapter/README.md")
     assert [result.metric_type for result in card.data.eval_results] == ["f1"]
     shutil.rmtree(finished[0] / "to-publish")
     for wrong in (["--metric", "f1"], ["--metric", "f1=good"]):
