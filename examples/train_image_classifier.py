@@ -21,9 +21,10 @@ Two processes (Accelerate calls that multi_gpu everywhere; on a CPU, add --use_c
 
     accelerate launch --multi_gpu --num_processes 2 examples/train_image_classifier.py ...
 
-It needs `image_data.py`, `recipes.py`, `adapter_arguments.py` and `model_card.py` beside it. After an interruption,
-the same command with --resume_from_checkpoint true goes on from the last complete checkpoint. `--smoke` runs the whole
-script offline on a tiny model and a few generated images, in seconds; it ends with
+It needs `image_data.py`, `recipes.py`, `adapter_arguments.py` and `card_facts.py` beside it. After an interruption, the
+same command with --resume_from_checkpoint true goes on from the last complete checkpoint. With --push_to_hub true
+--hub_model_id user/name the adapter is published after each epoch and at the end; `share_on_hub.py` publishes one that
+is there. `--smoke` runs the whole script offline on a tiny model and a few generated images, in seconds; it ends with
 
     test accuracy 1.000
 
@@ -31,8 +32,9 @@ The output folder then holds the adapter with its labels (adapter_model.safetens
 processor, a model card and results.json. Load it with
 
     import pgn_peft
-    from peft import AutoPeftModel
-    model = AutoPeftModel.from_pretrained("outputs/my-adapter")
+    model, image_processor = pgn_peft.load_classifier("outputs/my-adapter")
+
+or classify a folder of images with `predict.py`.
 """
 
 from __future__ import annotations
@@ -47,20 +49,19 @@ import evaluate
 import numpy as np
 import torch
 from adapter_arguments import AdapterArguments, find_label_mapping, start_library
+from card_facts import add_results, describe_data
 from datasets import DatasetDict, Features, Value
 from image_data import DataArguments, add_transforms, load_processor, load_splits
-from model_card import write_card
 from peft import PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score
 from transformers import (
     AutoModelForImageClassification,
     HfArgumentParser,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from pgn_peft import ImageCollator, ImagePrompter, PGNConfig
+from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, ImagePrompter, PGNConfig
 from pgn_peft.training import EqualStatistics, last_complete_checkpoint, parameter_groups
 
 
@@ -137,8 +138,15 @@ def check_output_dir(output_dir: str, resume: bool) -> None:
 
 
 def make_trainer(
-    model, splits: DatasetDict, arguments: Arguments, parameters: list[dict], num_labels: int, image_size: int | None
-) -> Trainer:
+    model,
+    splits: DatasetDict,
+    arguments: Arguments,
+    parameters: list[dict],
+    num_labels: int,
+    image_size: int | None,
+    processor=None,
+    facts: CardFacts | None = None,
+) -> AdapterTrainer:
     """Put model, data, optimizer and callbacks together."""
     if arguments.recipe == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=arguments.learning_rate, momentum=0.9)
@@ -146,7 +154,7 @@ def make_trainer(
         optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate)
     accuracy = Accuracy(keep_in_memory=True)
     side = model.config.image_size
-    return Trainer(
+    return AdapterTrainer(
         model=model,
         args=arguments,
         train_dataset=splits["train"],
@@ -157,6 +165,8 @@ def make_trainer(
         ),
         optimizers=(optimizer, None),
         callbacks=[EqualStatistics()],
+        processing_class=processor,
+        facts=facts,
     )
 
 
@@ -205,7 +215,9 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         head_learning_rate=arguments.head_learning_rate,
         weight_decay=arguments.weight_decay,
     )
-    trainer = make_trainer(model, splits, arguments, parameters, len(labels), data.image_size)
+    trainer = make_trainer(
+        model, splits, arguments, parameters, len(labels), data.image_size, processor, describe_data(data.dataset)
+    )
     checkpoint = None
     if resume:
         named = arguments.resume_from_checkpoint not in ("true", "True", True)
@@ -233,9 +245,8 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     }
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_card(folder, adapter, data, results, labels)
+        trainer.facts = add_results(trainer.card_facts(), results)
+        trainer.classifier.save_pretrained(folder, trainer.facts)
         if config.prompt_space == "pixel":
             ImagePrompter.from_adapter(model, processor).save_pretrained(folder / "prompter")
         folder.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -243,6 +254,8 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         print(f"validation accuracy {results['validation_accuracy']:.3f}")
         print(f"training images per second {results['train_images_per_second']:.1f}")
         print(f"saved to {folder}")
+        if arguments.push_to_hub:
+            print(f"published: {trainer.push_to_hub().commit_url}")
         print("test accuracy", "-" if results["test_accuracy"] is None else f"{results['test_accuracy']:.3f}")
     return results
 

@@ -9,7 +9,18 @@ from pgn_peft.labels import frequency_mapping
 from pgn_peft.prompter import ImagePrompter
 from pgn_peft.version import __version__
 
-__all__ = ["ImageCollator", "ImagePrompter", "PGNConfig", "PGNModel", "__version__", "frequency_mapping"]
+__all__ = [
+    "AdapterTrainer",
+    "CardFacts",
+    "Classifier",
+    "ImageCollator",
+    "ImagePrompter",
+    "PGNConfig",
+    "PGNModel",
+    "__version__",
+    "frequency_mapping",
+    "load_classifier",
+]
 
 # Parts of the package serve clients that have torch and no PEFT.
 if find_spec("peft") is not None:
@@ -17,8 +28,11 @@ if find_spec("peft") is not None:
 
     check_peft()  # before anything is imported that an old PEFT may not have
 
+    from pgn_peft.classifier import Classifier, load_classifier
     from pgn_peft.collator import ImageCollator
     from pgn_peft.config import PGNConfig
     from pgn_peft.model import PGNModel
+    from pgn_peft.model_card import CardFacts
+    from pgn_peft.trainer import AdapterTrainer
 
     register()

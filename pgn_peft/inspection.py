@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.adapters import prompt_layer
 from pgn_peft.layer import PGNLayer
 
 
@@ -20,13 +21,14 @@ def find_layer(model: nn.Module, adapter_name: str = "default") -> PGNLayer:
         adapter_name: the adapter.
 
     Raises:
+        TypeError: the model carries no adapter.
         ValueError: there is no adapter of that name.
     """
-    layer = next((module for module in model.modules() if isinstance(module, PGNLayer)), None)
-    if layer is None or adapter_name not in layer.configs:
-        names = ", ".join(layer.configs) if layer is not None else "none"
+    layer = prompt_layer(model)
+    if adapter_name not in layer.configs:
         raise ValueError(
-            f"`adapter_name` must be one of the model's adapters, {names}, but got {adapter_name!r}. Load it first."
+            f"`adapter_name` must be one of the model's adapters, {', '.join(layer.configs) or 'none'}, but got "
+            f"{adapter_name!r}. Load it first."
         )
     return layer
 

@@ -22,6 +22,7 @@ from pgn_peft.inversion import PixelPrompts
 from pgn_peft.labels import normalize_id2label
 from pgn_peft.layout import LAYOUTS, PromptLayout, make_layout
 from pgn_peft.preprocessing import RESAMPLING, Preprocessing
+from pgn_peft.prompter_card import make_prompter_card
 from pgn_peft.tensors import compare_tensors
 from pgn_peft.version import __version__
 
@@ -221,12 +222,13 @@ def find(name_or_path: str | Path, revision: str | None, token: str | None) -> P
 
 
 def push(prompter: ImagePrompter, repo_id: str, private: bool | None, token: str | None) -> str:
-    """Create the repository where it does not exist, and upload both files in one commit."""
+    """Create the repository where it does not exist, and upload both files and a card in one commit."""
     hub = _import_hub(f"`repo_id` must be reached over the network, but got {repo_id!r}")
     api = hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(prompter, Path(folder))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        make_prompter_card(prompter, repo_id).save(Path(folder, "README.md"))
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload prompter")
     return repo_id
 

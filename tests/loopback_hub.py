@@ -2,111 +2,203 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+from hub_repositories import POINTER, Fault, LoopbackHub, Repository, metadata_errors
+
+__all__ = ["Fault", "LoopbackHub", "loopback_hub"]
+
+ID = r"(?P<repository>[^/]+/[^/]+?)"
+# method, path, name of the handler's method; tried in this order
+ROUTES = [
+    ("GET", r"/api/whoami-v2", "whoami"),
+    ("POST", r"/api/repos/create", "create"),
+    ("POST", r"/api/validate-yaml", "validate"),
+    ("POST", rf"/api/models/{ID}/preupload/.+", "preupload"),
+    ("POST", rf"/api/models/{ID}/commit/(?P<revision>.+)", "commit"),
+    ("POST", rf"/api/models/{ID}/branch/(?P<name>.+)", "branch"),
+    ("POST", rf"/api/models/{ID}/tag/(?P<revision>.+)", "tag"),
+    ("GET", rf"/api/models/{ID}/tree/(?P<revision>[^/]+)", "tree"),
+    ("GET", rf"/api/models/{ID}(/revision/(?P<revision>.+))?", "info"),
+    ("POST", rf"/{ID}\.git/info/lfs/objects/batch", "batch"),
+    ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "store"),
+    ("GET", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+]
 
 
-class LoopbackHub:
-    """Repositories by id, each a dictionary of file names and contents; one branch, small files only.
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request; `hub` is set on a subclass."""
 
-    Args:
-        token: what a client must send; None: nothing is asked for.
-    """
+    hub: LoopbackHub
 
-    def __init__(self, token: str | None = None) -> None:
-        self.token = token
-        self.repositories: dict[str, dict[str, bytes]] = {}
-        self.url = ""
-
-    def commit(self, repository: str, lines: list[dict]) -> None:
-        """Apply a commit of the Hub's protocol: one JSON object a line, files in base64."""
-        for line in lines:
-            if line["key"] == "file":
-                self.repositories[repository][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-
-    def revision(self, repository: str) -> str:
-        """Return a name for what a repository holds now, as a commit's hash."""
-        return hashlib.sha1(repr(sorted(self.repositories[repository].items())).encode()).hexdigest()
-
-
-def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(body))} | headers).items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def refused(self) -> bool:
-            if hub.token is None or self.headers.get("Authorization") == f"Bearer {hub.token}":
-                return False
-            self.reply(401, b'{"error": "Invalid credentials"}', X_Error_Message="Invalid credentials")
-            return True
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if self.refused():
+    def answer(self) -> None:
+        """Find the route, and go along it."""
+        path = unquote(self.path.partition("?")[0])
+        self.hub.requests.append(f"{self.command} {path}")
+        length = int(self.headers.get("Content-Length", 0))
+        fault = next((fault for fault in self.hub.faults if fault.strikes(self.command, path)), None)
+        if fault is not None and fault.status is None:
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.body = (
+            self._chunks() if "chunked" in self.headers.get("Transfer-Encoding", "") else self.rfile.read(length)
+        )
+        if fault is not None:
+            self.reply(fault.status, {"error": "as told"}, X_Error_Message="as told")
+            return
+        method = "GET" if self.command == "HEAD" else self.command
+        for wanted, pattern, name in ROUTES:
+            match = re.fullmatch(pattern, path)
+            if wanted == method and match is not None:
+                groups = match.groupdict()
+                if self.allowed(groups.get("repository")):
+                    getattr(self, name)(**groups)
                 return
-            if self.path == "/api/repos/create":
-                request = json.loads(body)
-                owner = request.get("organization") or "user"
-                repository = f"{owner}/{request['name']}"
-                hub.repositories.setdefault(repository, {})
-                self.reply(200, json.dumps({"url": f"{hub.url}/{repository}", "id": repository}).encode())
-                return
-            _, _, _, owner, name, action, *_ = self.path.split("/")
-            repository = f"{owner}/{name}"
-            if action == "preupload":
-                files = json.loads(body)["files"]
-                answer = {
-                    "files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
-                }
-            else:
-                hub.commit(repository, [json.loads(line) for line in body.splitlines() if line])
-                commit = hub.revision(repository)
-                answer = {"commitUrl": f"{hub.url}/{repository}/commit/{commit}", "commitOid": commit, "success": True}
-            self.reply(200, json.dumps(answer).encode())
+        self.reply(404, {"error": path})
 
-        def do_GET(self) -> None:
-            if self.refused():
-                return
-            parts = self.path.partition("?")[0].split("/")
-            if parts[1] == "api":
-                if parts[2] == "whoami-v2":
-                    self.reply(200, b'{"name": "user", "type": "user", "auth": {}}')
-                    return
-                repository = "/".join(parts[3:5])
-                body = {"id": repository, "sha": hub.revision(repository), "siblings": []}
-                self.reply(200, json.dumps(body).encode())
-                return
-            repository, file = "/".join(parts[1:3]), "/".join(parts[5:])
-            content = hub.repositories.get(repository, {}).get(file)
-            if content is None:
-                code = "EntryNotFound" if repository in hub.repositories else "RepoNotFound"
-                self.reply(404, b"{}", X_Error_Code=code, X_Error_Message="not found")
-                return
-            tag = hashlib.sha1(content).hexdigest()
-            self.reply(200, content, ETag=f'"{tag}"', X_Repo_Commit=hub.revision(repository))
+    do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815
 
-        do_HEAD = do_GET  # noqa: N815
+    def _chunks(self) -> bytes:
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
-        def log_message(self, *_: object) -> None:
-            """Say nothing about each request."""
+    def allowed(self, repository: str | None) -> bool:
+        """Refuse strangers what is private, and to write."""
+        known = self.hub.token is None or self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        found = self.hub.repositories.get(repository)
+        public = self.command in ("GET", "HEAD") and not (found is not None and found.private)
+        if not (known or public or self.command == "PUT"):  # uploads go to signed addresses
+            self.reply(401, {"error": "Invalid credentials"}, X_Error_Message="Invalid credentials")
+            return False
+        if repository is not None and found is None:
+            self.reply(404, {}, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            return False
+        return True
 
-    return Handler
+    def reply(self, status: int, body: dict | list | bytes = b"", **headers: str) -> None:
+        """Send an answer; dictionaries and lists as JSON."""
+        if not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing about each request."""
+
+    # The routes.
+
+    def whoami(self) -> None:
+        self.reply(200, {"name": "user", "type": "user", "auth": {}})
+
+    def create(self) -> None:
+        request = json.loads(self.body)
+        repository = f"{request.get('organization') or 'user'}/{request['name']}"
+        exists = repository in self.hub.repositories
+        if not exists:
+            self.hub.repositories[repository] = Repository(private=request.get("visibility") == "private")
+        self.reply(409 if exists else 200, {"url": f"{self.hub.url}/{repository}", "id": repository})
+
+    def validate(self) -> None:
+        errors = metadata_errors(json.loads(self.body)["content"])
+        self.reply(400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []})
+
+    def preupload(self, repository: str) -> None:
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        modes = {path: "lfs" if path.endswith((".safetensors", ".bin")) else "regular" for path in paths}
+        files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+        self.reply(200, {"files": files})
+
+    def batch(self, repository: str) -> None:
+        answers = []
+        for wanted in json.loads(self.body)["objects"]:
+            answer = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.hub.objects:
+                answer["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}
+            answers.append(answer)
+        self.reply(200, {"transfer": "basic", "objects": answers})
+
+    def store(self, oid: str) -> None:
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            self.reply(400, {"error": "not what was announced"})
+            return
+        self.hub.objects[oid] = self.body
+        self.reply(200)
+
+    def commit(self, repository: str, revision: str) -> None:
+        found = self.hub.repositories[repository]
+        lines = [json.loads(line) for line in self.body.splitlines() if line]
+        missing = [line for line in lines if line["key"] == "lfsFile" and line["value"]["oid"] not in self.hub.objects]
+        if missing or revision not in found.refs:
+            self.reply(400, {"error": f"no branch {revision!r}, or no such objects: {missing}"})
+            return
+        commit = found.apply(revision, lines)
+        url = f"{self.hub.url}/{repository}/commit/{commit}"
+        self.reply(200, {"commitUrl": url, "commitOid": commit, "success": True})
+
+    def branch(self, repository: str, name: str) -> None:
+        found = self.hub.repositories[repository]
+        exists = name in found.refs
+        start = (json.loads(self.body) if self.body else {}).get("startingPoint", "main")
+        found.refs.setdefault(name, found.resolve(start))
+        self.reply(409 if exists else 200, {})
+
+    def tag(self, repository: str, revision: str) -> None:
+        found = self.hub.repositories[repository]
+        found.refs[json.loads(self.body)["tag"]] = found.resolve(revision)
+        self.reply(200, {})
+
+    def info(self, repository: str, revision: str | None) -> None:
+        commit = self.commit_of(repository, revision or "main")
+        if commit is not None:
+            siblings = [{"rfilename": file["path"]} for file in self.hub.tree(repository, commit)]
+            private = self.hub.repositories[repository].private
+            self.reply(200, {"id": repository, "sha": commit, "private": private, "siblings": siblings})
+
+    def tree(self, repository: str, revision: str) -> None:
+        commit = self.commit_of(repository, revision)
+        if commit is not None:
+            self.reply(200, self.hub.tree(repository, commit))
+
+    def resolve(self, repository: str, revision: str, path: str) -> None:
+        commit = self.commit_of(repository, revision)
+        if commit is None:
+            return
+        content = self.hub.content(repository, path, commit)
+        if content is None:
+            self.reply(404, {}, X_Error_Code="EntryNotFound", X_Error_Message="not found", X_Repo_Commit=commit)
+            return
+        entry = self.hub.repositories[repository].commits[commit][path]
+        oid = entry.removeprefix(POINTER) if isinstance(entry, str) else hashlib.sha1(content).hexdigest()
+        self.reply(200, content, ETag=f'"{oid}"', X_Repo_Commit=commit)
+
+    def commit_of(self, repository: str, revision: str) -> str | None:
+        commit = self.hub.repositories[repository].resolve(revision)
+        if commit is None:
+            self.reply(404, {}, X_Error_Code="RevisionNotFound", X_Error_Message="no such revision")
+        return commit
 
 
 @contextmanager
 def loopback_hub(token: str | None = None):
     """Run a Hub, and yield it."""
     hub = LoopbackHub(token)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

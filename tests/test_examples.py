@@ -1,5 +1,6 @@
 """The scripts that users copy: their smoke modes, resuming after a kill, two processes."""
 
+import csv
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import answer
+from huggingface_hub import ModelCard
 from peft import AutoPeftModel
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
@@ -93,6 +95,9 @@ def test_training_ends_with_an_adapter_a_stranger_can_use(finished, material):
     assert re.search(r"```python\nimport pgn_peft", card)
     assert "More Information Needed" not in card
     assert f"| trainable parameters | {results['trainable_parameters']:,} |" in card
+    assert "| images | test | accuracy | 1 |" in card
+    assert re.search(r"\| Training Loss \| Epoch \| Step \| Validation Loss \|.* Accuracy \|", card)
+    assert "| training images | 64 |" in card
 
 
 def test_a_killed_run_resumes_to_the_same_weights(finished, material, tmp_path):
@@ -330,6 +335,70 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(materi
         )
         assert wrong.returncode == 1
         assert message in wrong.stderr
+
+
+def predictions(file):
+    with open(file, newline="") as rows:
+        return list(csv.DictReader(rows))
+
+
+def test_a_folder_of_images_becomes_a_csv(finished, material, tmp_path, capsys):
+    import predict
+
+    images = shutil.copytree(material[0] / "images", tmp_path / "images")
+    (images / "blue/broken.png").write_bytes(b"no image")
+    (images / "blue/cut.jpg").write_bytes((images / "blue/0.jpg").read_bytes()[:500])
+    (images / "notes.txt").write_text("no image either")
+    command = ["--adapter", str(finished[0]), "--images", str(images), "--output", str(tmp_path / "out.csv")]
+    predict.main([*command, "--batch_size", "7", "--top_k", "5"])
+    rows = predictions(tmp_path / "out.csv")
+    assert list(rows[0]) == ["image", "label", "score", "label_2", "score_2"]
+    assert len(rows) == len({row["image"] for row in rows}) == 80
+    assert all(row["image"].startswith(row["label"] + "/") for row in rows)
+    assert all(float(row["score"]) + float(row["score_2"]) == pytest.approx(1, abs=1e-5) for row in rows)
+    captured = capsys.readouterr()
+    assert "skipped 2 of 82 files that could not be read" in captured.out
+    assert f"skipping {images / 'blue/broken.png'}: " in captured.err
+    assert f"skipping {images / 'blue/cut.jpg'}: " in captured.err
+    with pytest.raises(SystemExit, match="`images` must all be readable, but got .*broken.png"):
+        predict.main([*command, "--strict"])
+
+
+def test_what_cannot_be_predicted_is_refused(finished, tmp_path):
+    import predict
+
+    command = ["--adapter", str(finished[0]), "--output", str(tmp_path / "out.csv"), "--images"]
+    with pytest.raises(SystemExit, match="`images` must be a folder, but got 'nowhere'"):
+        predict.main([*command, "nowhere"])
+    with pytest.raises(SystemExit, match="`images` must hold images, but got none"):
+        predict.main([*command, str(tmp_path)])
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="`images` must hold a readable image, but got none"):
+        predict.main([*command, str(tmp_path)])
+    with pytest.raises(SystemExit):
+        predict.main([*command, str(tmp_path), "--top_k", "0"])
+
+
+def test_a_dry_run_shows_what_would_be_published(finished, capsys):
+    import share_on_hub
+
+    options = ["--dataset_name", "Colours", "--license", "mit", "--description", "Tells *red* from blue.", "--dry_run"]
+    assert share_on_hub.main(["--adapter", str(finished[0]), *options]) == 0
+    card = ModelCard.load(finished[0] / "to-publish/adapter/README.md")
+    assert (card.data.eval_results[0].dataset_name, card.data.eval_results[0].metric_value) == ("Colours", 1.0)
+    assert card.data.license == "mit"
+    assert "Tells *red* from blue." in card.text
+    assert card.text.strip() in capsys.readouterr().out
+    shutil.rmtree(finished[0] / "to-publish")
+    share_on_hub.main(["--adapter", str(finished[0]), *options, "--metric", "f1=0.5"])
+    card = ModelCard.load(finished[0] / "to-publish/adapter/README.md")
+    assert [result.metric_type for result in card.data.eval_results] == ["f1"]
+    shutil.rmtree(finished[0] / "to-publish")
+    for wrong in (["--metric", "f1"], ["--metric", "f1=good"]):
+        with pytest.raises(SystemExit):
+            share_on_hub.main(["--adapter", str(finished[0]), *options, *wrong])
+    with pytest.raises(ValueError, match="`base_model_name_or_path` must be the id of a model on the Hub"):
+        share_on_hub.main(["--adapter", str(finished[0]), "--repo_id", "user/colours"])
 
 
 def test_a_server_answers_whatever_it_is_sent(material):

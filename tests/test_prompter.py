@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
 from datasets import load_dataset
+from huggingface_hub import ModelCard
 from loopback_hub import loopback_hub
 from peft import get_peft_model
 from PIL import Image
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, DeiTImageProcessor, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from pgn_peft import ImagePrompter, PGNConfig
+from pgn_peft.prompter_card import make_prompter_card
 from pgn_peft.training import start_library_from_images
 
 ROOT = Path(__file__).parents[1]
@@ -374,6 +377,18 @@ def test_png_through_the_stock_pipeline_on_real_images(shared):
             assert found[label] == pytest.approx(scores[index].item(), abs=0.03)
 
 
+@pytest.mark.parametrize(("form", "word"), [("canvas", "top_k=5"), ("append", "check_server"), ("latent", "tensors")])
+def test_the_card_says_how_to_use_it(form, word):
+    prompter = prompter_of(form)[1] if form in FORMS else ImagePrompter.from_adapter(make(form), PROCESSOR)
+    card = make_prompter_card(prompter, "someone/prompter")
+    assert ModelCard(str(card)).data.library_name == "pgn-peft"
+    code = re.search(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[1]
+    compile(code, "card", "exec")
+    assert 'from_pretrained("someone/prompter")' in code
+    assert word in code
+    assert "booktitle = {British Machine Vision Conference}" in card.text
+
+
 # The Hub: the client's address is fixed when huggingface_hub is imported, hence new processes.
 
 PUSH = """
@@ -413,7 +428,8 @@ def test_pushed_to_a_hub_and_loaded_from_it(tmp_path):
         pushed = run(PUSH, tmp_path / "local", "hf_secret")
         assert pushed.returncode == 0, pushed.stderr
         assert pushed.stdout.strip() == "someone/prompter"
-        assert set(hub.repositories["someone/prompter"]) == {"prompter.safetensors", "prompter_config.json"}
+        files = {"prompter.safetensors", "prompter_config.json", "README.md"}
+        assert set(hub.repositories["someone/prompter"]) == files
         pulled = run(PULL, tmp_path / "pulled", "hf_secret")
         assert pulled.returncode == 0, pulled.stderr
     assert same_images(ImagePrompter.from_pretrained(tmp_path / "pulled")(photos()), prompter(photos()))

@@ -1,0 +1,129 @@
+"""Classify a folder of images with an adapter: images in, a CSV with labels and scores out.
+
+    python examples/predict.py --adapter user/my-adapter --images path/to/images --output predictions.csv
+
+The adapter is an id on the Hub or a folder that `train_image_classifier.py` has written. Base model, labels and image
+processor come with it. The CSV has one row an image, its path within the folder and the best labels with their scores:
+
+    image,label,score,label_2,score_2
+    blue/0.jpg,blue,0.587605,red,0.412395
+
+Files that are no images, or damaged ones, are named with the reason and left out; `--strict` stops at the first one
+instead. `--smoke` trains a tiny adapter and classifies its images offline, in seconds; it ends with
+
+    80 images, mean score of the best label 0.572
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from pgn_peft import load_classifier
+
+EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+
+
+def find_images(folder: Path) -> list[Path]:
+    """List the files of a folder and its subfolders whose names end as an image's does, in order."""
+    if not folder.is_dir():
+        raise SystemExit(f"`images` must be a folder, but got {str(folder)!r}. Look for a misspelt path.")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise SystemExit(f"`images` must hold images, but got none in {str(folder)!r}. Look for a misspelt path.")
+    return files
+
+
+def read_images(files: list[Path], strict: bool, skipped: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
+    """Read images as RGB; name those that cannot be read, and list them in `skipped`."""
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if strict:
+                raise SystemExit(
+                    f"`images` must all be readable, but got {str(file)!r}: {error} Remove it, or leave --strict out."
+                ) from error
+            tqdm.write(f"skipping {file}: {error}", file=sys.stderr)
+            skipped.append(file)
+        else:
+            yield file, image
+
+
+def predict(options: argparse.Namespace) -> float:
+    """Classify, write the CSV, and return the mean score of the best labels."""
+    folder = Path(options.images)
+    files = find_images(folder)
+    classifier = load_classifier(
+        options.adapter,
+        base_model_name_or_path=options.base_model,
+        revision=options.revision,
+        subfolder=options.subfolder,
+    )
+    classify = classifier.pipeline(device=options.device)
+    top_k = min(options.top_k, classifier.model.config.num_labels)
+    header = ["image", "label", "score"]
+    header += [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "score")]
+    skipped: list[Path] = []
+    best: list[float] = []
+    images = read_images(files, options.strict, skipped)
+    with open(options.output, "w", newline="", encoding="utf-8") as output, tqdm(total=len(files)) as progress:
+        rows = csv.writer(output)
+        rows.writerow(header)
+        while batch := [pair for _, pair in zip(range(options.batch_size), images, strict=False)]:
+            answers = classify([image for _, image in batch], top_k=top_k, batch_size=len(batch))
+            for (file, _), answer in zip(batch, answers, strict=True):
+                cells = [cell for entry in answer for cell in (entry["label"], f"{entry['score']:.6f}")]
+                rows.writerow([file.relative_to(folder).as_posix(), *cells])
+                best.append(answer[0]["score"])
+            progress.update(len(best) + len(skipped) - progress.n)
+    if skipped:
+        print(f"skipped {len(skipped)} of {len(files)} files that could not be read")
+    if not best:
+        raise SystemExit(f"`images` must hold a readable image, but got none in {str(folder)!r}. See above.")
+    print(f"wrote {options.output}")
+    mean = sum(best) / len(best)
+    print(f"{len(best)} images, mean score of the best label {mean:.3f}")
+    return mean
+
+
+def main(command_line: list[str] | None = None) -> float:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", help="folder or id of an adapter")
+    parser.add_argument("--images", help="folder of images, with or without subfolders")
+    parser.add_argument("--output", default="predictions.csv", help="the CSV to write")
+    parser.add_argument("--top_k", type=int, default=2, help="labels an image")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--device", help="as for transformers.pipeline, 'cuda' or 'cpu'; by default what is there")
+    parser.add_argument("--revision", help="branch, tag or commit of the adapter")
+    parser.add_argument("--subfolder", help="folder of the adapter in its repository")
+    parser.add_argument("--base_model", help="path of the base model, in place of the adapter's")
+    parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
+    parser.add_argument("--smoke", action="store_true", help="a tiny adapter on generated images, in seconds")
+    options = parser.parse_args(command_line)
+    for name in ("top_k", "batch_size"):
+        if getattr(options, name) < 1:
+            parser.error(f"`{name}` must be at least 1, but got {getattr(options, name)}.")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.smoke:
+            import train_image_classifier
+            from smoke_material import smoke_arguments
+
+            train_image_classifier.main(smoke_arguments(Path(folder)))
+            options.adapter, options.images = f"{folder}/adapter", f"{folder}/images"
+            options.output = f"{folder}/predictions.csv"
+        if not (options.adapter and options.images):
+            parser.error("--adapter and --images are required")
+        return predict(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Images of another size than the backbone's: who makes them, and a model that takes them without being told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from pgn_peft.adapters import prompt_layer
+from pgn_peft.layer import PGNLayer
+
+
+def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
+    """Whether an image processor makes images of another size than the backbone's own."""
+    height, width = layer.patch_embeddings.image_size
+    # Not square, so that a processor that keeps the proportions shows it.
+    sample = np.zeros((height, 2 * width, layer.num_channels), dtype=np.uint8)
+    made = image_processor(images=sample, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    return tuple(made.shape[-2:]) != (height, width)
+
+
+def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
+    """Have a model interpolate its position embeddings where its processor makes images of another size than its own.
+
+    A pipeline has no option for that. Calling it again is harmless.
+
+    Args:
+        model: a Transformers model with a PGN adapter.
+        image_processor: its image processor.
+    """
+    if _interpolate in model._forward_pre_hooks.values():
+        return
+    if makes_another_size(prompt_layer(model), image_processor):
+        model.register_forward_pre_hook(_interpolate, with_kwargs=True)
+
+
+def _interpolate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {"interpolate_pos_encoding": True} | kwargs

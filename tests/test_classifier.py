@@ -1,0 +1,289 @@
+"""One call from an adapter to a classifier: what it answers, what it falls back to, what it refuses to open."""
+
+import json
+import logging
+import pickle
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import CLASSIFIERS, answer, move_adapter, tiny_config, tiny_vit
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, ViTForImageClassification, ViTImageProcessor
+
+from pgn_peft import Classifier, load_classifier
+from pgn_peft.classifier import logger
+
+NAMES = {0: "cat", 1: "dog"}
+RED = Image.new("RGB", (50, 40), "red")
+
+
+def processor(side=32, **settings):
+    return ViTImageProcessor(size={"height": side, "width": side}, **settings)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base with ten labels, and a processor that no adapter here was trained with."""
+    tiny_vit(num_labels=10).save_pretrained(tmp_path / "vit")
+    processor(32, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+def adapted(base, **config):
+    vit = ViTForImageClassification.from_pretrained(base)
+    return move_adapter(get_peft_model(vit, tiny_config(**({"id2label": NAMES} | config)))).eval()
+
+
+@pytest.fixture
+def model(base):
+    return adapted(base)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    Classifier(model, processor()).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_it_answers_as_the_adapter_that_was_saved(model, saved, pixel_values):
+    loaded, image_processor = load_classifier(saved)
+    assert torch.equal(answer(loaded, pixel_values), answer(model, pixel_values))
+    assert loaded.config.id2label == NAMES
+    assert image_processor.image_mean == processor().image_mean
+    assert not loaded.training
+    assert not any(parameter.requires_grad for name, parameter in loaded.named_parameters() if "pgn_" in name)
+
+
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+def test_every_supported_classifier(architecture, tmp_path, pixel_values):
+    tiny_vit(architecture, num_labels=10).save_pretrained(tmp_path / "base")
+    vit = getattr(transformers, architecture).from_pretrained(tmp_path / "base")
+    model = move_adapter(get_peft_model(vit, tiny_config(id2label=NAMES))).eval()
+    Classifier(model, processor(48)).save_pretrained(tmp_path / "adapter")
+    loaded = load_classifier(tmp_path / "adapter")
+    assert torch.equal(answer(loaded.model, pixel_values), answer(model, pixel_values))
+    assert {entry["label"] for entry in loaded.pipeline()(RED)} == {"cat", "dog"}
+
+
+def test_both_pipelines_use_the_adapters_processor(model, saved, caplog):
+    inputs = processor()(images=RED, return_tensors="pt")
+    expected = answer(model, **inputs).softmax(-1)[0].tolist()
+    loaded = load_classifier(saved)
+    by_hand = transformers.pipeline("image-classification", model=loaded.model, image_processor=loaded.image_processor)
+    for classify in (loaded.pipeline(), by_hand, Classifier(model, processor()).pipeline(batch_size=2)):
+        scores = {entry["label"]: entry["score"] for entry in classify(RED)}
+        assert [scores["cat"], scores["dog"]] == pytest.approx(expected, abs=1e-6)
+    assert "not supported" not in caplog.text
+
+
+def test_what_transformers_pipeline_does_by_itself(saved):
+    """The reason for `load_classifier`, as the documentation states it."""
+    classify = transformers.pipeline("image-classification", model=str(saved))
+    assert classify.model.config.id2label == NAMES
+    assert list(classify.image_processor.image_mean) == [0.1, 0.2, 0.3]  # the base's
+
+
+@pytest.mark.parametrize("size", [{"height": 48, "width": 48}, {"shortest_edge": 40}])
+def test_an_adapter_of_another_image_size_needs_no_argument(model, tmp_path, size):
+    image_processor = ViTImageProcessor(size=size)
+    inputs = image_processor(images=RED, return_tensors="pt")
+    expected = answer(model, **inputs, interpolate_pos_encoding=True)
+    Classifier(model, image_processor).save_pretrained(tmp_path / "adapter")
+    loaded = load_classifier(tmp_path / "adapter")
+    torch.testing.assert_close(answer(loaded.model, **inputs), expected)
+    scores = {entry["label"]: entry["score"] for entry in loaded.pipeline()(RED)}
+    assert scores["cat"] == pytest.approx(expected.softmax(-1)[0, 0].item(), abs=1e-6)
+    assert "interpolate_pos_encoding=True" in (tmp_path / "adapter/README.md").read_text()
+    loaded.pipeline()
+    assert len(loaded.model._forward_pre_hooks) == 1
+
+
+def test_an_adapter_of_the_bases_size_still_refuses_others(saved):
+    with pytest.raises(ValueError, match="`pixel_values` must measure 32 x 32 pixels"):
+        load_classifier(saved).model(torch.zeros(1, 3, 48, 48))
+
+
+@pytest.mark.parametrize("layout", ["canvas", "append"])
+def test_an_adapter_in_pixel_space(base, tmp_path, pixel_values, layout):
+    norms = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    model = adapted(base, prompt_space="pixel", prompt_layout=layout, num_virtual_tokens=None, **norms)
+    Classifier(model, processor()).save_pretrained(tmp_path / "adapter")
+    loaded = load_classifier(tmp_path / "adapter")
+    assert torch.equal(answer(loaded.model, pixel_values), answer(model, pixel_values))
+
+
+def test_a_frozen_head_with_a_label_mapping(base, tmp_path, pixel_values):
+    model = adapted(base, head="frozen", label_mapping=[7, 2])
+    Classifier(model, processor()).save_pretrained(tmp_path / "adapter")
+    loaded = load_classifier(tmp_path / "adapter").model
+    assert loaded.config.id2label == NAMES
+    assert torch.equal(answer(loaded, pixel_values), answer(model, pixel_values))
+
+
+def test_without_a_processor_of_its_own_it_takes_the_bases_and_says_so(saved, base, caplog):
+    (saved / "preprocessor_config.json").unlink()
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        loaded = load_classifier(saved)
+    assert list(loaded.image_processor.image_mean) == [0.1, 0.2, 0.3]
+    assert f"{saved} has no image processor of its own; taking that of its base model, {base}" in caplog.text
+    (base / "preprocessor_config.json").unlink()
+    with pytest.raises(OSError, match="`preprocessor_config.json` must be in the adapter or in its base model, but"):
+        load_classifier(saved)
+
+
+def test_the_base_can_be_a_local_copy(saved, base, tmp_path, pixel_values):
+    expected = answer(load_classifier(saved).model, pixel_values)
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(OSError, match=f"`base_model_name_or_path` must be a folder.* but got '{base}'"):
+        load_classifier(saved)
+    assert torch.equal(answer(load_classifier(saved, base_model_name_or_path=moved).model, pixel_values), expected)
+
+
+def test_subfolder_of_a_local_directory(saved, tmp_path):
+    loaded = load_classifier(tmp_path, subfolder="adapter")
+    assert loaded.model.config.id2label == NAMES
+    with pytest.raises(OSError, match="`adapter_config.json` must be in the adapter, but got none in .*`subfolder`"):
+        load_classifier(tmp_path)
+
+
+def test_dtype_and_device_map_reach_the_base(saved, pixel_values):
+    model = load_classifier(saved, dtype=torch.bfloat16, device_map="cpu").model
+    assert model.dtype == torch.bfloat16
+    own = {parameter.dtype for name, parameter in model.named_parameters() if "pgn_" in name}
+    assert own == {torch.float32}
+    assert answer(model, pixel_values.bfloat16()).isfinite().all()
+    with pytest.raises(ValueError, match="nowhere"):
+        load_classifier(saved, device_map="nowhere")
+
+
+def test_the_saved_files_are_peft_own_and_load_everywhere(model, saved, tmp_path, pixel_values):
+    model.save_pretrained(tmp_path / "peft")
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (saved, tmp_path / "peft"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (saved, tmp_path / "peft")]
+    assert configs[0] == configs[1]
+    assert torch.equal(answer(AutoPeftModel.from_pretrained(str(saved)), pixel_values), answer(model, pixel_values))
+    load_classifier(saved).save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again/adapter_model.safetensors")
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def test_the_active_one_of_several_adapters_is_saved(model, tmp_path, pixel_values):
+    model.add_adapter("pets", tiny_config(id2label={0: "hamster", 1: "fish", 2: "parrot"}))
+    model.set_adapter("pets")
+    move_adapter(model, seed=2).eval()
+    Classifier(model, processor()).save_pretrained(tmp_path / "pets")
+    loaded = load_classifier(tmp_path / "pets").model
+    assert loaded.config.num_labels == 3
+    assert torch.equal(answer(loaded, pixel_values), answer(model, pixel_values))
+
+
+def test_what_cannot_be_saved_is_refused(model, tmp_path):
+    with pytest.raises(TypeError, match="`model` must carry a PGN adapter, but got ViTForImageClassification"):
+        Classifier(tiny_vit(), processor()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(TypeError, match="`image_processor` must be an image processor, but got NoneType"):
+        Classifier(model, None).save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_other_adapters_are_refused_in_words(base, saved, tmp_path):
+    lora = get_peft_model(ViTForImageClassification.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="`peft_type` must be 'PGN', but got 'LORA'"):
+        load_classifier(tmp_path / "lora")
+    vit = transformers.ViTModel.from_pretrained(base)
+    get_peft_model(vit, tiny_config()).save_pretrained(tmp_path / "features")
+    with pytest.raises(ValueError, match="`num_labels` must be recorded in a classifier's adapter, but got None"):
+        load_classifier(tmp_path / "features")
+    for text in ("[]", "{", '"PGN"'):
+        (saved / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match="`(adapter_config.json|peft_type)` must be"):
+            load_classifier(saved)
+
+
+# Adapters that are not trusted.
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def sprung(saved, base, tmp_path):
+    """Pickles and code wherever a loader might look; the file that exists once any of them was read."""
+    sprung = tmp_path / "sprung"
+    for folder in (saved, base):
+        for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin"):
+            (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
+        (folder / "code.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Model: pass\n")
+        for name in ("config.json", "preprocessor_config.json"):
+            settings = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+            names = ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")
+            (folder / name).write_text(json.dumps(settings | {"auto_map": dict.fromkeys(names, "code.Model")}))
+    (saved / "config.json").unlink()
+    return sprung
+
+
+def test_neither_pickles_nor_code_are_read(saved, sprung, pixel_values):
+    loaded = load_classifier(saved)
+    assert loaded.pipeline()(RED)
+    assert not sprung.exists()
+
+
+def test_an_adapter_with_pickled_weights_only_is_refused(saved, sprung):
+    (saved / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        OSError,
+        match="`adapter_model.safetensors` must be in the adapter, but got none in .* only adapter_model.bin, .*"
+        r"Pickled weights \(adapter_model.bin\) are never read",
+    ):
+        load_classifier(saved)
+    assert not sprung.exists()
+
+
+def test_a_base_with_pickled_weights_only_is_refused(saved, base, sprung):
+    (base / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="`base_model_name_or_path` must have config.json and weights in safetensors"):
+        load_classifier(saved)
+    assert not sprung.exists()
+
+
+def test_a_base_that_is_an_adapter_is_refused(saved, base, sprung):
+    shutil.copy(saved / "adapter_config.json", base)
+    with pytest.raises(ValueError, match="`base_model_name_or_path` must be a plain model, but got .* is an adapter"):
+        load_classifier(saved)
+    assert not sprung.exists()
+
+
+def test_a_class_that_a_file_names_is_not_imported(saved, tmp_path, monkeypatch):
+    sprung = tmp_path / "sprung"
+    (tmp_path / "transformers_trap.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Model: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = saved / "adapter_config.json"
+    mapping = {"base_model_class": "Model", "parent_library": "transformers_trap"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": mapping}))
+    load_classifier(saved)
+    assert not sprung.exists()
+
+
+def test_a_kernel_that_a_file_names_is_not_fetched(saved, base):
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "kernels-community/evil"}))
+    assert load_classifier(saved).model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_the_other_loaders_take_what_was_saved(model, saved, base, pixel_values):
+    plain = ViTForImageClassification.from_pretrained(base)
+    assert torch.equal(answer(PeftModel.from_pretrained(plain, saved), pixel_values), answer(model, pixel_values))
+    assert AutoImageProcessor.from_pretrained(saved).size["height"] == 32

@@ -1,0 +1,143 @@
+"""The card of an adapter: what the Hub reads in it, that its code runs, and that nothing breaks it."""
+
+import re
+
+import pytest
+import torch
+from conftest import move_adapter, tiny_config, tiny_vit
+from hub_repositories import metadata_errors
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+from PIL import Image
+from transformers import ViTForImageClassification, ViTImageProcessor
+
+from pgn_peft import CardFacts, Classifier
+from pgn_peft.adapters import num_parameters
+from pgn_peft.citation import CITATION
+from pgn_peft.model_card import make_card
+
+NAMES = {0: "cat", 1: "dog"}
+FACTS = CardFacts(
+    dataset_name="Pets",
+    dataset_id="user/pets",
+    metrics={"accuracy": 0.9375},
+    hyperparameters={"learning rate": 3e-3, "epochs": 2},
+    training_log=[{"Epoch": 1.0, "Accuracy": 0.5}, {"Epoch": 2.0, "Accuracy": 0.93751}],
+    license="apache-2.0",
+    description="Knows pets from *photographs* only.",
+)
+
+
+def adapted(base="user/vit", **config):
+    model = get_peft_model(tiny_vit(num_labels=10), tiny_config(**({"id2label": NAMES} | config)))
+    model.peft_config["default"].base_model_name_or_path = base
+    return model
+
+
+def test_the_metadata_is_what_the_hub_reads():
+    card = make_card(adapted(), "user/adapter", FACTS)
+    data = ModelCard(str(card)).data
+    assert data.base_model == "user/vit"
+    assert data.library_name == "peft"
+    assert data.pipeline_tag == "image-classification"
+    assert data.license == "apache-2.0"
+    assert data.datasets == "user/pets"
+    assert data.metrics == ["accuracy"]
+    assert data.model_name == "adapter"
+    (result,) = data.eval_results
+    assert (result.task_type, result.dataset_type, result.dataset_name) == (
+        "image-classification",
+        "user/pets",
+        "Pets",
+    )
+    assert (result.dataset_split, result.metric_type, result.metric_value) == ("test", "accuracy", 0.9375)
+    assert not metadata_errors(str(card))
+
+
+def test_the_text_is_what_a_reader_wants():
+    model = adapted()
+    text = make_card(model, "user/adapter", FACTS).text
+    assert "[user/vit](https://huggingface.co/user/vit)" in text
+    assert FACTS.description in text
+    assert f"| trainable parameters | {model.get_nb_trainable_parameters()[0]:,} |" in text
+    assert "cat, dog" in text
+    assert "| Pets | test | accuracy | 0.9375 |" in text
+    assert "| learning rate | 0.003 |" in text
+    assert "| 2 | 0.9375 |" in text
+    assert "apache-2.0. The base model keeps its own." in text
+    assert CITATION in text
+    assert "More Information Needed" not in text
+
+
+def test_without_facts_it_claims_nothing():
+    card = make_card(adapted(base="/home/someone/vit"), "adapter", CardFacts())
+    assert card.data.base_model is None
+    assert card.data.eval_results is None
+    assert card.data.license is None
+    assert "`/home/someone/vit`" in card.text
+    assert "The author has not stated one for the adapter." in card.text
+    for heading in ("## Results", "## Training"):
+        assert heading not in card.text
+
+
+def test_its_code_runs_and_imports_pgn_peft_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_vit(num_labels=10).save_pretrained("vit")
+    model = move_adapter(get_peft_model(ViTForImageClassification.from_pretrained("vit"), tiny_config(id2label=NAMES)))
+    Classifier(model, ViTImageProcessor(size={"height": 48, "width": 48})).save_pretrained("adapter", FACTS)
+    image = Image.new("RGB", (50, 40), "red")
+    image.save("image.jpg")
+    blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "adapter/README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    assert len(blocks[0].strip().splitlines()) == 5
+    for block in blocks:
+        assert block.startswith("import pgn_peft")
+        names = {"image": image}
+        exec(block, names)
+        assert (names["answer"]["label"] if "answer" in names else names["label"]) in NAMES.values()
+
+
+def test_names_cannot_break_tables_or_metadata():
+    names = {0: "a | b", 1: "two\nlines", 2: "---"}
+    facts = CardFacts(dataset_name="x: [y] | z\n---", metrics={"f1": 1})
+    card = make_card(adapted(id2label=names), "user/adapter", facts)
+    assert "a \\| b, two lines, ---" in card.text
+    data = ModelCard(str(card)).data
+    assert data.eval_results[0].dataset_name == facts.dataset_name
+    assert data.base_model == "user/vit"
+
+
+def test_many_labels_are_cut():
+    text = make_card(adapted(id2label={n: f"class {n}" for n in range(60)}), "user/adapter", CardFacts()).text
+    assert "class 49, and 10 more" in text
+    assert "class 50" not in text
+
+
+@pytest.mark.parametrize("config", [{}, {"generator": "static"}, {"head": "frozen", "label_mapping": [3, 4]}])
+def test_parameters_are_counted_frozen_or_not(config):
+    model = adapted(**config)
+    trainable = model.get_nb_trainable_parameters()[0]
+    model.requires_grad_(False)
+    assert num_parameters(model, "default") == trainable
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"metrics": {"accuracy": 0.5}}, "`dataset_name` or `dataset_id` must be given with `metrics`, but got None"),
+        (
+            {"dataset_name": "x", "metrics": {"accuracy": float("nan")}},
+            "`metrics` must hold finite numbers, but got nan",
+        ),
+        ({"dataset_name": "x", "metrics": {"accuracy": "0.5"}}, "`metrics` must hold finite numbers, but got '0.5'"),
+        ({"dataset_name": "x", "metrics": {"accuracy": True}}, "`metrics` must hold finite numbers, but got True"),
+    ],
+)
+def test_impossible_facts_are_refused(facts, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CardFacts(**facts)
+
+
+def test_a_tensor_is_no_metric():
+    with pytest.raises(ValueError, match="`metrics` must hold finite numbers"):
+        CardFacts(dataset_name="x", metrics={"accuracy": torch.tensor(0.5)})

@@ -1,0 +1,141 @@
+"""`AdapterTrainer`: what a run publishes, while it trains and at its end, and what it refuses before it starts."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_vit
+from huggingface_hub import ModelCard
+from loopback_hub import Fault
+from peft import get_peft_model
+from test_hub import FILES, hub, run  # noqa: F401  (fixtures)
+from transformers import Trainer, TrainingArguments, ViTImageProcessor
+
+from pgn_peft import AdapterTrainer, CardFacts, ImageCollator
+
+NAMES = {0: "cat", 1: "dog"}
+PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
+
+
+def rows(number=8):
+    generator = torch.Generator().manual_seed(0)
+    return [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": n % 2} for n in range(number)]
+
+
+def make_trainer(
+    folder, trainer_class=AdapterTrainer, base="user/vit", facts=None, processing_class=PROCESSOR, **more
+):
+    model = get_peft_model(tiny_vit(num_labels=10), tiny_config(id2label=NAMES))
+    model.peft_config["default"].base_model_name_or_path = base
+    options = {"num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch", "learning_rate": 1e-3}
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=4, remove_unused_columns=False, report_to="none", use_cpu=True,
+        disable_tqdm=True, **(options | more),
+    )  # fmt: skip
+    own = {"facts": facts} if trainer_class is AdapterTrainer else {}
+    return trainer_class(
+        model,
+        arguments,
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        data_collator=ImageCollator(num_labels=2),
+        compute_metrics=lambda outcome: {
+            "accuracy": float((outcome.predictions.argmax(-1) == outcome.label_ids).mean())
+        },
+        processing_class=processing_class,
+        **own,
+    )
+
+
+def test_it_trains_and_saves_as_trainer_does(tmp_path):
+    ours, theirs = (make_trainer(tmp_path / cls.__name__, cls) for cls in (AdapterTrainer, Trainer))
+    ours.model.load_state_dict(theirs.model.state_dict())
+    for trainer in (ours, theirs):
+        torch.manual_seed(0)
+        trainer.train()
+    for name, tensor in theirs.model.state_dict().items():
+        assert torch.equal(ours.model.state_dict()[name], tensor), name
+    names = [{path.name for path in (tmp_path / cls.__name__).rglob("*")} for cls in (AdapterTrainer, Trainer)]
+    assert names[0] == names[1]
+
+
+def test_the_card_shows_the_run(tmp_path):
+    trainer = make_trainer(tmp_path / "pets", facts=CardFacts(dataset_name="Pets", license="mit"))
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "pets/README.md")
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.dataset_split) == ("accuracy", "validation")
+    assert result.metric_value == trainer.state.log_history[-2]["eval_accuracy"]
+    assert card.data.license == "mit"
+    assert "| optimizer | AdamW |" in card.text
+    assert "| learning_rate | 0.001 |" in card.text
+    assert "| Training Loss | Epoch | Step | Validation Loss |" in card.text
+    assert card.text.strip().startswith("# pets")
+
+
+def test_what_is_given_goes_before_what_the_run_shows(tmp_path):
+    facts = CardFacts(dataset_name="Pets", metrics={"f1": 0.5}, hyperparameters={"rate": 1}, training_log=[{"a": 2}])
+    trainer = make_trainer(tmp_path, facts=facts)
+    trainer.train()
+    assert trainer.card_facts() == facts
+    assert make_trainer(tmp_path / "unnamed").card_facts().metrics == {}
+
+
+PUSH = """
+import json, logging, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_trainer import make_trainer
+from pgn_peft import CardFacts
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="LOG %(message)s")
+trainer = make_trainer("pets", facts=CardFacts(dataset_name="Pets"), push_to_hub=True, hub_model_id="user/pets",
+                       hub_private_repo=True, **json.loads(sys.argv[2]))
+trainer.train()
+print(trainer.push_to_hub().oid)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_publishes_the_adapter_and_no_pickle(hub, run, request, tmp_path):  # noqa: F811
+    run(PUSH, request.path.parent, json.dumps({"hub_always_push": True}))
+    pets = hub.repositories["user/pets"]
+    assert pets.private
+    assert pets.log == [
+        "initial commit",
+        "Training in progress, step 2",
+        "Training in progress, step 4",
+        "End of training",
+    ]
+    assert all(set(files) in (set(), FILES) for files in pets.commits.values())
+    card = ModelCard(hub.content("user/pets", "README.md").decode())
+    assert card.data.model_name == "pets"
+    assert 'pgn_peft.load_classifier("user/pets")' in card.text
+    assert set(FILES) <= {path.name for path in (tmp_path / "pets").iterdir()}
+
+
+@pytest.mark.slow
+def test_a_failed_push_does_not_end_the_training(hub, run, request, tmp_path):  # noqa: F811
+    hub.faults.append(Fault("POST", "/commit/", 500, times=2))
+    outcome = run(PUSH, request.path.parent, json.dumps({"hub_always_push": True}))
+    assert outcome.stdout.count("A push while training failed. `repo_id` must be a repository that takes the") == 2
+    assert re.search(r"hf upload user/pets pets --include adapter_config.json", outcome.stdout)
+    assert hub.repositories["user/pets"].log == ["initial commit", "End of training"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"base": "/home/someone/vit"},
+            "`base_model_name_or_path` must be the id of a model on the Hub, but got '/home",
+        ),
+        ({"processing_class": None}, "`processing_class` must be the image processor, but got NoneType"),
+        ({"hub_strategy": "checkpoint"}, "`hub_strategy` must be one of end, every_save, but got 'checkpoint'"),
+    ],
+)
+def test_what_cannot_be_published_is_refused_before_training(hub, run, request, change, message):  # noqa: F811
+    outcome = run(PUSH, request.path.parent, json.dumps(change), check=False)
+    assert message in outcome.stderr
