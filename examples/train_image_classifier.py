@@ -21,8 +21,8 @@ Two processes (Accelerate calls that multi_gpu everywhere; on a CPU, add --use_c
 
     accelerate launch --multi_gpu --num_processes 2 examples/train_image_classifier.py ...
 
-It needs `image_data.py`, `recipes.py`, `adapter_arguments.py` and `card_facts.py` beside it. After an interruption, the
-same command with --resume_from_checkpoint true goes on from the last complete checkpoint. With --push_to_hub true
+It needs `image_data.py`, `recipes.py`, `adapter_arguments.py` and `card_facts.py` beside it. After an interruption,
+the same command with --resume_from_checkpoint true goes on from the last complete checkpoint. With --push_to_hub true
 --hub_model_id user/name the adapter is published after each epoch and at the end; `share_on_hub.py` publishes one that
 is there. `--smoke` runs the whole script offline on a tiny model and a few generated images, in seconds; it ends with
 

@@ -57,7 +57,7 @@ def test_the_metadata_is_what_the_hub_reads():
 def test_the_text_is_what_a_reader_wants():
     model = adapted()
     text = make_card(model, "user/adapter", FACTS).text
-    assert "[user/vit](https://huggingface.co/user/vit)" in text
+    assert "the frozen Vision Transformer `user/vit`" in text
     assert FACTS.description in text
     assert f"| trainable parameters | {model.get_nb_trainable_parameters()[0]:,} |" in text
     assert "cat, dog" in text

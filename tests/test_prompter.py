@@ -163,9 +163,7 @@ def test_what_has_no_such_adapter_is_refused():
         ValueError, match="`adapter_name` must be one of the model's adapters, default, but got 'other'"
     ):
         ImagePrompter.from_adapter(make(), PROCESSOR, "other")
-    with pytest.raises(
-        ValueError, match="`adapter_name` must be one of the model's adapters, none, but got 'default'"
-    ):
+    with pytest.raises(TypeError, match="`model` must carry a PGN adapter, but got ViTForImageClassification"):
         ImagePrompter.from_adapter(tiny_vit(), PROCESSOR)
 
 
