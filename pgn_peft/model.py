@@ -23,7 +23,8 @@ from pgn_peft.injection import (
     record_labels,
     refuse_other_adapters,
 )
-from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer, refuse_adapter_names
+from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer
+from pgn_peft.mixed_batch import mixed_batch
 from pgn_peft.tensors import compare_tensors
 
 
@@ -47,7 +48,9 @@ class PGNConfigs(dict):
 class PGNModel(BaseTuner):
     """A frozen Vision Transformer with Prompt Generation Network adapters.
 
-    Made by `peft.get_peft_model(model, PGNConfig(...))` and everything else in PEFT that takes a config.
+    Made by `peft.get_peft_model(model, PGNConfig(...))` and everything else in PEFT that takes a config. Threads may
+    run it side by side in eval mode, mixed batches included; adding, activating, disabling and deleting adapters changes
+    the model for all of them, so have no call under way then.
 
     Args:
         model: a supported model, see `pgn_peft.backbones`.
@@ -171,9 +174,7 @@ class PGNModel(BaseTuner):
         self, *args: Any, adapter_names: Any = None, **kwargs: Any
     ) -> AbstractContextManager[None]:
         # PEFT drops `adapter_names` silently for a tuner without this method.
-        if adapter_names is not None:
-            refuse_adapter_names(adapter_names)
-        return nullcontext()
+        return nullcontext() if adapter_names is None else mixed_batch(self, adapter_names, args, kwargs)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
