@@ -202,8 +202,8 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             return
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                f"`adapter_names` must be passed to a PeftModel, but got {kwargs['adapter_names']!r} at the model inside "
-                "it, which would give every image the active adapter. Load the adapters with PeftModel.from_pretrained."
+                f"`adapter_names` must be passed to a PeftModel, but got {kwargs['adapter_names']!r} at the model "
+                "inside, which would give every image the active adapter. Load it with PeftModel.from_pretrained."
             )
         pixel_values = args[0] if args else kwargs.get("pixel_values")
         if not isinstance(pixel_values, Tensor):
