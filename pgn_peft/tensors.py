@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 
 
-def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
-    """Compare names, shapes and values of tensors with what an adapter needs. PEFT warns, or is silent.
+def compare_tensors(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    source: str,
+    holds: str = "the tensors of the adapter that its config describes",
+    remedy: str = "Weights and configuration do not belong together, or the file was damaged; fetch both again.",
+) -> None:
+    """Compare names, shapes and values of tensors with what is needed. PEFT warns, or is silent.
 
     Args:
-        expected: the adapter's tensors; only their names, shapes and kinds of numbers count.
+        expected: the tensors; only their names, shapes and kinds of numbers count.
         found: what is to be loaded; on the meta device to leave the values out of it.
         source: what `found` is, for the message.
+        holds: what it must hold, for the message.
+        remedy: what to do, for the message.
 
     Raises:
         ValueError: a tensor is missing, superfluous, of another shape or kind, or holds NaN or infinity.
@@ -31,7 +39,4 @@ def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor],
             problems.append(f"{name} holds NaN or infinity")
     if problems:
         listed = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(
-            f"`{source}` must hold the tensors of the adapter that its config describes, but got others: {listed}. "
-            "Weights and configuration do not belong together, or the file was damaged; fetch both again."
-        )
+        raise ValueError(f"`{source}` must hold {holds}, but got others: {listed}. {remedy}")
