@@ -43,7 +43,8 @@ def name_newer(version: Any) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         if not is_newer(version):
             raise
-        raise type(error)(f"{error} {_made_by(version)}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{error} {_made_by(version)}") from error
 
 
 def reads_newer(config_class: type[Config]) -> type[Config]:

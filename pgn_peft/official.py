@@ -143,8 +143,9 @@ def _read(file: Path) -> Mapping[str, Tensor]:
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
+        # torch's own words advise to read it all the same.
         raise ValueError(
-            f"`{file}` must hold tensors only, but got other objects, or no torch file: {error}"
+            f"`{file}` must hold tensors only, but got other objects, or no torch file. {REMEDY}"
         ) from error
     except Exception as error:  # torch reports a damaged file in many ways
         raise ValueError(
