@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME
 
 from pgn_peft import checks
 from pgn_peft.generator import MIXINGS, NORMS, TRUNKS
 from pgn_peft.labels import PROBLEM_TYPES, normalize_id2label
 from pgn_peft.layout import LAYOUTS
+from pgn_peft.newer import check_version, name_newer, reads_newer
 from pgn_peft.version import __version__
-from pgn_peft.weights import check_saved_weights
+from pgn_peft.weights import check_saved_weights, find_weights
 
 GENERATORS = (*TRUNKS, "static")
 HEADS = ("trained", "frozen")
@@ -30,7 +29,7 @@ INTEGERS = {
     "generator_image_size": (8, 4096, True),
     "generator_width": (4, 1024, False),
     "generator_rank": (1, 1024, True),
-    "num_labels": (1, 10_000_000, True),
+    "num_labels": (1, 1_000_000, True),
     "hidden_size": (1, 65_536, True),
     "num_channels": (1, 4096, True),
     "image_size": (8, 16_384, True),
@@ -44,6 +43,7 @@ class PGNPeftType(str, enum.Enum):  # noqa: UP042  (PEFT reads the name off str(
     PGN = "PGN"
 
 
+@reads_newer
 @dataclass
 class PGNConfig(PeftConfig):
     """Configuration of a Prompt Generation Network adapter.
@@ -171,6 +171,7 @@ class PGNConfig(PeftConfig):
             )
         for name, (minimum, maximum, optional) in INTEGERS.items():
             setattr(self, name, checks.check_integer(name, getattr(self, name), minimum, maximum, optional))
+        check_version("pgn_peft_version", self.pgn_peft_version)
         checks.check_choice("generator", self.generator, GENERATORS)
         checks.check_choice("generator_norm", self.generator_norm, tuple(NORMS))
         checks.check_choice("mixing", self.mixing, tuple(MIXINGS))
@@ -265,16 +266,19 @@ class PGNConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PGNConfig:
-        """Load the configuration of a saved adapter; see `PeftConfig.from_pretrained`.
+        """Load the configuration of a saved adapter and check its weights; see `PeftConfig.from_pretrained`.
+
+        From the Hub this fetches the weights too, which a loader would do next.
 
         Raises:
-            ValueError: there is no configuration, or the weights that belong beside it in a local directory are not
-                there, cannot be read, or are not what it describes. PEFT would find that out after it had changed the
-                model, or not at all.
+            ValueError: there is no configuration, or the weights that belong beside it are not there, cannot be read,
+                or are not what it describes. PEFT would find that out after it had changed the model, or not at all.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
         # The width is recorded when an adapter is made; without it this is a bare configuration.
-        if folder.joinpath(CONFIG_NAME).is_file() and config.hidden_size is not None:
-            check_saved_weights(folder, config)
+        if config.hidden_size is not None:
+            download_kwargs, _, _ = cls._split_kwargs(kwargs)
+            with name_newer(config.pgn_peft_version):
+                folder = find_weights(str(pretrained_model_name_or_path), subfolder, download_kwargs)
+                check_saved_weights(folder, config)
         return config

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pgn_peft.config import PGNConfig
 from pgn_peft.labels import Labels
 from pgn_peft.layer import PGNTunerLayer
+from pgn_peft.rows import BASE, ROWS, map_rows
 
 
 class PGNHead(PGNTunerLayer, nn.Module):
@@ -63,14 +64,22 @@ class PGNHead(PGNTunerLayer, nn.Module):
         self.pgn_head[adapter_name] = self._settle(head)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Answer with logits (B, number of the active adapter's labels)."""
-        first = None if self.disable_adapters else next(iter(self.active_adapters), None)
-        if first in self.pgn_head:
-            head = self.pgn_head[first]
+        """Answer with logits (B, number of the active adapter's labels).
+
+        In a mixed batch each image has the head of the adapter that `ROWS` names for it; their labels are the same.
+        """
+        rows = ROWS.get()
+        if rows:
+            return map_rows(rows, features, lambda name, part: self._classify(None if name == BASE else name, part))
+        return self._classify(None if self.disable_adapters else next(iter(self.active_adapters), None), features)
+
+    def _classify(self, adapter_name: str | None, features: Tensor) -> Tensor:
+        if adapter_name in self.pgn_head:
+            head = self.pgn_head[adapter_name]
             return head(features.to(head.weight.dtype))
         logits = self.base_layer(features)
-        if first in self.label_mapping:
-            return logits[..., torch.tensor(self.label_mapping[first], device=logits.device)]
+        if adapter_name in self.label_mapping:
+            return logits[..., torch.tensor(self.label_mapping[adapter_name], device=logits.device)]
         return logits
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

@@ -15,6 +15,7 @@ from pgn_peft.head import PGNHead, labels_of
 from pgn_peft.layer import PGNLayer, PGNTunerLayer
 from pgn_peft.layout import make_layout
 from pgn_peft.library import TokenLibrary
+from pgn_peft.rows import BASE
 
 
 def refuse_other_adapters(model: nn.Module) -> None:
@@ -52,6 +53,7 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     containers = (*PGNLayer.adapter_layer_names, *PGNHead.adapter_layer_names)
     base = (name.partition(".pgn_")[0] for name, _ in model.named_modules())
     parts = {part for name in (*own, *base, "base_model.model.base_layer", *containers) for part in name.split(".")}
+    parts.add(BASE)  # names the model without an adapter
     # ModuleDict keeps adapters under their names, and has attributes of its own.
     if not adapter_name or "." in adapter_name or adapter_name in parts or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(

@@ -12,6 +12,7 @@ from pgn_peft.config import PGNConfig
 from pgn_peft.layout import PromptLayout, compose, make_layout
 from pgn_peft.preprocessing import PILLOW_MODES, denormalize, normalize
 from pgn_peft.projection import PatchInverse
+from pgn_peft.rows import BASE, ROWS, map_rows
 from pgn_peft.weights import make_generator, make_library
 
 NO_MERGE = (
@@ -149,8 +150,19 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         """Make the tokens of the image and the prompts of the active adapters: (B, N + P, D).
 
         Tokens of adapters in latent space are appended in order; they are generated from the image without patches.
+        In a mixed batch each image has the adapter that `ROWS` names for it.
         """
+        rows = ROWS.get()
+        if rows:
+            return map_rows(
+                rows,
+                pixel_values,
+                lambda name, images: self._embed([] if name == BASE else [name], images, *args, **kwargs),
+            )
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.pgn_library]
+        return self._embed(active, pixel_values, *args, **kwargs)
+
+    def _embed(self, active: list[str], pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         images = pixel_values
         for name in active:
             if name in self.layouts:  # one at most: PGNModel.set_adapter
@@ -166,6 +178,17 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         own_size = tuple(self.patch_embeddings.image_size)
         return kwargs if self.layouts[adapter_name].size == own_size else kwargs | {"interpolate_pos_encoding": True}
 
+    def token_counts(self, adapter_name: str, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """Return what decides how many tokens an image becomes: the size that is embedded, and prompts behind it.
+
+        Args:
+            adapter_name: a loaded adapter, or "__base__".
+            image_size: height and width of the image, in pixels.
+        """
+        if adapter_name in self.layouts:
+            return (*self.layouts[adapter_name].size, 0)
+        return (*image_size, 0 if adapter_name == BASE else self.configs[adapter_name].num_virtual_tokens)
+
     def check_inputs(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check what the backbone is called with, before it casts and embeds it; a forward pre-hook of the backbone.
 
@@ -173,12 +196,15 @@ class PGNLayer(PGNTunerLayer, nn.Module):
 
         Raises:
             TypeError: `pixel_values` is not a floating-point tensor.
-            ValueError: it has the wrong number of axes, channels or pixels; or `adapter_names` was passed.
+            ValueError: it has the wrong number of axes, channels or pixels; or `adapter_names` came past PEFT.
         """
         if self.disable_adapters:
             return
         if kwargs.get("adapter_names") is not None:
-            refuse_adapter_names(kwargs["adapter_names"])
+            raise ValueError(
+                f"`adapter_names` must be passed to a PeftModel, but got {kwargs['adapter_names']!r} at the model "
+                "inside, which would give every image the active adapter. Load it with PeftModel.from_pretrained."
+            )
         pixel_values = args[0] if args else kwargs.get("pixel_values")
         if not isinstance(pixel_values, Tensor):
             raise TypeError(
@@ -208,11 +234,3 @@ class PGNLayer(PGNTunerLayer, nn.Module):
                 f"`pixel_values` must measure {side[0]} x {side[1]} pixels, as the backbone expects, but got "
                 f"{shape[2]} x {shape[3]}. Resize the images, or pass interpolate_pos_encoding=True."
             )
-
-
-def refuse_adapter_names(adapter_names: Any) -> None:
-    """Raise: PEFT would silently give every image the active adapter."""
-    raise ValueError(
-        f"`adapter_names` is not supported by PGN yet, but got {adapter_names!r}. Sort the images by adapter and call "
-        "`set_adapter` before each group."
-    )

@@ -23,8 +23,10 @@ from pgn_peft.injection import (
     record_labels,
     refuse_other_adapters,
 )
-from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer, refuse_adapter_names
+from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer
+from pgn_peft.mixed_batch import mixed_batch
 from pgn_peft.tensors import compare_tensors
+from pgn_peft.weights import check_size
 
 
 class PGNConfigs(dict):
@@ -47,7 +49,9 @@ class PGNConfigs(dict):
 class PGNModel(BaseTuner):
     """A frozen Vision Transformer with Prompt Generation Network adapters.
 
-    Made by `peft.get_peft_model(model, PGNConfig(...))` and everything else in PEFT that takes a config.
+    Made by `peft.get_peft_model(model, PGNConfig(...))` and everything else in PEFT that takes a config. Threads may
+    run it side by side in eval mode, mixed batches included; adding, activating, disabling and deleting adapters
+    changes the model for all of them, so have no call under way then.
 
     Args:
         model: a supported model, see `pgn_peft.backbones`.
@@ -105,6 +109,7 @@ class PGNModel(BaseTuner):
             check_adapter_name(adapter_name, model)
             check_modules_to_save(config, model, self._backbone)
             record_base(config, model, self._backbone)
+            check_size(config)
             record_labels(config, model, self._backbone)
             self.peft_config[adapter_name] = config
         except Exception:
@@ -171,9 +176,7 @@ class PGNModel(BaseTuner):
         self, *args: Any, adapter_names: Any = None, **kwargs: Any
     ) -> AbstractContextManager[None]:
         # PEFT drops `adapter_names` silently for a tuner without this method.
-        if adapter_names is not None:
-            refuse_adapter_names(adapter_names)
-        return nullcontext()
+        return nullcontext() if adapter_names is None else mixed_batch(self, adapter_names, args, kwargs)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
@@ -205,8 +208,10 @@ class PGNModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # What is neither the adapter's nor in a module of its own would be loaded over the frozen base.
+        own_modules = f".modules_to_save.{adapter_name}."
         # Names in a model that PEFT has not wrapped lack this part; in the file they have it.
-        found = {_without_wrapper(name): tensor for name, tensor in remapped.items() if f".{cls.prefix}" in name}
+        found = {_without_wrapper(name): tensor for name, tensor in remapped.items() if own_modules not in name}
         expected = {_without_wrapper(name): tensor for name, tensor in _own_tensors(model, adapter_name)}
         compare_tensors(expected, found, "state_dict")
         return remapped

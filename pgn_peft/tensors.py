@@ -8,16 +8,24 @@ import torch
 from torch import Tensor
 
 
-def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
-    """Compare names, shapes and values of tensors with what an adapter needs. PEFT warns, or is silent.
+def compare_tensors(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    source: str,
+    holds: str = "the tensors of the adapter that its config describes",
+    remedy: str = "Weights and configuration do not belong together, or the file was damaged; fetch both again.",
+) -> None:
+    """Compare names, shapes and values of tensors with what is needed. PEFT warns, or is silent.
 
     Args:
-        expected: the adapter's tensors; only their names and shapes count.
-        found: what is to be loaded.
+        expected: the tensors; only their names, shapes and kinds of numbers count.
+        found: what is to be loaded; on the meta device to leave the values out of it.
         source: what `found` is, for the message.
+        holds: what it must hold, for the message.
+        remedy: what to do, for the message.
 
     Raises:
-        ValueError: a tensor is missing, superfluous, of another shape, or holds NaN or infinity.
+        ValueError: a tensor is missing, superfluous, of another shape or kind, or holds NaN or infinity.
     """
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not part of it" for name in found if name not in expected]
@@ -25,11 +33,10 @@ def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor],
         if found[name].shape != expected[name].shape:
             shapes = f"{tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
             problems.append(f"{name} has the shape {shapes}")
-        elif found[name].is_floating_point() and not torch.isfinite(found[name]).all():
+        elif found[name].is_floating_point() != expected[name].is_floating_point():
+            problems.append(f"{name} holds {found[name].dtype} instead of {expected[name].dtype}")
+        elif found[name].is_floating_point() and not found[name].is_meta and not torch.isfinite(found[name]).all():
             problems.append(f"{name} holds NaN or infinity")
     if problems:
         listed = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(
-            f"`{source}` must hold the tensors of the adapter that its config describes, but got others: {listed}. "
-            "Weights and configuration do not belong together, or the file was damaged; fetch both again."
-        )
+        raise ValueError(f"`{source}` must hold {holds}, but got others: {listed}. {remedy}")

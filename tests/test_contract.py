@@ -250,14 +250,6 @@ def test_deleting_the_active_adapter_leaves_all_layers_with_the_same_one(pixel_v
     assert torch.equal(answer(model.unload(), pixel_values), answer(tiny_vit(), pixel_values))
 
 
-def test_adapter_names_is_refused_in_words(pixel_values):
-    model = adapted()
-    with pytest.raises(ValueError, match="`adapter_names` is not supported by PGN yet, but got"):
-        model(pixel_values, adapter_names=["default"] * 4)
-    with pytest.raises(ValueError, match="`adapter_names` is not supported by PGN yet, but got"):
-        model.get_base_model()(pixel_values, adapter_names=["default"] * 4)
-
-
 def test_one_config_serves_several_models():
     config = tiny_config()
     small = get_peft_model(tiny_vit(num_labels=3), config)

@@ -1,50 +1,63 @@
-"""Our generator and library compute what the official code computes.
+"""Released networks give here what they give in the official code.
 
 The reference prompts were computed with the official code from three of its released checkpoints.
 """
 
 import pytest
 import torch
+from conftest import answer
+from peft import AutoPeftModel
 from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification
 
-from pgn_peft.generator import PromptGenerator
-from pgn_peft.library import TokenLibrary
+from pgn_peft import official
 
 pytestmark = pytest.mark.shared
 
-OURS = {"net.0": "conv1", "net.1": "norm1", "net.3": "conv2", "net.4": "norm2", "downsample": "shortcut"}
+# name -> parameters, library size, width
+RELEASED = {
+    "pgn_clip_svhn": (1_032_304, 256, 768),
+    "pgn_vit_eurosat": (669_808, 128, 768),
+    "pgn_dino_eurosat": (620_656, 128, 384),
+}
 
 
-def rename(name):
-    """Official parameter name -> ours."""
-    name = name.removeprefix("model.")
-    for official, ours in {
-        "input_net.0": "trunk.stem_conv",
-        "input_net.1": "trunk.stem_norm",
-        "output_net.2": "head",
-    }.items():
-        if name.startswith(official):
-            return name.replace(official, ours)
-    _, index, rest = name.split(".", 2)
-    part = next(part for part in OURS if rest.startswith(part))
-    return f"trunk.block{int(index) + 1}.{OURS[part]}{rest.removeprefix(part)}"
+@pytest.fixture(params=RELEASED)
+def released(request, shared):
+    """A released file's name, path, images and prompts."""
+    folder = shared / "official_pgn"
+    reference = load_file(folder / "reference_prompts.safetensors")
+    return request.param, folder / f"{request.param}.pt", reference["pixel_values"], reference[request.param]
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("pgn_clip_svhn", 1_032_304), ("pgn_vit_eurosat", 669_808), ("pgn_dino_eurosat", 620_656)],
-)
-def test_released_checkpoint_gives_the_reference_prompts(shared, name, parameters):
-    official = torch.load(shared / "official_pgn" / f"{name}.pt", weights_only=True)
-    reference = load_file(shared / "official_pgn" / "reference_prompts.safetensors")
-    tokens = official.pop("tl_vectors")
-    generator = PromptGenerator(num_virtual_tokens=16, library_size=len(tokens)).eval()
-    generator.load_state_dict({rename(key): value for key, value in official.items()})
-    library = TokenLibrary(*tokens.shape)
-    library.load_state_dict({"tokens": tokens})
+def test_released_checkpoint_gives_the_reference_prompts(released):
+    name, file, pixel_values, expected = released
+    network = official.load(file)
+    assert (network.prompts(pixel_values) - expected).abs().max() <= 1e-5
+    parts = (network.generator, network.library)
+    assert sum(p.numel() for part in parts for p in part.parameters()) == RELEASED[name][0]
+    assert tuple(network.library.tokens.shape) == RELEASED[name][1:]
+    assert network.generator.num_virtual_tokens == 16
+    assert not any(module.training for part in parts for module in part.modules())
 
+
+def test_a_released_checkpoint_becomes_an_adapter_that_makes_the_same_prompts(released, tmp_path):
+    name, file, pixel_values, expected = released
+    network = official.load(file)
+    width = network.hidden_size
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 6, "intermediate_size": 64}
+    if name == "pgn_clip_svhn":
+        with pytest.raises(TypeError, match="but got a CLIPVisionModel: CLIP's towers are not supported yet"):
+            official.adapt(CLIPVisionModel(CLIPVisionConfig(**sizes)), network)
+        return
+    torch.manual_seed(0)
+    base = ViTForImageClassification(ViTConfig(patch_size=32, num_labels=7, **sizes)).eval()
+    base.save_pretrained(tmp_path / "base")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base")
+    model = official.adapt(base, network, num_labels=10)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    embeddings = loaded.get_base_model().vit.embeddings
     with torch.no_grad():
-        prompts = library(generator(reference["pixel_values"]))
-
-    assert (prompts - reference[name]).abs().max() <= 1e-5
-    assert sum(p.numel() for module in (generator, library) for p in module.parameters()) == parameters
+        assert (embeddings.prompts("default", pixel_values) - expected).abs().max() <= 1e-5
+    assert answer(loaded, pixel_values).shape == (4, 10)

@@ -104,7 +104,22 @@ def test_modules_to_save_may_not_take_what_pgn_wraps_or_nothing(name, reason):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "a.b", "trunk", "head", "layers", "0", "vit", "tokens", "model", "pgn_head", "pgn_library", "train", "pop"],
+    [
+        "",
+        "a.b",
+        "trunk",
+        "head",
+        "layers",
+        "0",
+        "vit",
+        "tokens",
+        "model",
+        "pgn_head",
+        "pgn_library",
+        "train",
+        "pop",
+        "__base__",
+    ],
 )
 def test_adapter_names_that_peft_would_confuse_are_refused(name, model, pixel_values):
     expected = answer(model, pixel_values)

@@ -1,0 +1,99 @@
+"""Turn a network that was released with the paper into an adapter for the backbone that it was trained for.
+
+    python examples/import_official.py --checkpoint path/to/pgn_dino_eurosat.pt \
+        --model_name_or_path facebook/dino-vits16 --num_labels 10 --output_dir outputs/dino-eurosat
+
+The file holds the prompt generator and its library, and neither the backbone nor a classification head: the adapter's
+head is new, and you train it as any other:
+
+    import pgn_peft
+    from peft import PeftModel
+    from transformers import AutoModelForImageClassification
+    base = AutoModelForImageClassification.from_pretrained("facebook/dino-vits16")
+    model = PeftModel.from_pretrained(base, "outputs/dino-eurosat", is_trainable=True)
+
+Name the very backbone that the network was trained for. The file cannot tell, and prompts for one ViT-B/32 mean
+nothing to another. Networks for CLIP can be looked at, which is what the script does without `--model_name_or_path`,
+but not run yet. `--smoke` writes a tiny network as the official code does and imports it, offline, in seconds; it
+ends with
+
+    largest difference between the adapter's prompts and the network's: 0.000
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from smoke_material import smoke_arguments
+from transformers import AutoModelForImageClassification
+
+from pgn_peft import official
+from pgn_peft.generator import PromptGenerator
+from pgn_peft.library import TokenLibrary
+
+
+def make_smoke(folder: Path, options: argparse.Namespace) -> None:
+    """Write a tiny network under official names, and a tiny ViT for it."""
+    smoke_arguments(folder)
+    network = official.OfficialNetwork(PromptGenerator(4, 8, width=4), TokenLibrary(8, 32))
+    torch.save(official.state_dict(network), folder / "network.pt")
+    options.checkpoint = folder / "network.pt"
+    options.model_name_or_path = str(folder / "vit")
+    options.labels = ["blue", "red"]
+    options.output_dir = folder / "adapter"
+
+
+def describe(network: official.OfficialNetwork) -> str:
+    """Say in words what a network is."""
+    generator, library = network.generator, network.library
+    parameters = sum(p.numel() for part in (generator, library) for p in part.parameters())
+    return (
+        f"{generator.num_virtual_tokens} prompts of width {network.hidden_size}, mixed from {generator.library_size} "
+        f"library tokens; {parameters:,} parameters"
+    )
+
+
+@torch.no_grad()
+def compare(network: official.OfficialNetwork, folder: Path, model_name_or_path: str) -> float:
+    """Load the adapter as its users will, and return how far its prompts are from the network's on noise."""
+    base = AutoModelForImageClassification.from_pretrained(model_name_or_path)
+    model = PeftModel.from_pretrained(base, folder)
+    embeddings = base.base_model.embeddings
+    pixel_values = torch.randn(4, embeddings.num_channels, *embeddings.patch_embeddings.image_size)
+    prompts = embeddings.prompts(model.active_adapter, pixel_values)
+    return (prompts - network.prompts(pixel_values)).abs().max().item()
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="a released .pt file")
+    parser.add_argument("--model_name_or_path", help="the backbone that it was trained for; without it: only look")
+    parser.add_argument("--labels", nargs="+", help="names of the classes for the head to be trained")
+    parser.add_argument("--num_labels", type=int, help="their number, instead of names")
+    parser.add_argument("--output_dir", default="outputs/official")
+    parser.add_argument("--smoke", action="store_true", help="a tiny network and a tiny model, in seconds")
+    options = parser.parse_args(command_line)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.smoke:
+            make_smoke(Path(folder), options)
+        if options.checkpoint is None:
+            parser.error("--checkpoint is required")
+        network = official.load(options.checkpoint)
+        print(describe(network))
+        if options.model_name_or_path is None:
+            return
+        base = AutoModelForImageClassification.from_pretrained(options.model_name_or_path)
+        id2label = None if options.labels is None else dict(enumerate(options.labels))
+        model = official.adapt(base, network, id2label=id2label, num_labels=options.num_labels)
+        model.save_pretrained(options.output_dir)
+        print(f"saved the adapter to {options.output_dir}")
+        difference = compare(network, Path(options.output_dir), options.model_name_or_path)
+        print(f"largest difference between the adapter's prompts and the network's: {difference:.3f}")
+
+
+if __name__ == "__main__":
+    main()

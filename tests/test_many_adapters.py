@@ -1,0 +1,69 @@
+"""Loading, activating and deleting adapters over and over leaves nothing behind."""
+
+import gc
+
+import pytest
+import torch
+from conftest import answer, move_adapter, tiny_config, tiny_vit
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from pgn_peft.layer import PGNTunerLayer
+
+PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
+KINDS = {"generated": {"num_labels": 2}, "static": {"generator": "static", "head": "frozen"}, "pixel": PIXEL}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A folder with an adapter for each kind."""
+    for kind, fields in KINDS.items():
+        model = get_peft_model(tiny_vit(), tiny_config(**fields))
+        move_adapter(model).save_pretrained(tmp_path / kind)
+    return {kind: tmp_path / kind for kind in KINDS}
+
+
+def census(model):
+    """Count what lives: tensors and modules anywhere, hooks and entries by adapter in the model."""
+    gc.collect()
+    objects = gc.get_objects()
+    count = {kind.__name__: sum(isinstance(item, kind) for item in objects) for kind in (torch.Tensor, nn.Module)}
+    modules = list(model.modules())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+    count["hooks"] = sum(len(getattr(module, kind)) for module in modules for kind in hooks)
+    for layer in modules:
+        if isinstance(layer, PGNTunerLayer):
+            # Whatever the layer holds that has a size, known to it today or added tomorrow.
+            sized = {name: len(value) for name, value in vars(layer).items() if isinstance(value, (dict, list, set))}
+            containers = {name: len(getattr(layer, name)) for name in layer.adapter_layer_names}
+            count[type(layer).__name__] = sized | containers
+    count["configs"] = len(model.peft_config)
+    return count
+
+
+@pytest.mark.parametrize("through", ["PEFT", "Transformers"])
+def test_a_loop_of_load_set_delete_leaks_nothing(through, folders, pixel_values):
+    if through == "PEFT":
+        model = PeftModel.from_pretrained(tiny_vit(), folders["generated"], adapter_name="first")
+    else:
+        model = tiny_vit()
+        model.load_adapter(str(folders["generated"]), adapter_name="first")
+    expected = answer(model, pixel_values)
+
+    def go_round(turn):
+        for kind, folder in folders.items():
+            name = f"{kind}{turn}"
+            model.load_adapter(str(folder), adapter_name=name)
+            model.set_adapter(name)
+            answer(model, pixel_values)
+            if through == "PEFT":
+                answer(model, pixel_values, adapter_names=[name] * 4)
+            model.set_adapter("first")
+            model.delete_adapter(name)
+
+    go_round(0)  # what is made once, such as caches, is no leak
+    before = census(model)
+    for turn in range(1, 6):
+        go_round(turn)
+    assert census(model) == before
+    assert torch.equal(answer(model, pixel_values), expected)

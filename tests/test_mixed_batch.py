@@ -1,0 +1,217 @@
+"""A different adapter for each image of a batch gives each image what its adapter gives it alone."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, CLASSIFIERS, answer, move_adapter, tiny_config, tiny_vit
+from peft import get_peft_model
+
+FIVE = {index: f"LABEL_{index}" for index in range(5)}  # those of the tiny models
+PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+ADAPTERS = {
+    "latent": {},
+    "same": {"mixing": "sigmoid"},
+    "longer": {"num_virtual_tokens": 5},
+    "static": {"generator": "static"},
+    "frozen": {"head": "frozen"},
+    "canvas": PIXEL,
+    "append": PIXEL | {"prompt_layout": "append", "num_virtual_tokens": 4},
+}
+
+
+def serve(adapters=ADAPTERS, architecture="ViTForImageClassification", **base):
+    """A model in eval mode with these adapters, the first one active."""
+    names = iter(adapters)
+    first = next(names)
+    overrides = {
+        name: {"num_virtual_tokens": None if "prompt_space" in fields else 3} | fields
+        for name, fields in adapters.items()
+    }
+    model = get_peft_model(tiny_vit(architecture, **base), tiny_config(**overrides[first]), adapter_name=first)
+    for name in names:
+        model.add_adapter(name, tiny_config(**overrides[name]))
+    return move_adapter(model).eval()
+
+
+def alone(model, pixel_values, name):
+    """What an adapter answers when it is the active one."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return answer(model, pixel_values)
+    before = model.active_adapter
+    model.set_adapter(name)
+    logits = answer(model, pixel_values)
+    model.set_adapter(before)
+    return logits
+
+
+def images(count, seed=0):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) / 2
+
+
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+def test_each_image_gets_what_its_adapter_gives_it_alone(architecture):
+    model = serve(architecture=architecture)
+    names = [*ADAPTERS, "__base__", *reversed(ADAPTERS), "__base__"]
+    pixel_values = images(len(names))
+    expected = torch.stack([alone(model, pixel_values, name)[row] for row, name in enumerate(names)])
+    assert len({tuple(row) for row in expected.round(decimals=3).tolist()}) == len(names)
+    torch.testing.assert_close(answer(model, pixel_values, adapter_names=names), expected)
+    with torch.no_grad():
+        by_name = model(pixel_values=pixel_values, adapter_names=tuple(names), return_dict=False)[0]
+    torch.testing.assert_close(by_name, expected)
+
+
+def test_nothing_of_it_is_left_behind_even_after_a_failure():
+    model = serve()
+    base = model.get_base_model()
+    pixel_values = images(4)
+    names = ["latent", "longer", "__base__", "canvas"]
+    before, attributes = answer(model, pixel_values), set(vars(base))
+    mixed = answer(model, pixel_values, adapter_names=names)
+
+    def fail(module, args):
+        raise RuntimeError("in the middle of a group")
+
+    hook = base.vit.layernorm.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle of a group"):
+        model(pixel_values, adapter_names=names)
+    hook.remove()
+    assert set(vars(base)) == attributes
+    assert model.active_adapter == "latent"
+    assert torch.equal(answer(model, pixel_values), before)
+    assert torch.equal(answer(copy.deepcopy(model), pixel_values, adapter_names=names), mixed)
+
+
+def test_adapters_with_equally_many_prompts_share_a_pass():
+    model = serve()
+    backbone = model.get_base_model().vit
+    sizes = []
+    backbone.layers[0].register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[:2]))
+    names = ["latent", "canvas", "same", "longer", "__base__", "static"]
+    answer(model, images(6), adapter_names=names)
+    # 1 class token and 16 patches; the canvas holds its prompts in these.
+    assert sizes == [(3, 20), (2, 17), (1, 22)]
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in CLASSIFIERS])
+def test_features_of_equally_many_tokens(architecture):
+    model = serve({"a": {}, "b": {"generator": "static"}, "longer": {"num_virtual_tokens": 5}}, architecture)
+    pixel_values = images(4)
+    names = ["b", "a", "a", "b"]
+    expected = torch.stack([alone(model, pixel_values, name)[row] for row, name in enumerate(names)])
+    torch.testing.assert_close(answer(model, pixel_values, adapter_names=names), expected)
+    message = r"equally many prompts where `last_hidden_state` is returned, but got \(2\d, 32\) and"
+    with pytest.raises(ValueError, match=message):
+        model(pixel_values, adapter_names=["a", "longer", "a", "b"])
+
+
+def test_hidden_states_come_in_order_too():
+    model = serve()
+    pixel_values = images(3)
+    outputs = model(pixel_values, adapter_names=["same", "latent", "static"], output_hidden_states=True)
+    assert [state.shape for state in outputs.hidden_states] == [(3, 20, 32)] * 3
+    with pytest.raises(ValueError, match="`hidden_states` is returned"):
+        model(pixel_values, adapter_names=["same", "longer", "static"], output_hidden_states=True)
+
+
+def test_other_image_sizes_and_half_precision():
+    model = serve({"a": {}, "longer": {"num_virtual_tokens": 5}, "frozen": {"head": "frozen"}})
+    pixel_values = torch.randn(4, 3, 48, 24, generator=torch.Generator().manual_seed(0))
+    names = ["longer", "frozen", "a", "__base__"]
+    model.to(torch.bfloat16)
+    kwargs = {"interpolate_pos_encoding": True}
+    mixed = answer(model, pixel_values, adapter_names=names, **kwargs)
+    for row, name in enumerate(names):
+        single = answer(model, pixel_values[row : row + 1], adapter_names=[name], **kwargs)[0]
+        torch.testing.assert_close(mixed[row], single, atol=0.1, rtol=0.1)
+
+
+def test_label_mapping_is_per_image():
+    two = dict(enumerate("ab"))
+    mapped = {"head": "frozen", "id2label": two}
+    model = serve(
+        {
+            "up": mapped | {"label_mapping": [3, 1]},
+            "down": mapped | {"label_mapping": [0, 4]},
+            "own": {"id2label": two},
+        }
+    )
+    pixel_values = images(3)
+    names = ["down", "own", "up"]
+    expected = torch.stack([alone(model, pixel_values, name)[row] for row, name in enumerate(names)])
+    torch.testing.assert_close(answer(model, pixel_values, adapter_names=names), expected)
+
+
+def test_threads_do_not_see_each_others_batches():
+    model = serve()
+    pixel_values = images(8)
+    batches = [[name] * 8 for name in (*ADAPTERS, "__base__")]
+    batches += [[(*ADAPTERS, "__base__")[(row + shift) % 8] for row in range(8)] for shift in range(8)]
+    expected = [answer(model, pixel_values, adapter_names=names) for names in batches]
+    plain = answer(model, pixel_values)
+
+    def serve_one(index):
+        if index % 3 == 2:  # and calls without names go on beside them
+            return torch.equal(answer(model, pixel_values), plain)
+        return torch.equal(answer(model, pixel_values, adapter_names=batches[index % 16]), expected[index % 16])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(serve_one, range(96)))
+    assert "forward" not in vars(model.get_base_model())
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ("latent", TypeError, "`adapter_names` must be a list with a name for each image, but got 'latent'"),
+        (["latent", 3], TypeError, r"`adapter_names` must be a list .*, but got \['latent', 3\]"),
+        (["latent", "mroe"], ValueError, "must hold loaded adapters, latent, other, __base__, but got 'mroe'.*Load"),
+        (["latent"], ValueError, "must have a name for each of the 2 images, but got 1"),
+        (["latent"] * 3, ValueError, "must have a name for each of the 2 images, but got 3"),
+        (["latent", "other"], ValueError, "same labels.*but got 'latent' with LABEL_0, .* and 'other' with cat, dog"),
+        (["other", "__base__"], ValueError, "same labels.*but got 'other' with cat, dog and '__base__' with LABEL_0"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(names, error, message):
+    model = serve({"latent": {}, "other": {"id2label": {0: "cat", 1: "dog"}}})
+    expected = answer(model, images(2))
+    with pytest.raises(error, match=message):
+        model(images(2), adapter_names=names)
+    assert torch.equal(answer(model, images(2)), expected)
+
+
+def test_training_is_refused():
+    model = serve({"latent": {}}).train()
+    with pytest.raises(ValueError, match="`adapter_names` must be used in eval mode, but got .*in training mode"):
+        model(images(1), adapter_names=["latent"])
+
+
+def test_labels_are_refused():
+    model = serve({"latent": {}})
+    with pytest.raises(ValueError, match=r"`labels` must be left out with `adapter_names`, but got a tensor \(1,\)"):
+        model(images(1), adapter_names=["latent"], labels=torch.tensor([0]))
+
+
+def test_wrong_images_are_refused_as_always():
+    model = serve({"latent": {}})
+    with pytest.raises(ValueError, match="`pixel_values` must have the four axes"):
+        model(images(1)[0], adapter_names=["latent"])
+    with pytest.raises(TypeError, match="`pixel_values` must be a tensor"):
+        model(adapter_names=["latent"])
+
+
+def test_modules_of_an_adapters_own_are_refused():
+    model = serve({"latent": {}, "more": {"modules_to_save": ["vit.layernorm"]}})
+    with pytest.raises(
+        ValueError, match=r"beside an adapter with `modules_to_save`, but got 'more', which has \['vit"
+    ):
+        model(images(1), adapter_names=["latent"])
+
+
+def test_names_that_come_past_peft_are_refused():
+    model = serve({"latent": {}})
+    with pytest.raises(ValueError, match="`adapter_names` must be passed to a PeftModel, but got .'latent'"):
+        model.get_base_model()(images(1), adapter_names=["latent"])

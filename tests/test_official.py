@@ -1,0 +1,160 @@
+"""Import of released networks, on small ones written as the official code writes them."""
+
+import collections
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import answer, tiny_vit
+from peft import PeftModel
+from torch import nn
+
+from pgn_peft import official
+from pgn_peft.generator import PromptGenerator
+from pgn_peft.library import TokenLibrary
+
+
+@pytest.fixture
+def network():
+    """Three prompts out of six tokens of width 32, with statistics that show when they are lost."""
+    torch.manual_seed(0)
+    generator, library = PromptGenerator(3, 6, width=4), TokenLibrary(6, 32, initializer_range=1.0)
+    generator.train()(torch.randn(8, 3, 32, 32))
+    return official.OfficialNetwork(generator.eval(), library)
+
+
+@pytest.fixture
+def file(network, tmp_path):
+    torch.save(collections.OrderedDict(official.state_dict(network)), tmp_path / "network.pt")
+    return tmp_path / "network.pt"
+
+
+def test_names_are_the_official_ones(network):
+    names = set(official.state_dict(network))
+    assert names >= {
+        "tl_vectors",
+        "model.input_net.0.weight",
+        "model.input_net.1.running_var",
+        "model.blocks.0.net.0.weight",
+        "model.blocks.0.net.1.num_batches_tracked",
+        "model.blocks.3.net.3.weight",
+        "model.blocks.3.net.4.bias",
+        "model.blocks.1.downsample.bias",
+        "model.output_net.2.weight",
+    }
+    assert "model.blocks.0.downsample.weight" not in names
+    assert len(names) == 63  # as many as in a released file
+
+
+def test_shapes_come_from_the_file(file, network, pixel_values):
+    loaded = official.load(file)
+    assert torch.equal(loaded.prompts(pixel_values), network.prompts(pixel_values))
+    assert (loaded.generator.num_virtual_tokens, loaded.generator.library_size, loaded.hidden_size) == (3, 6, 32)
+    assert loaded.config().generator_width == 4
+    sigmoid = official.load(file, mixing="sigmoid", generator_image_size=16)
+    assert (sigmoid.config().mixing, sigmoid.config().generator_image_size) == ("sigmoid", 16)
+    assert not torch.allclose(sigmoid.prompts(pixel_values), network.prompts(pixel_values))
+
+
+def test_it_becomes_an_adapter_whose_head_can_be_trained(file, network, pixel_values, tmp_path):
+    base = tiny_vit()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = official.adapt(base, official.load(file), adapter_name="released", id2label={0: "cat", 1: "dog"})
+    model(pixel_values, labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+    assert model.get_base_model().classifier.pgn_head["released"].weight.grad.abs().max() > 0
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "released")
+    assert torch.equal(answer(loaded, pixel_values), answer(model, pixel_values))
+    prompts = loaded.get_base_model().vit.embeddings.prompts("default", pixel_values)
+    assert torch.equal(prompts, network.prompts(pixel_values))
+    for name, tensor in model.unload().state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_base_of_another_width_is_refused(file):
+    base = tiny_vit(hidden_size=64)
+    before = str(base)
+    message = "`model` must have the width 32 of the network's library, but got 64 in a ViTForImageClassification"
+    with pytest.raises(ValueError, match=message):
+        official.adapt(base, official.load(file))
+    assert str(base) == before
+
+
+def change(file, **tensors):
+    state = torch.load(file, weights_only=True)
+    for name, tensor in tensors.items():
+        state.pop(name, None)
+        if tensor is not None:
+            state[name] = tensor
+    torch.save(state, file)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"tl_vectors": None}, "must hold tl_vectors with 2 axes, but got model.input_net.0.weight, "),
+        ({"tl_vectors": torch.zeros(3)}, r"must hold tl_vectors with 2 axes, but got \(3,\) there"),
+        ({"tl_vectors": torch.zeros(5, 32)}, "5 logits for each prompt, one a library token, but got 18"),
+        ({"tl_vectors": torch.zeros(0, 32)}, "0 logits for each prompt"),
+        ({"tl_vectors": torch.full((6, 32), float("nan"))}, "tl_vectors holds NaN or infinity"),
+        ({"model.blocks.2.net.4.bias": None}, "model.blocks.2.net.4.bias is missing"),
+        ({"model.blocks.2.net.3.weight": torch.zeros(2, 2)}, r"has the shape \(2, 2\) instead of \(16, 16, 3, 3\)"),
+        ({"model.blocks.4.net.0.weight": torch.zeros(2)}, "model.blocks.4.net.0.weight is not part of it"),
+        ({"tl_vectors": torch.zeros(1).expand(10**9, 32)}, "must hold all numbers of its tensors, 128,000,"),
+        ({"tl_vectors": torch.zeros(6, 32).to_sparse()}, "must hold dense tensors by name"),
+        ({"epoch": 3}, "must hold dense tensors by name, but got a OrderedDict"),
+    ],
+)
+def test_other_tensors_are_refused(tensors, message, file):
+    change(file, **tensors)
+    with pytest.raises(
+        ValueError,
+        match=f"network.pt` must .*{message.removeprefix('must ')}.*Give a .pt file of the official release",
+    ):
+        official.load(file)
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_objects_are_not_unpickled(legacy, file, tmp_path):
+    exploded = tmp_path / "exploded"
+    if legacy:
+        file.write_bytes(pickle.dumps(Bomb(exploded)))
+    else:
+        torch.save({"tl_vectors": Bomb(exploded)}, file)
+    with pytest.raises(ValueError, match="network.pt` must hold tensors only, but got other objects"):
+        official.load(file)
+    assert not exploded.exists()
+
+
+def test_a_whole_module_is_refused(file):
+    torch.save(nn.Linear(2, 2), file)
+    with pytest.raises(ValueError, match="network.pt` must hold tensors only, but got other objects"):
+        official.load(file)
+
+
+@pytest.mark.parametrize("size", [0, 100, 20_000])
+def test_a_truncated_file_is_refused(size, file):
+    os.truncate(file, size)
+    with pytest.raises(ValueError, match="network.pt` must (be a complete torch file|hold tensors only)"):
+        official.load(file)
+
+
+def test_a_directory_a_list_and_nothing_are_refused(file, tmp_path):
+    with pytest.raises(ValueError, match="must be a file, but got a directory"):
+        official.load(tmp_path)
+    torch.save([torch.zeros(2)], file)
+    with pytest.raises(ValueError, match="must hold dense tensors by name, but got a list"):
+        official.load(file)
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+        official.load(tmp_path / "nowhere.pt")

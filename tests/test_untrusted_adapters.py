@@ -1,0 +1,228 @@
+"""Adapters from strangers: no file runs code, takes memory that it does not fill, or changes the base."""
+
+import json
+import os
+import pickle
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import answer, move_adapter, tiny_config, tiny_vit
+from peft import (
+    AutoPeftModel,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+
+from pgn_peft import PGNConfig, weights
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with an adapter."""
+    model = move_adapter(get_peft_model(tiny_vit(), tiny_config(num_labels=2))).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def on_the_hub(saved, tmp_path, monkeypatch):
+    """Publish a folder: a function that answers with how to load what lies in `saved` now from a Hub's cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def publish():
+        repository = tmp_path / "cache/models--someone--adapter"
+        shutil.rmtree(repository, ignore_errors=True)
+        blobs, snapshot = repository / "blobs", repository / "snapshots" / ("0" * 40)
+        for folder in (blobs, snapshot, repository / "refs"):
+            folder.mkdir(parents=True)
+        repository.joinpath("refs/main").write_text("0" * 40)
+        for file in saved.iterdir():
+            shutil.copy(file, blobs / file.name)
+            snapshot.joinpath(file.name).symlink_to(os.path.relpath(blobs / file.name, snapshot))
+        return PeftModel.from_pretrained(tiny_vit(), "someone/adapter", cache_dir=tmp_path / "cache")
+
+    return publish
+
+
+def edit_config(folder, **fields):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def edit_weights(folder, **tensors):
+    save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_an_adapter_from_the_hub_loads(saved, on_the_hub, pixel_values):
+    expected = answer(PeftModel.from_pretrained(tiny_vit(), saved), pixel_values)
+    assert torch.equal(answer(on_the_hub(), pixel_values), expected)
+
+
+def test_pickled_weights_are_not_read(saved, on_the_hub, tmp_path):
+    saved.joinpath(WEIGHTS).unlink()
+    with saved.joinpath("adapter_model.bin").open("wb") as file:
+        pickle.dump({"weight": Bomb(tmp_path / "exploded")}, file)
+    for load in (lambda: PeftModel.from_pretrained(tiny_vit(), saved), on_the_hub):
+        with pytest.raises(
+            ValueError, match=f"must hold the adapter's weights.*{WEIGHTS}.*ickled.*safe_serialization"
+        ):
+            load()
+    # Transformers reads no pickle unless told to, and then no more of it than tensors.
+    with pytest.raises(OSError, match=f"No such file.*{WEIGHTS}"):
+        tiny_vit().load_adapter(str(saved))
+    with pytest.raises(pickle.UnpicklingError):
+        tiny_vit().load_adapter(str(saved), use_safetensors=False)
+    assert not tmp_path.joinpath("exploded").exists()
+
+
+BASE_TENSORS = {
+    "base_model.model.vit.layernorm.weight": torch.full((32,), 7.0),
+    "base_model.model.vit.embeddings.base_layer.cls_token": torch.full((1, 1, 32), 7.0),
+    "vit.layernorm.bias": torch.full((32,), 7.0),
+}
+
+
+@pytest.mark.parametrize("name", BASE_TENSORS)
+def test_a_file_cannot_bring_weights_for_the_base(name, saved, on_the_hub):
+    expected = tiny_vit().state_dict()
+    edit_weights(saved, **{name: BASE_TENSORS[name]})
+    message = f"must hold the tensors of the adapter.*{name.removeprefix('base_model.model.')} is not part of it"
+    base = tiny_vit()
+    for load in (lambda: PeftModel.from_pretrained(base, saved), on_the_hub):
+        with pytest.raises(ValueError, match=message):
+            load()
+    # Transformers' own loader would take it: its users look at the file first.
+    with pytest.raises(ValueError, match=message):
+        PGNConfig.from_pretrained(saved)
+    model = get_peft_model(tiny_vit(), tiny_config(num_labels=2))
+    with pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(model, load_file(saved / WEIGHTS))
+    for loaded in (base, model.unload()):
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_a_saved_module_cannot_bring_weights_for_the_original(tmp_path):
+    config = tiny_config(num_labels=2, modules_to_save=["vit.layernorm"])
+    get_peft_model(tiny_vit(), config).save_pretrained(tmp_path)
+    name = "base_model.model.vit.layernorm.original_module.weight"
+    edit_weights(tmp_path, **{name: torch.full((32,), 7.0)})
+    base = tiny_vit()
+    with pytest.raises(ValueError, match="original_module.weight is not part of it"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(base.vit.layernorm.original_module.weight, tiny_vit().vit.layernorm.weight)
+
+
+def test_the_same_tensor_twice_is_refused(saved):
+    edit_weights(saved, **{"elsewhere.pgn_library.tokens": torch.zeros(6, 32)})
+    with pytest.raises(ValueError, match="elsewhere.pgn_library.tokens is not part of it"):
+        PeftModel.from_pretrained(tiny_vit(), saved)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"library_size": 10**9}, "`library_size` must lie in 1..1048576, but got 1000000000"),
+        ({"num_labels": 10**9, "id2label": None}, "`num_labels` must lie in 1..1000000, but got 1000000000"),
+        (
+            {"num_virtual_tokens": 65_536, "library_size": 1_048_576},
+            "but got 2,267,776,.*most of them in pgn_generator.head",
+        ),
+        ({"generator_width": 1024}, "must describe at most 268,435,456 numbers, but got 1,2"),
+        ({"generator": "static", "num_virtual_tokens": 65_536, "hidden_size": 8192}, "but got 536,8"),
+    ],
+)
+def test_a_config_that_asks_for_too_much_is_refused_before_memory_is_taken(fields, message, saved, on_the_hub):
+    edit_config(saved, **fields)
+    base = tiny_vit(hidden_size=fields.get("hidden_size", 32), num_hidden_layers=0, intermediate_size=8)
+    before = str(base)
+    loaders = {
+        "Transformers": lambda: base.load_adapter(str(saved)),
+        "inject": lambda: inject_adapter_in_model(PeftConfig.from_pretrained(saved), base),
+    }
+    for load in loaders.values():
+        with pytest.raises(ValueError, match=message):
+            load()
+    for load in (lambda: PeftModel.from_pretrained(base, saved), on_the_hub):
+        with pytest.raises(ValueError, match=f"{message}|must hold the tensors of the adapter"):
+            load()
+    assert str(base) == before
+
+
+def test_sizes_are_compared_before_tensors_are_read(saved, monkeypatch):
+    edit_weights(saved, **{"base_model.model.classifier.pgn_head.weight": torch.zeros(200, 32)})
+    monkeypatch.setattr(weights, "load_file", lambda file: pytest.fail("the tensors were read"))
+    with pytest.raises(ValueError, match=r"pgn_head.weight has the shape \(200, 32\) instead of \(2, 32\)"):
+        PeftModel.from_pretrained(tiny_vit(), saved)
+
+
+def test_a_header_that_lies_about_sizes_is_refused(saved):
+    content = saved.joinpath(WEIGHTS).read_bytes()
+    saved.joinpath(WEIGHTS).write_bytes(content.replace(b'"shape":[6,32]', b'"shape":[9,99]'))
+    with pytest.raises(ValueError, match="must be a complete safetensors file, but reading it failed"):
+        PeftModel.from_pretrained(tiny_vit(), saved)
+
+
+def test_integers_in_place_of_weights_are_refused(saved):
+    edit_weights(saved, **{"base_model.model.classifier.pgn_head.bias": torch.zeros(2, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="pgn_head.bias holds torch.int64 instead of torch.float32"):
+        PeftModel.from_pretrained(tiny_vit(), saved)
+
+
+def test_no_module_is_imported_because_a_file_names_it(saved, tmp_path, monkeypatch):
+    tmp_path.joinpath("planted.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit_config(saved, auto_mapping={"base_model_class": "Model", "parent_library": "planted"})
+    with pytest.raises(ValueError, match="'planted' which is not in the import allowlist"):
+        AutoPeftModel.from_pretrained(saved)
+    PeftModel.from_pretrained(tiny_vit(), saved)  # which needs no such import
+
+
+def test_text_in_a_field_is_never_evaluated(saved, tmp_path):
+    trick = f"__import__('os').mkdir({str(tmp_path / 'evaluated')!r})"
+    config = json.loads(saved.joinpath("adapter_config.json").read_text())
+    config |= {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for field in ("generator", "mixing", "library_size", "target_modules", "image_mean", "label_mapping", "head"):
+        with pytest.raises((ValueError, TypeError), match="__import__"):
+            inject_adapter_in_model(PGNConfig(**config | {field: trick}), tiny_vit())
+    assert not tmp_path.joinpath("evaluated").exists()
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "text"])
+def test_what_is_no_file_of_tensors_is_refused(kind, saved, tmp_path):
+    file = saved / WEIGHTS
+    file.unlink()
+    secret = tmp_path / "secret.txt"
+    secret.write_text("the user's own words")
+    {"directory": file.mkdir, "pipe": lambda: os.mkfifo(file), "text": lambda: file.symlink_to(secret)}[kind]()
+    with pytest.raises(
+        ValueError, match="must be a complete safetensors file|got no adapter_model.safetensors"
+    ) as error:
+        PeftModel.from_pretrained(tiny_vit(), saved)
+    assert "own words" not in str(error.value)
+
+
+def test_what_is_saved_is_what_is_checked(saved):
+    """The description that files are compared with is the tensors that a model saves."""
+    model = PeftModel.from_pretrained(tiny_vit(), saved)
+    shapes = {name.partition(".pgn_")[2]: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    described = weights.describe_weights(model.peft_config["default"])
+    assert {name.removeprefix("pgn_"): tensor.shape for name, tensor in described.items()} == shapes
