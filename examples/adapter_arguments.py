@@ -27,7 +27,9 @@ class AdapterArguments:
     )
     library_size: int = 64
     generator: str = field(default="resnet10", metadata={"help": "'resnet10', or 'static' for the control."})
-    generator_image_size: int | None = None
+    generator_image_size: int | None = field(
+        default=64, metadata={"help": "Side of what the generator sees, in pixels; None: all of the image."}
+    )
     generator_width: int = 16
     generator_norm: str = "batch"
     generator_rank: int | None = None

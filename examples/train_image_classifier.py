@@ -79,9 +79,12 @@ class Arguments(TrainingArguments):
     )
     learning_rate: float | None = field(default=None, metadata={"help": "Of the generator; by default the recipe's."})
     library_learning_rate: float | None = field(
-        default=None, metadata={"help": "By default as the generator's, and ten times that in pixel space."}
+        default=None,
+        metadata={"help": "By default ten times the generator's, thirty times in pixel space; with 'sgd' the same."},
     )
-    head_learning_rate: float | None = field(default=None, metadata={"help": "By default as the generator's."})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "By default three times the generator's; with 'sgd' the same."}
+    )
     num_train_epochs: float = 12
     per_device_train_batch_size: int = 25
     per_device_eval_batch_size: int = 100
@@ -99,12 +102,21 @@ class Arguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.learning_rate is None:
-            self.learning_rate = 0.1 if self.recipe == "sgd" else 3e-3
+            self.learning_rate = 0.1 if self.recipe == "sgd" else 1e-3
         if self.recipe == "sgd":
             self.warmup_steps = 0.5
             self.lr_scheduler_type = "cosine_with_min_lr"
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
         super().__post_init__()
+
+    def rates(self, prompt_space: str) -> dict[str, float]:
+        """Return the learning rates of the parts: what was best for each in benchmarks/adaptation.py."""
+        library, head = {"latent": (10, 3), "pixel": (30, 3)}[prompt_space] if self.recipe == "adamw" else (1, 1)
+        return {
+            "learning_rate": self.learning_rate,
+            "library_learning_rate": self.library_learning_rate or library * self.learning_rate,
+            "head_learning_rate": self.head_learning_rate or head * self.learning_rate,
+        }
 
 
 class Accuracy(evaluate.Metric):
@@ -205,16 +217,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         start_library(model, as_they_are, processor)
     trainable, _ = model.get_nb_trainable_parameters()
 
-    library_learning_rate = arguments.library_learning_rate
-    if library_learning_rate is None and config.prompt_space == "pixel":
-        library_learning_rate = 10 * arguments.learning_rate  # pixels in [0, 1] have further to go than tokens
-    parameters = parameter_groups(
-        model,
-        arguments.learning_rate,
-        library_learning_rate=library_learning_rate,
-        head_learning_rate=arguments.head_learning_rate,
-        weight_decay=arguments.weight_decay,
-    )
+    parameters = parameter_groups(model, **arguments.rates(config.prompt_space), weight_decay=arguments.weight_decay)
     trainer = make_trainer(
         model, splits, arguments, parameters, len(labels), data.image_size, processor, describe_data(data.dataset)
     )

@@ -53,7 +53,8 @@ class PGNConfig(PeftConfig):
     Args:
         num_virtual_tokens: prompts per image, P. None: 16, or with a `prompt_layout` what fills it: one row of patches
             for "append", one ring for "canvas". Other numbers must fill whole rows and columns there.
-        library_size: learned vectors that prompts are mixed from, L. Unused by the "static" generator.
+        library_size: learned vectors that prompts are mixed from, L; 128 or 256 in the official checkpoints. Unused
+            by the "static" generator.
         generator: "resnet10", the CNN of the official code, or "static": P learned prompts, the same for every image
             (the input-independent control, VPT-shallow).
         generator_image_size: the generator sees the image with its shorter side resized to this many pixels; None:
@@ -108,7 +109,7 @@ class PGNConfig(PeftConfig):
     """
 
     num_virtual_tokens: int | None = field(default=None, metadata={"help": "Prompts per image."})
-    library_size: int = field(default=256, metadata={"help": "Learned vectors that prompts are mixed from."})
+    library_size: int = field(default=64, metadata={"help": "Learned vectors that prompts are mixed from."})
     generator: str = field(default="resnet10", metadata={"help": "'resnet10' or 'static'."})
     generator_image_size: int | None = field(
         default=None, metadata={"help": "Shorter side of the image that the generator sees, in pixels."}

@@ -12,30 +12,46 @@ from PIL import Image
 import pgn_peft
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+GUIDES = sorted(str(path.relative_to(ROOT)) for path in ROOT.joinpath("docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *GUIDES]
 
 
 def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-def test_the_readmes_code_runs(tmp_path, monkeypatch):
-    """Top to bottom in one session, with tiny stand-ins for the checkpoint, the images and the training."""
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a page's code top to bottom in one session, with tiny stand-ins for the checkpoint, images and training."""
     import transformers
     from transformers import ViTImageProcessor
 
     tiny_vit(num_labels=1000).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
     monkeypatch.chdir(tmp_path)
-    source = "\n".join(blocks("README.md", "python")).replace("google/vit-base-patch16-224", "vit")
-    assert "get_peft_model" in source
-    assert "AutoPeftModel" in source
     generator = torch.Generator().manual_seed(0)
     rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": n % 3} for n in range(6)]
     monkeypatch.setattr(transformers.TrainingArguments, "num_train_epochs", 1)
     server = transformers.pipeline("image-classification", model="vit")
-    names = {"train_dataset": rows, "image": Image.new("RGB", (40, 30), "red"), "server": server}
-    exec(source, names)
+
+    def run(page):
+        names = {"train_dataset": rows, "image": Image.new("RGB", (40, 30), "red"), "server": server}
+        exec("\n".join(blocks(page, "python")).replace("google/vit-base-patch16-224", "vit"), names)
+        return names
+
+    return run
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page, "python")])
+def test_the_guides_code_runs(page, run):
+    assert run(page)
+
+
+def test_the_readmes_code_runs(run):
+    source = "\n".join(blocks("README.md", "python"))
+    assert "get_peft_model" in source
+    assert "load_classifier" in source
+    names = run("README.md")
     assert names["label"] in {"cat", "dog", "owl"}
     assert {entry["label"] for entry in names["prompter"].answer(names["answer"])} == {"mountain", "valley", "bridge"}
 
@@ -45,7 +61,7 @@ def test_links_inside_the_repository_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in target:
-            assert (ROOT / target).exists(), f"{page} links to {target}"
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
 
 
 @pytest.mark.parametrize("page", PAGES)
