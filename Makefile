@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 	$(RUN) examples/demo.py
 
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist worksteal
 
 coverage: $(VENV)/installed
 	$(RUN) -m pytest --cov --cov-report=term

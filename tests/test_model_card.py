@@ -70,11 +70,11 @@ def test_the_text_is_what_a_reader_wants():
 
 
 def test_without_facts_it_claims_nothing():
-    card = make_card(adapted(base="/home/someone/vit"), "adapter", CardFacts())
+    card = make_card(adapted(base="/models/vit"), "adapter", CardFacts())
     assert card.data.base_model is None
     assert card.data.eval_results is None
     assert card.data.license is None
-    assert "`/home/someone/vit`" in card.text
+    assert "`/models/vit`" in card.text
     assert "The author has not stated one for the adapter." in card.text
     for heading in ("## Results", "## Training"):
         assert heading not in card.text

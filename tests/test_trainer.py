@@ -129,7 +129,7 @@ def test_a_failed_push_does_not_end_the_training(hub, run, request, tmp_path):  
     ("change", "message"),
     [
         (
-            {"base": "/home/someone/vit"},
+            {"base": "/models/vit"},
             "`base_model_name_or_path` must be the id of a model on the Hub, but got '/home",
         ),
         ({"processing_class": None}, "`processing_class` must be the image processor, but got NoneType"),
