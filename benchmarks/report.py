@@ -178,7 +178,7 @@ def plot_accuracy(rows: list[dict[str, Any]], ax: Axes) -> None:
             ax.plot([at] * len(test), test, "k.", markersize=3)
     ax.set_xticks(range(len(names)), names)
     ax.set(ylabel="test accuracy", ylim=(0, 1))
-    ax.legend(fontsize=7, ncols=2, loc="lower right")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _first_with(cells: dict[tuple[str, str], Runs], names: list[str], method: str) -> int:
@@ -189,16 +189,18 @@ def plot_parameters(rows: list[dict[str, Any]], axes: Iterable[Axes]) -> None:
     """Draw test accuracy against the number of trained parameters, a panel a data set."""
     cells = chosen(rows)
     for ax, data in zip(axes, data_sets(cells), strict=True):
-        for method, name in NAMES.items():
+        for place, (method, name) in enumerate(NAMES.items()):
             if (data, method) in cells:
                 runs = cells[data, method]
                 own = method.startswith("pgn")
                 accuracy = statistics.mean(runs.test)
                 ax.plot(runs.parameters, accuracy, "o", color="crimson" if own else "grey")
                 text = name.strip("*").partition(" (")[0]
-                ax.annotate(text, (runs.parameters, accuracy), (4, 3), textcoords="offset points", fontsize=6)
+                ax.annotate(
+                    text, (runs.parameters, accuracy), (4, 3 - 9 * (place % 2)), textcoords="offset points", fontsize=6
+                )
         ax.set(xscale="log", xlabel="trained parameters", title=data)
-        ax.margins(x=0.25, y=0.12)
+        ax.margins(x=0.35, y=0.12)
 
 
 def draw(rows: list[dict[str, Any]], folder: Path) -> None:
