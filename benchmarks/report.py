@@ -29,7 +29,7 @@ RESULTS = Path(__file__).with_name("results") / "adaptation.jsonl"
 # In the order of the tables; with how they are called there.
 NAMES = {
     "linear": "linear probe",
-    "generator alone": "the generator's CNN alone",
+    "generator alone": "CNN alone (the generator's)",
     "border": "border (visual prompting)",
     "pgn-pixel": "PGN, valid pixels",
     "static": "static prompts (VPT-shallow)",
