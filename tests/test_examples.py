@@ -304,7 +304,7 @@ def test_the_official_recipe_is_sgd_with_a_long_warm_up(tmp_path):
     arguments = script.Arguments(output_dir=str(tmp_path), recipe="sgd", use_cpu=True)
     assert (arguments.learning_rate, arguments.warmup_steps) == (0.1, 0.5)
     assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.01}
-    assert script.Arguments(output_dir=str(tmp_path), use_cpu=True).learning_rate == 3e-3
+    assert script.Arguments(output_dir=str(tmp_path), use_cpu=True).learning_rate == 1e-3
 
 
 def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(material, tmp_path):

@@ -144,10 +144,13 @@ def test_the_same_tensor_twice_is_refused(saved):
         ({"num_labels": 10**9, "id2label": None}, "`num_labels` must lie in 1..1000000, but got 1000000000"),
         (
             {"num_virtual_tokens": 65_536, "library_size": 1_048_576},
-            "but got 2,267,776,.*most of them in pgn_generator.head",
+            "but got 2,267,778,.*most of them in pgn_generator.head",
         ),
         ({"generator_width": 1024}, "must describe at most 268,435,456 numbers, but got 1,2"),
-        ({"generator": "static", "num_virtual_tokens": 65_536, "hidden_size": 8192}, "but got 536,8"),
+        (
+            {"generator": "static", "slot_prompts": False, "num_virtual_tokens": 65_536, "hidden_size": 8192},
+            "but got 536,8",
+        ),
     ],
 )
 def test_a_config_that_asks_for_too_much_is_refused_before_memory_is_taken(fields, message, saved, on_the_hub):
@@ -199,7 +202,7 @@ def test_no_module_is_imported_because_a_file_names_it(saved, tmp_path, monkeypa
 def test_text_in_a_field_is_never_evaluated(saved, tmp_path):
     trick = f"__import__('os').mkdir({str(tmp_path / 'evaluated')!r})"
     config = json.loads(saved.joinpath("adapter_config.json").read_text())
-    config |= {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    config |= {"prompt_space": "pixel", "slot_prompts": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     for field in ("generator", "mixing", "library_size", "target_modules", "image_mean", "label_mapping", "head"):
         with pytest.raises((ValueError, TypeError), match="__import__"):
             inject_adapter_in_model(PGNConfig(**config | {field: trick}), tiny_vit())
