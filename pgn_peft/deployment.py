@@ -43,6 +43,7 @@ def make_prompter(
         probe are recorded in it.
 
     Raises:
+        TypeError: the model carries no adapter.
         ValueError: there is no such adapter, its prompts do not fill rows of patches, or the processor is not the one
             that it was trained with.
     """

@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from pgn_peft.adapters import prompt_layer
 from pgn_peft.config import PGNConfig
 from pgn_peft.generator import PromptGenerator
-from pgn_peft.layer import PGNLayer
 from pgn_peft.library import TokenLibrary
 from pgn_peft.tensors import compare_tensors
 
@@ -199,7 +199,7 @@ def adapt(model: nn.Module, network: OfficialNetwork, adapter_name: str = "defau
             f"{type(model).__name__}. Load the backbone that the network was trained for."
         )
     adapted = get_peft_model(model, network.config(**fields), adapter_name=adapter_name)
-    layer = next(module for module in adapted.modules() if isinstance(module, PGNLayer))
+    layer = prompt_layer(adapted)
     layer.pgn_generator[adapter_name].load_state_dict(network.generator.state_dict())
     layer.pgn_library[adapter_name].load_state_dict(network.library.state_dict())
     return adapted
