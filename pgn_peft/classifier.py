@@ -17,7 +17,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from pgn_peft import publishing
+from pgn_peft import onnx_export, publishing
+from pgn_peft.adapters import prompt_layer
 from pgn_peft.backbones import SUPPORTED
 from pgn_peft.config import PGNConfig
 from pgn_peft.fetching import (
@@ -28,7 +29,7 @@ from pgn_peft.fetching import (
     has_processor,
     read_adapter_config,
 )
-from pgn_peft.image_size import interpolate_if_needed
+from pgn_peft.image_size import interpolate_if_needed, made_of_square
 from pgn_peft.model_card import CardFacts
 
 if TYPE_CHECKING:
@@ -53,11 +54,31 @@ class Classifier(NamedTuple):
 
         Images go through at the processor's size, also where the base has another one.
         """
+        return transformers.pipeline(
+            "image-classification", model=self._as_called(), image_processor=self.image_processor, **kwargs
+        )
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Write model and adapter as one ONNX graph (with `onnx` and `onnxscript` installed).
+
+        From `pixel_values` (B, C, H, W), float32, as the image processor makes them of a square image, to `logits`
+        (B, num_labels), for any B. The labels lie in the file's metadata as "id2label", in JSON. Weights of more than
+        2 GiB go into a second file beside it.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            TypeError: the model has no PGN adapter.
+        """
+        model = self._as_called()
+        onnx_export.export_model(model, made_of_square(prompt_layer(model), self.image_processor), Path(path))
+
+    def _as_called(self) -> nn.Module:
+        """Return the Transformers model, which takes the image processor's size."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         interpolate_if_needed(model, self.image_processor)
-        return transformers.pipeline(
-            "image-classification", model=model, image_processor=self.image_processor, **kwargs
-        )
+        return model
 
     def save_pretrained(self, save_directory: str | Path, facts: CardFacts | None = None) -> None:
         """Write adapter_model.safetensors, adapter_config.json, preprocessor_config.json and README.md, the card.

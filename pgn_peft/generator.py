@@ -92,8 +92,11 @@ class ResNet10(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images (B, C, H, W) of any size to features (B, 8 * width)."""
-        features = F.relu(self.stem_norm(self.stem_conv(pixel_values)))
-        features = F.max_pool2d(features, kernel_size=3, stride=2, padding=1)
+        # Convolutions with few channels are up to twice as fast with a pixel's channels side by side.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        features = self.stem_norm(self.stem_conv(pixel_values))
+        # Pooled first, which is the same, and a quarter of the ReLUs.
+        features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1))
         features = self.block4(self.block3(self.block2(self.block1(features))))
         return features.mean(dim=(2, 3))  # (B, 8 * width)
 

@@ -15,9 +15,18 @@ def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
     """Whether an image processor makes images of another size than the backbone's own."""
     height, width = layer.patch_embeddings.image_size
     # Not square, so that a processor that keeps the proportions shows it.
-    sample = np.zeros((height, 2 * width, layer.num_channels), dtype=np.uint8)
+    return _made_of(layer, image_processor, (height, 2 * width)) != (height, width)
+
+
+def made_of_square(layer: PGNLayer, image_processor: Any) -> tuple[int, int]:
+    """Return height and width of what an image processor makes of a square image, in pixels."""
+    return _made_of(layer, image_processor, tuple(layer.patch_embeddings.image_size))
+
+
+def _made_of(layer: PGNLayer, image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    sample = np.zeros((*size, layer.num_channels), dtype=np.uint8)
     made = image_processor(images=sample, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-    return tuple(made.shape[-2:]) != (height, width)
+    return tuple(made.shape[-2:])
 
 
 def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:

@@ -31,7 +31,8 @@ def denormalize(pixel_values: Tensor, image_mean: Sequence[float], image_std: Se
 
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+    # Filled in place: a list that is copied to a GPU would have the host wait for all that is queued there.
+    return torch.stack([torch.full((1, 1), value, dtype=like.dtype, device=like.device) for value in values])
 
 
 @dataclass(frozen=True)

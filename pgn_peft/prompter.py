@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pgn_peft import prompter_files, prompter_onnx
+from pgn_peft import onnx_export, prompter_files
 from pgn_peft.answers import compare_with_probe, map_scores, read_scores
 from pgn_peft.generator import PromptGenerator
 from pgn_peft.inversion import PixelPrompts
@@ -256,4 +256,4 @@ class ImagePrompter(nn.Module):
         Raises:
             ValueError: the prompts are no valid images.
         """
-        prompter_onnx.export_onnx(self, Path(path))
+        onnx_export.export_prompter(self, Path(path))

@@ -1,0 +1,341 @@
+"""What a step costs: PGN beside the other ways to adapt, beside the frozen model, and beside what the hardware allows.
+
+    python benchmarks/step_time.py
+    python benchmarks/step_time.py --models vit-s16 --methods pgn static frozen --compile --batch_sizes 1 8 64
+    python benchmarks/step_time.py --models vit-b32 --methods pgn --official path/to/checkout   # see official_code.py
+
+All methods of a model take turns in one process, forwards and backwards, and ratios are taken turn by turn, so that a
+busy machine bears on all of them alike. Seconds are medians. A training step is forward, backward and AdamW; weights
+are random, since their values cost nothing. "Floor" is the time of the step's counted operations at the rate of a large
+product of matrices, or of its bytes at the rate of a large copy, whichever is longer, both measured in the same turns.
+A method's floor counts what the method must do, not what its implementation does beside it.
+
+Peak memory is measured where there is an accelerator; on a CPU see `memory.py`, which gives each method a process.
+"saved" is what a step keeps for its way back.
+
+`--smoke`: a tiny model, in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.utils import logging as transformers_logging
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import bench
+import methods
+import official_code
+import timing
+
+from pgn_peft.preprocessing import Preprocessing
+
+# Width, heads, layers, patch side and image side.
+MODELS = {
+    "deit-tiny": (192, 3, 12, 16, 224),
+    "vit-s16": (384, 6, 12, 16, 224),
+    "vit-b32": (768, 12, 12, 32, 224),
+    "vit-b16": (768, 12, 12, 16, 224),
+    "smoke": (32, 2, 2, 8, 32),
+}
+NUM_LABELS = 10
+# PGN in its default form, in which the generator sees the image as it is, and as the training script has it.
+SIDES = {"pgn": None, "pgn, 64 px": 64}
+
+
+def linear(backbone: ViTForImageClassification, material: bench.Material, options: methods.Options) -> methods.Built:
+    """Train a head on the frozen model, without keeping its features."""
+    methods.new_head(backbone, len(material.names))
+    return methods.Adapted(backbone, material), [{"params": list(backbone.classifier.parameters()), "lr": 1e-3}]
+
+
+def frozen(backbone: ViTForImageClassification, material: bench.Material, options: methods.Options) -> methods.Built:
+    """Leave the model alone: the limit of inference."""
+    return methods.Adapted(backbone.requires_grad_(False), material), []
+
+
+METHODS: dict[str, Callable[..., methods.Built]] = {
+    "frozen": frozen,
+    "static": methods.static,
+    "pgn": methods.pgn,
+    "pgn, 64 px": methods.pgn,
+    "pgn-pixel": methods.pgn_pixel,
+    "vpt-deep": methods.vpt_deep,
+    "lora": methods.lora,
+    "linear": linear,
+    "full": methods.full,
+}
+
+
+def make_backbone(name: str, precision: str) -> ViTForImageClassification:
+    """Make a ViT with random weights."""
+    width, heads, layers, patch, side = MODELS[name]
+    # As in `bench.load_backbone`: torch's fused attention is slow in bfloat16 on CPUs.
+    plain = bench.DEVICE.type == "cpu" and precision == "bfloat16"
+    config = ViTConfig(
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        intermediate_size=4 * width,
+        patch_size=patch,
+        image_size=side,
+        num_labels=NUM_LABELS,
+        attn_implementation="eager" if plain else "sdpa",
+    )
+    return ViTForImageClassification(config).eval().to(bench.DEVICE)
+
+
+def make_material(side: int, batch_size: int) -> bench.Material:
+    """Make images of noise."""
+    pixels = torch.randint(0, 256, (max(batch_size, 16), 3, side, side), dtype=torch.uint8, device=bench.DEVICE)
+    labels = torch.arange(len(pixels), device=bench.DEVICE) % NUM_LABELS
+    preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, (side, side))
+    names = [f"class {index}" for index in range(NUM_LABELS)]
+    return bench.Material({"train": bench.Split(pixels, labels)}, names, preprocessing, None)
+
+
+class Runner:
+    """One method on one model: its training step and its inference.
+
+    Args:
+        model: pixels (B, C, H, W) in [0, 1] to logits.
+        groups: what is trained; nothing for the frozen model.
+        pixels: a batch of 8-bit pixels.
+        labels: (B,).
+        precision: see `bench.autocast`.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: list[dict[str, Any]], pixels: Tensor, labels: Tensor, precision: str
+    ) -> None:
+        self.model, self.precision = model, precision
+        self.pixels, self.labels = pixels.float() / 255, labels
+        self.optimizer = torch.optim.AdamW(groups) if groups else None
+        # Like the models that are compared, none has dropout, so training mode matters to BatchNorm alone.
+        self.call = model
+
+    def compile(self) -> None:
+        """Compile the whole model, without a break."""
+        self.call = torch.compile(self.model, fullgraph=True)
+
+    def forward(self) -> Tensor:
+        """Compute the loss."""
+        with bench.autocast(self.precision):
+            return F.cross_entropy(self.call(self.pixels).float(), self.labels)
+
+    def backward(self) -> None:
+        """Compute the loss and its gradients."""
+        self.model.train()
+        self.forward().backward()
+
+    def train(self) -> None:
+        """Make one training step."""
+        self.optimizer.zero_grad()
+        self.backward()
+        self.optimizer.step()
+
+    def infer(self) -> None:
+        """Compute the logits."""
+        self.model.eval()
+        with torch.inference_mode(), bench.autocast(self.precision):
+            self.call(self.pixels)
+
+    def peak(self, step: timing.Step) -> int | None:
+        """Return the most memory that is taken in a step, in bytes, the model included; None on a CPU."""
+        if bench.DEVICE.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+
+
+def make_runners(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Runner]:
+    """Make what is timed of one cell of the table."""
+    torch.manual_seed(0)
+    side, batch_size = MODELS[cell["model"]][-1], cell["batch_size"]
+    material = make_material(side, batch_size)
+    pixels, labels = (
+        tensor[:batch_size] for tensor in (material.splits["train"].pixels, material.splits["train"].labels)
+    )
+    runners = {}
+    for name in cell["methods"]:
+        backbone = make_backbone(cell["model"], cell["precision"])
+        prompts = cell["num_virtual_tokens"]
+        arguments = methods.Options(1e-3, prompts, SIDES.get(name, 64), {"library_size": cell["library_size"]})
+        model, groups = METHODS[name](backbone, material, arguments)
+        runners[name] = Runner(model.to(bench.DEVICE), groups, pixels, labels, cell["precision"])
+    for kind in ("vit", "clip") if cell["official"] else ():
+        model = official_code.load(
+            options.official, kind, NUM_LABELS, cell["num_virtual_tokens"], cell["library_size"]
+        )
+        adapted = Plain(model.to(bench.DEVICE), material)
+        trained = [{"params": [each for each in adapted.parameters() if each.requires_grad], "lr": 1e-3}]
+        runners[f"official, {kind}"] = Runner(adapted, trained, pixels, labels, cell["precision"])
+    if cell["compiled"]:
+        for runner in runners.values():
+            runner.compile()
+    return runners
+
+
+class Plain(methods.Adapted):
+    """A model that takes pixels by position and answers with logits alone."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Answer pixels in [0, 1] with logits."""
+        return self.model(methods.normalize(pixels, *self.scale))
+
+
+def moved_bytes(runner: Runner, saved: int, training: bool) -> int:
+    """Return the bytes that must pass through memory: weights, what is kept for the way back, AdamW's state."""
+    weights = sum(parameter.nbytes for parameter in runner.model.parameters())
+    if not training:
+        return weights
+    trained = sum(parameter.nbytes for parameter in runner.model.parameters() if parameter.requires_grad)
+    # Gradients are written and read; both moments and the weights are read and written.
+    return 2 * weights + 2 * saved + 8 * trained
+
+
+def measure(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Time all methods of a cell."""
+    runners = make_runners(cell, options)
+    yardsticks, read = timing.yardsticks(cell["precision"])
+    training = {name: runner.train for name, runner in runners.items() if runner.optimizer is not None}
+    train_seconds = timing.take_turns(training | yardsticks, options.rounds)
+    infer_seconds = timing.take_turns({name: runner.infer for name, runner in runners.items()}, options.rounds)
+    machine = read(train_seconds)
+    measured = {}
+    for name, runner in runners.items():
+        parameters = list(runner.model.parameters())
+        runner.call = runner.model  # counted as it is written, compiled or not
+        row = {
+            "inference_seconds": statistics.median(infer_seconds[name]),
+            "inference_floor": machine.floor(timing.count_flops(runner.infer), moved_bytes(runner, 0, training=False)),
+            "inference_peak_bytes": runner.peak(runner.infer),
+            "inference_ratios": {other: timing.ratio(infer_seconds, name, other) for other in runners},
+            "trainable_parameters": sum(each.numel() for each in parameters if each.requires_grad),
+        }
+        if name in training:
+            saved = timing.count_saved_bytes(runner.forward, parameters)
+            flops = timing.count_flops(runner.backward)
+            row |= {
+                "train_seconds": statistics.median(train_seconds[name]),
+                "train_flops": flops,
+                "train_floor": machine.floor(flops, moved_bytes(runner, saved, training=True)),
+                "saved_bytes": saved,
+                "train_peak_bytes": runner.peak(runner.train),
+                "train_ratios": {other: timing.ratio(train_seconds, name, other) for other in training},
+            }
+        measured[name] = row
+    return {
+        "machine": {"gigaflops": machine.flops / 1e9, "gigabytes_per_second": machine.bandwidth / 1e9},
+        "rounds": options.rounds,
+        "measured": measured,
+    }
+
+
+def table(row: dict[str, Any]) -> str:
+    """Write a cell of the table as Markdown."""
+    settings, measured = row["settings"], row["measured"]
+    head = ["training step, ms", "/ static", "/ full", "/ floor", "saved, MB", "inference, ms", "/ static", "/ frozen"]
+    if any(each["inference_peak_bytes"] for each in measured.values()):
+        head += ["training peak, MB", "/ static"]
+    lines = [
+        f"{settings['model']}, {settings['precision']}, {'compiled' if settings['compiled'] else 'eager'}, "
+        f"batch {settings['batch_size']}, P = {settings['num_virtual_tokens']}, L = {settings['library_size']}, "
+        f"{row['environment']['device']}, {row['environment']['threads']} threads",
+        "",
+        "| | " + " | ".join(head) + " |",
+        "|---" * (len(head) + 1) + "|",
+    ]
+    for name, each in measured.items():
+        train, infer = each.get("train_ratios", {}), each["inference_ratios"]
+        cells = ["", "", "", "", ""]
+        if train:
+            cells = [
+                f"{1e3 * each['train_seconds']:.0f}",
+                decimals(train.get("static")),
+                decimals(train.get("full")),
+                decimals(each["train_seconds"] / each["train_floor"]),
+                f"{each['saved_bytes'] / 1e6:.0f}",
+            ]
+        cells += [
+            f"{1e3 * each['inference_seconds']:.0f}",
+            decimals(infer.get("static")),
+            decimals(infer.get("frozen")),
+        ]
+        if len(head) > len(cells):
+            peak, static = each.get("train_peak_bytes"), measured.get("static", {}).get("train_peak_bytes")
+            cells += [f"{peak / 1e6:.0f}", decimals(peak / static if static else None)] if peak else ["", ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def decimals(number: float | None) -> str:
+    """Write a ratio with two decimals."""
+    return "" if number is None else f"{number:.2f}"
+
+
+def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """List the cells of the table that are asked for."""
+    return [
+        {
+            "benchmark": "step_time",
+            "model": model,
+            "methods": list(options.methods),
+            "official": options.official is not None,
+            "precision": precision,
+            "compiled": options.compile,
+            "batch_size": batch_size,
+            "num_virtual_tokens": options.num_virtual_tokens,
+            "library_size": options.library_size,
+            "threads": torch.get_num_threads(),
+        }
+        for model in options.models
+        for precision in options.precisions
+        for batch_size in options.batch_sizes
+    ]
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    real = [name for name in MODELS if name != "smoke"]
+    parser.add_argument("--models", nargs="+", choices=real, default=real)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--precisions", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[8])
+    parser.add_argument("--num_virtual_tokens", type=int, default=16)
+    parser.add_argument("--library_size", type=int, default=64)
+    parser.add_argument("--compile", action="store_true", help="compile each model as a whole")
+    parser.add_argument("--official", metavar="CHECKOUT", help="time the official code too, with --models vit-b32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="by default all cores")
+    parser.add_argument("--results", default="outputs/step_time.jsonl", help="file of JSON lines, appended to")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, in seconds")
+    options = parser.parse_args(command_line)
+    if options.official and options.models != ["vit-b32"]:
+        parser.error(f"--official has a ViT-B/32 only, but got --models {' '.join(options.models)}: --models vit-b32")
+    transformers_logging.set_verbosity_error()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.smoke:
+            options.models, options.batch_sizes, options.rounds = ["smoke"], [2], 2
+            options.precisions, options.num_virtual_tokens = ["float32"], 4
+            options.results = f"{folder}/results.jsonl"
+        results = bench.Results(options.results)
+        for cell in cells(options):
+            print(table(results.get(cell, lambda cell=cell: measure(cell, options))), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
