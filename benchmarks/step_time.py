@@ -6,9 +6,9 @@
 
 All methods of a model take turns in one process, forwards and backwards, and ratios are taken turn by turn, so that a
 busy machine bears on all of them alike. Seconds are medians. A training step is forward, backward and AdamW; weights
-are random, since their values cost nothing. "Floor" is the time of the step's counted operations at the rate of a large
-product of matrices, or of its bytes at the rate of a large copy, whichever is longer, both measured in the same turns.
-A method's floor counts what the method must do, not what its implementation does beside it.
+are random, since their values cost nothing. "Floor" is the time of the step's counted operations at the rate of a
+large product of matrices, or of its bytes at the rate of a large copy, whichever is longer, both measured in the same
+turns; "/ floor" is how many times as long the step takes.
 
 Peak memory is measured where there is an accelerator; on a CPU see `memory.py`, which gives each method a process.
 "saved" is what a step keeps for its way back.
@@ -164,20 +164,16 @@ def make_runners(cell: dict[str, Any], options: argparse.Namespace) -> dict[str,
     torch.manual_seed(0)
     side, batch_size = MODELS[cell["model"]][-1], cell["batch_size"]
     material = make_material(side, batch_size)
-    pixels, labels = (
-        tensor[:batch_size] for tensor in (material.splits["train"].pixels, material.splits["train"].labels)
-    )
+    pixels, labels = material.splits["train"].pixels[:batch_size], material.splits["train"].labels[:batch_size]
+    prompts, library = cell["num_virtual_tokens"], cell["library_size"]
     runners = {}
     for name in cell["methods"]:
         backbone = make_backbone(cell["model"], cell["precision"])
-        prompts = cell["num_virtual_tokens"]
-        arguments = methods.Options(1e-3, prompts, SIDES.get(name, 64), {"library_size": cell["library_size"]})
+        arguments = methods.Options(1e-3, prompts, SIDES.get(name, 64), {"library_size": library})
         model, groups = METHODS[name](backbone, material, arguments)
         runners[name] = Runner(model.to(bench.DEVICE), groups, pixels, labels, cell["precision"])
     for kind in ("vit", "clip") if cell["official"] else ():
-        model = official_code.load(
-            options.official, kind, NUM_LABELS, cell["num_virtual_tokens"], cell["library_size"]
-        )
+        model = official_code.load(options.official, kind, NUM_LABELS, prompts, library)
         adapted = Plain(model.to(bench.DEVICE), material)
         trained = [{"params": [each for each in adapted.parameters() if each.requires_grad], "lr": 1e-3}]
         runners[f"official, {kind}"] = Runner(adapted, trained, pixels, labels, cell["precision"])

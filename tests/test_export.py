@@ -51,8 +51,7 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.slow
-@forms
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("form", "training"), [("latent", True), ("latent", False), ("canvas", True)])
 def test_it_is_not_compiled_again_for_another_batch_size(form, training):
     torch.compiler.reset()
     # Transformers' loss writes the problem type into the model's config in the first step, unless it is there.
@@ -65,7 +64,7 @@ def test_it_is_not_compiled_again_for_another_batch_size(form, training):
         else:
             answer(compiled, images(count))
 
-    # Two compilations where there is a generator: torch chooses its convolution on CPUs by whether there are 16 images.
+    # Twice where there is a generator: torch chooses its convolution on CPUs by whether there are 16 images.
     for first, others in ((2, (3, 7, 15)), (16, (40, 5))):
         step(first)
         with torch.compiler.set_stance("fail_on_recompile"):
@@ -84,7 +83,7 @@ def test_an_exported_program_answers_as_the_model(form):
 
 
 @pytest.mark.slow
-@forms
+@pytest.mark.parametrize("form", ["latent", "resized", "factorised", "canvas"])
 def test_onnx_gives_the_same_logits(form, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = make(form)
