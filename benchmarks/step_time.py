@@ -77,9 +77,9 @@ METHODS: dict[str, Callable[..., methods.Built]] = {
 }
 
 
-def make_backbone(name: str, precision: str) -> ViTForImageClassification:
-    """Make a ViT with random weights."""
-    width, heads, layers, patch, side = MODELS[name]
+def make_backbone(name: str, precision: str, image_side: int | None = None) -> ViTForImageClassification:
+    """Make a ViT with random weights, for images of its own size or of another one."""
+    width, heads, layers, patch, own_side = MODELS[name]
     # As in `bench.load_backbone`: torch's fused attention is slow in bfloat16 on CPUs.
     plain = bench.DEVICE.type == "cpu" and precision == "bfloat16"
     config = ViTConfig(
@@ -88,7 +88,7 @@ def make_backbone(name: str, precision: str) -> ViTForImageClassification:
         num_hidden_layers=layers,
         intermediate_size=4 * width,
         patch_size=patch,
-        image_size=side,
+        image_size=image_side or own_side,
         num_labels=NUM_LABELS,
         attn_implementation="eager" if plain else "sdpa",
     )
