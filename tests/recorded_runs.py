@@ -44,7 +44,7 @@ def recorded_run(command):
         script.make_trainer = make
     model = trainers[0].model
     tensors = {name.replace(".default.", "."): t.clone() for name, t in model.state_dict().items() if "pgn_" in name}
-    return {"images": images, "error": error, "tensors": tensors}
+    return {"images": images, "error": error, "tensors": tensors, "precision": trainers[0].accelerator.mixed_precision}
 
 
 def several_labels(steps_to_accumulate):
