@@ -17,9 +17,9 @@ For a model that can only be called: prompts that are valid pixels, and the mode
         --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --initial_logit_std 4 \
         --output_dir outputs/my-adapter
 
-Two processes (Accelerate calls that multi_gpu everywhere; on a CPU, add --use_cpu after the script):
+Several processes, on GPUs or (with --use_cpu) on a CPU; `docs/scaling.md`:
 
-    accelerate launch --multi_gpu --num_processes 2 examples/train_image_classifier.py ...
+    accelerate launch --config_file examples/accelerate/one_machine_gpus.yaml examples/train_image_classifier.py ...
 
 It needs `image_data.py`, `recipes.py`, `adapter_arguments.py` and `card_facts.py` beside it. After an interruption,
 the same command with --resume_from_checkpoint true goes on from the last complete checkpoint. With --push_to_hub true
@@ -62,7 +62,8 @@ from transformers import (
 )
 
 from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, ImagePrompter, PGNConfig
-from pgn_peft.training import EqualStatistics, last_complete_checkpoint, parameter_groups
+from pgn_peft.processes import EqualStatistics, SameSteps, synchronise_batch_norm
+from pgn_peft.training import last_complete_checkpoint, parameter_groups
 
 
 @dataclass
@@ -84,6 +85,9 @@ class Arguments(TrainingArguments):
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "By default three times the generator's; with 'sgd' the same."}
+    )
+    sync_batch_norm: bool = field(
+        default=False, metadata={"help": "Batch norms of the generator see the images of all processes; GPUs only."}
     )
     num_train_epochs: float = 12
     per_device_train_batch_size: int = 25
@@ -176,7 +180,7 @@ def make_trainer(
             predictions=np.argmax(outcome.predictions, axis=-1), references=outcome.label_ids
         ),
         optimizers=(optimizer, None),
-        callbacks=[EqualStatistics()],
+        callbacks=[EqualStatistics(), SameSteps()],
         processing_class=processor,
         facts=facts,
     )
@@ -221,6 +225,8 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     trainer = make_trainer(
         model, splits, arguments, parameters, len(labels), data.image_size, processor, describe_data(data.dataset)
     )
+    if arguments.sync_batch_norm:
+        synchronise_batch_norm(model)
     checkpoint = None
     if resume:
         named = arguments.resume_from_checkpoint not in ("true", "True", True)

@@ -9,7 +9,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, HfApi
+from torch import Tensor
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer, parse_log_history
 from transformers.trainer_utils import HubStrategy
@@ -18,6 +20,7 @@ from transformers.utils import PushInProgress
 from pgn_peft import publishing
 from pgn_peft.classifier import Classifier
 from pgn_peft.model_card import CardFacts
+from pgn_peft.processes import check_processes_meet
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,9 @@ STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 
 class AdapterTrainer(Trainer):
     """Transformers' `Trainer`, whose pushes hold the adapter, its image processor and a card, and no pickles.
+
+    Differs from it also where labels are numbers, for regression or several labels an image: `Trainer` multiplies such
+    losses by the number of processes and of accumulated batches.
 
     The card's hyperparameters, its table of evaluations and, where the data set has a name, the last evaluation's
     metrics come from the run.
@@ -37,12 +43,13 @@ class AdapterTrainer(Trainer):
 
     Raises:
         TypeError: there is something to push and no image processor.
-        ValueError: `hub_strategy` is one that publishes whole checkpoints, or the base model is a folder that nobody
-            else has.
+        ValueError: `hub_strategy` is one that publishes whole checkpoints, the base model is a folder that nobody
+            else has, or processes were started together that do not know each other.
     """
 
     def __init__(self, *args: Any, facts: CardFacts | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_processes_meet(self.args)
         self.facts = facts or CardFacts()
         if self.args.push_to_hub and self.args.hub_strategy not in STRATEGIES:
             raise ValueError(
@@ -57,6 +64,15 @@ class AdapterTrainer(Trainer):
         if self.args.push_to_hub and self.is_world_process_zero():
             # Now, rather than after hours of training.
             publishing.check_shareable(self.classifier.model, self.hub_model_id)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        # Trainer lets a loss divide by the number of labels in all processes and accumulated batches. Cross-entropy
+        # does; the losses of numbers (regression, several labels an image) are means whatever they are told, and were
+        # multiplied by the number of processes and of accumulated batches.
+        labels = batch_samples[0].get("labels") if batch_samples else None
+        if isinstance(labels, Tensor) and labels.is_floating_point():
+            return None
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     @property
     def classifier(self) -> Classifier:

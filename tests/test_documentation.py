@@ -47,6 +47,13 @@ def test_the_guides_code_runs(page, run):
     assert run(page)
 
 
+def test_the_arithmetic_of_scaling_is_what_its_code_prints(run, capsys):
+    run("docs/scaling.md")
+    printed = capsys.readouterr().out
+    assert "hours an epoch" in printed
+    assert f"```\n{printed}```\n" in (ROOT / "docs/scaling.md").read_text()
+
+
 def test_the_readmes_code_runs(run):
     source = "\n".join(blocks("README.md", "python"))
     assert "get_peft_model" in source

@@ -1,4 +1,4 @@
-"""The scripts that users copy: their smoke modes, resuming after a kill, two processes."""
+"""The scripts that users copy: their smoke modes, resuming after a kill. Two processes: test_many_processes.py."""
 
 import csv
 import json
@@ -127,43 +127,6 @@ def test_a_killed_run_resumes_to_the_same_weights(finished, material, tmp_path):
     assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():
         assert torch.equal(resumed[name], tensor), f"{name} differs after resuming"
-
-
-def test_two_processes_save_what_both_hold(material, tmp_path):
-    folder = tmp_path / "two"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    # Without reloading the best checkpoint, which would make both ranks equal whatever had happened before.
-    command = with_output(material[1], folder, "--load_best_model_at_end", "false")[1:]
-    # Each rank writes down what it holds at the end.
-    wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(
-        f"""
-import os, runpy, sys
-sys.path.insert(0, {str(ROOT / "examples")!r})
-import train_image_classifier as script
-from safetensors.torch import save_file
-trainers = []
-make = script.make_trainer
-def remember(*arguments):
-    trainers.append(make(*arguments))
-    return trainers[-1]
-script.make_trainer = remember
-script.main(sys.argv[1:])
-tensors = {{name: t.clone() for name, t in trainers[0].model.state_dict().items() if "pgn_" in name}}
-save_file(tensors, os.path.join({str(tmp_path)!r}, f"rank{{os.environ['RANK']}}.safetensors"))
-"""
-    )
-    output = run(*launch, "--main_process_port", str(20000 + os.getpid() % 10000), wrapper, *command[1:])
-    assert output.count("test accuracy") == 1
-    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
-    statistics = [name for name in first if "running_" in name]
-    assert statistics
-    for name, tensor in first.items():
-        assert torch.equal(second[name], tensor), f"{name} differs between the processes"
-    saved = load_file(folder / "adapter_model.safetensors")
-    for name, tensor in first.items():
-        name = "base_model.model." + name.removeprefix("base_model.model.").replace(".default.", ".")
-        assert torch.equal(saved[name], tensor), f"{name} was saved differently"
 
 
 def test_parquet_files_another_size_and_a_static_control(material, tmp_path):

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from pgn_peft import ImageCollator
-from pgn_peft.training import broadcast_statistics, last_complete_checkpoint, parameter_groups
+from pgn_peft.training import last_complete_checkpoint, parameter_groups
 
 NAMES = {0: "dark", 1: "bright"}
 
@@ -39,13 +39,6 @@ def test_each_trainable_parameter_is_in_one_group_with_its_rate():
 def test_a_frozen_model_has_no_groups():
     with pytest.raises(ValueError, match="`model` must have trainable parameters, but got a frozen one"):
         parameter_groups(tiny_vit().requires_grad_(False), 1e-3)
-
-
-def test_broadcasting_in_a_single_process_does_nothing():
-    model = adapted()
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    broadcast_statistics(model)
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def rows(count=24):
@@ -144,11 +137,35 @@ def test_no_complete_checkpoint(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
 
 
-def test_a_checkpoint_is_complete_for_its_number_of_processes(run):
-    assert last_complete_checkpoint(run, world_size=2) is None
-    for rank in range(2):
-        shutil.copy(run / "checkpoint-18/rng_state.pth", run / f"checkpoint-18/rng_state_{rank}.pth")
-    assert last_complete_checkpoint(run, world_size=2) == run / "checkpoint-18"
+def as_if_saved_by(processes, checkpoint):
+    for rank in range(processes):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    (checkpoint / "rng_state.pth").unlink()
+
+
+def test_a_checkpoint_will_do_for_another_number_of_processes(run, caplog):
+    for world_size in (1, 2):
+        assert last_complete_checkpoint(run, world_size) == run / "checkpoint-20"
+    assert "checkpoint-20 was saved by 1 process(es), not 2: random numbers start anew" in caplog.text
+    as_if_saved_by(3, run / "checkpoint-20")
+    for world_size in (1, 2, 3, 4):
+        assert last_complete_checkpoint(run, world_size) == run / "checkpoint-20"
+    assert "was saved by 3 process(es), not 1" in caplog.text
+    assert "not 3" not in caplog.text
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_crash_that_lost_a_process_is_no_other_number_of_processes(run, missing, world_size):
+    as_if_saved_by(2, run / "checkpoint-20")
+    (run / f"checkpoint-20/rng_state_{missing}.pth").unlink()
+    assert last_complete_checkpoint(run, world_size) == run / "checkpoint-18"
+
+
+def test_a_damaged_random_state_of_another_number_of_processes(run):
+    as_if_saved_by(2, run / "checkpoint-20")
+    flip_a_byte(run / "checkpoint-20/rng_state_1.pth")
+    assert last_complete_checkpoint(run) == run / "checkpoint-18"
 
 
 def test_a_checkpoint_of_an_adapter_with_a_name(run):
