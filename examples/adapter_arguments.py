@@ -68,6 +68,8 @@ class AdapterArguments:
             image_std=list(processor.image_std) if in_pixels else None,
             head=self.head,
             label_mapping=mapping,
+            # Transformers' loss would find out in the first step, and a compiled model be compiled again.
+            problem_type="single_label_classification" if len(labels) > 1 else None,
             # A frozen head without a mapping has the model's labels.
             id2label=None if self.head == "frozen" and mapping is None else dict(enumerate(labels)),
         )

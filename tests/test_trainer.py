@@ -9,6 +9,7 @@ from conftest import tiny_config, tiny_vit
 from huggingface_hub import ModelCard
 from loopback_hub import Fault
 from peft import get_peft_model
+from safetensors.torch import load_file
 from test_hub import FILES, hub, run  # noqa: F401  (fixtures)
 from transformers import Trainer, TrainingArguments, ViTImageProcessor
 
@@ -58,6 +59,27 @@ def test_it_trains_and_saves_as_trainer_does(tmp_path):
         assert torch.equal(ours.model.state_dict()[name], tensor), name
     names = [{path.name for path in (tmp_path / cls.__name__).rglob("*")} for cls in (AdapterTrainer, Trainer)]
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_and_saves_the_same(tmp_path):
+    torch.compiler.reset()
+    plain, compiled = (
+        make_trainer(
+            tmp_path / str(compile), torch_compile=compile, torch_compile_backend="aot_eager" * compile or None
+        )
+        for compile in (False, True)
+    )
+    compiled.model.load_state_dict(plain.model.state_dict())
+    for trainer in (plain, compiled):
+        torch.manual_seed(0)
+        trainer.train()
+    files = [
+        load_file(trainer.args.output_dir + "/checkpoint-4/adapter_model.safetensors") for trainer in (plain, compiled)
+    ]
+    assert files[0].keys() == files[1].keys()
+    for name, tensor in files[0].items():
+        torch.testing.assert_close(files[1][name], tensor, msg=name)
 
 
 def test_the_card_shows_the_run(tmp_path):
