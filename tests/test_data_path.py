@@ -61,6 +61,8 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         patch.setenv("HF_DATASETS_CACHE", str(folder))
+        # Whenever a stream of parquet files is closed, datasets waits five seconds for pyarrow's threads.
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         yield
 
 
@@ -496,7 +498,8 @@ def test_two_processes_train_on_a_stream(command, tmp_path):
         f"""
 import os, sys
 sys.path[:0] = [{str(ROOT / "examples")!r}, {str(ROOT / "tests")!r}]
-import image_stream, train_image_classifier
+import datasets, image_stream, train_image_classifier
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.5
 from test_data_path import numbers
 seen, collate = [], image_stream.StreamCollator.__call__
 def remember(self, examples):
