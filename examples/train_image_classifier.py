@@ -247,7 +247,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
             trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"] if "test" in splits else None
         ),
         "train_images_per_second": outcome.metrics["train_samples_per_second"],
-        "epochs": arguments.num_train_epochs,
+        "epochs": None if arguments.max_steps > 0 else arguments.num_train_epochs,
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
     }

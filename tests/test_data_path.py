@@ -231,6 +231,7 @@ def load(source, buffer=5, seed=0, **more):
 def test_a_stream_is_endless_shuffled_and_the_same_for_the_same_seed(folder):
     splits = load(folder)
     assert isinstance(splits["train"], IterableDataset)
+    assert splits["train"].num_shards == 4
     assert splits["train"].features["label"].names == ["blue", "red"]
     assert [numbers([row]) for row in load(folder, seed=0)["train"].take(50)] == [
         numbers([row]) for row in splits["train"].take(50)
@@ -244,7 +245,7 @@ def test_a_stream_is_endless_shuffled_and_the_same_for_the_same_seed(folder):
     assert len(splits["validation"]) == 8
 
 
-def test_a_folder_of_images_is_streamed_in_mixed_order_and_split(tmp_path):
+def test_a_folder_of_images_is_streamed_in_mixed_order_and_split(tmp_path, monkeypatch):
     for index, row in enumerate(pictures(60)):
         name = FEATURES["label"].names[row["label"]]
         (tmp_path / name).mkdir(exist_ok=True)
@@ -256,6 +257,13 @@ def test_a_folder_of_images_is_streamed_in_mixed_order_and_split(tmp_path):
     assert 4 < sum(labels[:24]) < 20  # the folder has all of one class first
     assert len(set(numbers(splits["train"].take(48)))) == 48
     assert splits["train"].num_shards > 1
+    # With splits of its own nothing has mixed the images before, and in one piece nothing else does.
+    cut = tmp_path / "cut"
+    for name in "blue", "red":
+        shutil.copytree(tmp_path / name, cut / "train" / name)
+        shutil.copytree(tmp_path / name, cut / "validation" / name)
+    monkeypatch.setattr(image_stream, "FOLDER_SHARDS", 1)
+    assert 4 < sum(row["label"] for row in load(cut, buffer=1)["train"].take(30)) < 26
 
 
 def test_an_id_on_the_hub_is_streamed_and_its_validation_images_are_kept(folder, monkeypatch, tmp_path):
@@ -303,6 +311,12 @@ def test_sources_that_cannot_be_streamed_say_what_is_missing(tmp_path, files, la
         rows.to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(SystemExit, match=message):
         load(tmp_path)
+
+
+def test_the_row_groups_of_a_single_file_are_divided_as_files_are(folder, tmp_path):
+    pictures(40).to_parquet(tmp_path / "train.parquet", batch_size=8)
+    shutil.copy(folder / "validation.parquet", tmp_path)
+    assert load(tmp_path)["train"].num_shards == 5
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -428,10 +442,11 @@ def test_the_loader_gets_the_cores_that_a_process_has(monkeypatch, cores, proces
     assert image_loading.default_workers(accelerated=False) == 0
 
 
-def test_what_is_asked_of_the_loader_is_kept(tmp_path):
-    arguments = options(tmp_path)
+def test_what_is_asked_of_the_loader_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    arguments = options(tmp_path, use_cpu=False)
     assert (arguments.dataloader_num_workers, arguments.dataloader_persistent_workers) == (0, False)
-    assert arguments.dataloader_pin_memory is False  # on a CPU torch would warn
+    assert arguments.dataloader_pin_memory is False  # torch would warn
     arguments = options(tmp_path, dataloader_num_workers=2)
     assert (arguments.dataloader_num_workers, arguments.dataloader_persistent_workers) == (2, True)
     arguments = options(tmp_path, dataloader_num_workers=2, dataloader_persistent_workers=False)
