@@ -1,18 +1,18 @@
-"""Images for `train_image_classifier.py`: where they come from, how they are augmented, how they become tensors."""
+"""Images for `train_image_classifier.py`: where they come from, and how they are split."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, load_dataset
 from huggingface_hub.errors import HFValidationError
 from recipes import RECIPES, Recipe
-from torchvision.transforms import v2
 from transformers import AutoImageProcessor
+
+Rows = Dataset | IterableDataset
 
 
 @dataclass
@@ -34,7 +34,24 @@ class DataArguments:
             "choices": ["official", "flip", "none"],
         },
     )
+    augment_on: str = field(
+        default="loader",
+        metadata={
+            "help": "'loader': one by one, before resizing; 'device': a batch at once, where the model is. For GPUs.",
+            "choices": ["loader", "device"],
+        },
+    )
     image_size: int | None = field(default=None, metadata={"help": "Side of the images in pixels; None: the model's."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the training images as they come, without a copy on disk. Needs --max_steps."},
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "With streaming: images, still encoded, among which the next one is drawn."}
+    )
+    cache_images: bool = field(
+        default=False, metadata={"help": "Decode, resize and crop the images once, and keep their pixels on disk."}
+    )
 
 
 def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
@@ -47,35 +64,12 @@ def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
         SystemExit: there are no training images, a column is missing, a class is too small to be split, or the splits
             have different classes.
     """
-    recipe = Recipe(arguments.dataset, 0)
-    if not Path(arguments.dataset).exists():
-        recipe = RECIPES.get(arguments.dataset, recipe)
-    splits = _read(recipe.dataset, recipe.configuration)
-    for name in ("val", "valid", "dev"):
-        if name in splits and "validation" not in splits:
-            splits["validation"] = splits.pop(name)
-    if "train" not in splits:
-        raise SystemExit(
-            f"`dataset` must have a split 'train', but got {arguments.dataset!r} with {', '.join(splits)}. Rename its "
-            "training split."
-        )
-    columns = {
-        arguments.image_column or recipe.image_column: "image",
-        arguments.label_column or recipe.label_column: "label",
-    }
-    for column in columns:
-        if column not in splits["train"].column_names:
-            raise SystemExit(
-                f"`image_column` and `label_column` must be columns of the data set, but got {column!r}. It has: "
-                f"{', '.join(splits['train'].column_names)}. (A folder of images needs one subfolder a class, and no "
-                "images beside these.)"
-            )
-    splits = splits.select_columns(list(columns))
-    splits = splits.rename_columns({old: new for old, new in columns.items() if old != new})
-    splits = splits.cast_column("image", Image(mode="RGB"))
+    recipe = find_recipe(arguments.dataset)
+    splits = name_splits(_read(recipe.dataset, recipe.configuration), arguments.dataset)
+    splits = DatasetDict({name: name_columns(rows, arguments, recipe) for name, rows in splits.items()})
     if not isinstance(splits["train"].features["label"], ClassLabel):
         splits = splits.class_encode_column("label")
-    _check_classes(splits)
+    check_classes(splits, splits["train"].features["label"].names)
     if "validation" not in splits:
         has_test = "test" in splits
         counts = Counter(splits["train"]["label"])
@@ -94,21 +88,68 @@ def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
     return splits
 
 
-def _read(source: str, configuration: str | None) -> DatasetDict:
-    folder = Path(source)
-    files: dict[str, list[str]] = {}
+def find_recipe(dataset: str) -> Recipe:
+    """Return where a data set is: a folder, a name in recipes.py, or an id on the Hub."""
+    recipe = Recipe(dataset, 0)
+    return recipe if Path(dataset).exists() else RECIPES.get(dataset, recipe)
+
+
+def name_splits(splits: dict[str, Rows], dataset: str) -> dict[str, Rows]:
+    """Give the splits the names train, validation and test."""
+    for name in ("val", "valid", "dev"):
+        if name in splits and "validation" not in splits:
+            splits["validation"] = splits.pop(name)
+    if "train" not in splits:
+        raise SystemExit(
+            f"`dataset` must have a split 'train', but got {dataset!r} with {', '.join(splits)}. Rename its training "
+            "split."
+        )
+    return splits
+
+
+def name_columns(rows: Rows, arguments: DataArguments, recipe: Recipe, decode: bool = True) -> Rows:
+    """Give a split's columns the names `image`, read as RGB (or left encoded), and `label`."""
+    columns = {
+        arguments.image_column or recipe.image_column: "image",
+        arguments.label_column or recipe.label_column: "label",
+    }
+    names = rows.column_names or ()
+    for column in columns:
+        if column not in names:
+            raise SystemExit(
+                f"`image_column` and `label_column` must be columns of the data set, but got {column!r}. It has: "
+                f"{', '.join(names)}. (A folder of images needs one subfolder a class, and no images beside these.)"
+            )
+    rows = rows.select_columns(list(columns))
+    rows = rows.rename_columns({old: new for old, new in columns.items() if old != new})
+    return rows.cast_column("image", Image(mode="RGB", decode=decode))
+
+
+def find_parquet(source: str) -> dict[str, list[str]]:
+    """Return the parquet files of each split in a folder; nothing for a folder of images, or the id of a data set."""
+    folder, files = Path(source), {}
     for file in sorted(folder.rglob("*.parquet")) if folder.is_dir() else ():
         split = re.sub(r"-\d{5}-of-\d{5}.*", "", file.stem)  # as data sets are cut on the Hub
         files.setdefault(split, []).append(str(file))
-    if files:
-        # One by one: together, all splits would get the class names of the first, right or wrong.
-        return DatasetDict(
-            {split: load_dataset("parquet", data_files=names, split="train") for split, names in files.items()}
-        )
+    return files
+
+
+def _read(source: str, configuration: str | None) -> dict[str, Dataset]:
+    splits = {name: read_parquet(files) for name, files in find_parquet(source).items()}
+    return splits or read_source(source, configuration)
+
+
+def read_parquet(files: list[str], streaming: bool = False) -> Rows:
+    """Open the parquet files of one split: together, all would get the class names of the first, wrong or not."""
+    return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+
+
+def read_source(source: str, configuration: str | None, streaming: bool = False) -> dict[str, Rows]:
+    """Open a folder of images, or a data set on the Hub."""
     try:
-        if folder.is_dir():
-            return load_dataset("imagefolder", data_dir=source)
-        return load_dataset(source, configuration)
+        if Path(source).is_dir():
+            return load_dataset("imagefolder", data_dir=source, streaming=streaming)
+        return load_dataset(source, configuration, streaming=streaming)
     except (OSError, ValueError, HFValidationError) as error:
         raise SystemExit(
             f"`dataset` must be a folder of images or parquet files, or the id of a data set, but got {source!r}: "
@@ -130,8 +171,8 @@ def _divide(rows: Dataset, share: float | int, seed: int, counts: Counter) -> tu
     return cut["train"], cut["test"]
 
 
-def _check_classes(splits: DatasetDict) -> None:
-    names = splits["train"].features["label"].names
+def check_classes(splits: DatasetDict, names: list[str]) -> None:
+    """Refuse splits with images without a class, or with other classes than these."""
     for split, rows in splits.items():
         found = set(rows["label"])
         if None in found or -1 in found:
@@ -152,37 +193,3 @@ def load_processor(model_name_or_path: str, image_size: int | None, revision: st
         if getattr(processor, "crop_size", None) is not None:
             processor.crop_size = square
     return processor
-
-
-AUGMENTATIONS = {
-    "official": v2.Compose(
-        [
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
-            v2.RandomSolarize(threshold=128, p=0.2),
-        ]
-    ),
-    "flip": v2.RandomHorizontalFlip(),
-    "none": v2.Identity(),
-}
-
-
-def add_transforms(splits: DatasetDict, processor, augmentation: str) -> Callable:
-    """Let each split turn its images into `pixel_values` as they are read, the training images augmented.
-
-    Returns:
-        The transform without augmentation.
-    """
-
-    def transform(augment):
-        def apply(batch):
-            images = [augment(image) for image in batch["image"]]
-            batch["pixel_values"] = processor(images=images, return_tensors="pt")["pixel_values"]
-            return {"pixel_values": batch["pixel_values"], "labels": batch["label"]}
-
-        return apply
-
-    for split in splits:
-        splits[split].set_transform(transform(AUGMENTATIONS[augmentation if split == "train" else "none"]))
-    return transform(AUGMENTATIONS["none"])

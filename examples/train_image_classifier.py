@@ -21,8 +21,8 @@ Several processes, on GPUs or (with --use_cpu) on a CPU; `docs/scaling.md`:
 
     accelerate launch --config_file examples/accelerate/one_machine_gpus.yaml examples/train_image_classifier.py ...
 
-It needs `image_data.py`, `recipes.py`, `adapter_arguments.py` and `card_facts.py` beside it. After an interruption,
-the same command with --resume_from_checkpoint true goes on from the last complete checkpoint. With --push_to_hub true
+It needs `image_*.py`, `recipes.py`, `adapter_arguments.py` and `card_facts.py` beside it. After an interruption, the
+same command with --resume_from_checkpoint true goes on from the last complete checkpoint. With --push_to_hub true
 --hub_model_id user/name the adapter is published after each epoch and at the end; `share_on_hub.py` publishes one that
 is there. `--smoke` runs the whole script offline on a tiny model and a few generated images, in seconds; it ends with
 
@@ -51,13 +51,14 @@ import torch
 from adapter_arguments import AdapterArguments, find_label_mapping, start_library
 from card_facts import add_results, describe_data
 from datasets import DatasetDict, Features, Value
-from image_data import DataArguments, add_transforms, load_processor, load_splits
+from image_data import DataArguments, load_processor
+from image_loading import LoaderArguments, prepare_images
+from image_stream import load_images, prepare_streaming
 from peft import PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score
 from transformers import (
     AutoModelForImageClassification,
     HfArgumentParser,
-    TrainingArguments,
     set_seed,
 )
 
@@ -67,7 +68,7 @@ from pgn_peft.training import last_complete_checkpoint, parameter_groups
 
 
 @dataclass
-class Arguments(TrainingArguments):
+class Arguments(LoaderArguments):
     """`TrainingArguments` with defaults that suit adapters."""
 
     recipe: str = field(
@@ -199,26 +200,29 @@ def check_same_adapter(wanted: PGNConfig, found: PGNConfig) -> None:
 
 def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict:
     """Train, evaluate and save; return what results.json holds."""
+    prepare_streaming(data, arguments)
     resume = arguments.resume_from_checkpoint not in (None, "", "false", "False")
     check_output_dir(arguments.output_dir, resume)
     set_seed(arguments.seed)
     with arguments.main_process_first(desc="loading the data"):
-        splits = load_splits(data, seed=0)
+        splits = load_images(data, seed=0, shuffle_seed=arguments.seed)
     labels = splits["train"].features["label"].names
     processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
     adapter.config(labels, processor, data.image_size, None if adapter.head == "trained" else [*range(len(labels))])
-    as_they_are = splits["train"].with_transform(add_transforms(splits, processor, data.augmentation))
+    with arguments.main_process_first(desc="caching the images"):
+        images = prepare_images(splits, processor, data, arguments.dataloader_num_workers)
+    splits = images.splits
     backbone = AutoModelForImageClassification.from_pretrained(
         adapter.model_name_or_path, revision=adapter.model_revision
     )
     mapping = None
     if adapter.label_mapping:
         interpolate = data.image_size not in (None, backbone.config.image_size)
-        mapping = find_label_mapping(backbone, as_they_are, interpolate)
+        mapping = find_label_mapping(backbone, images.as_they_are(), interpolate)
     config = adapter.config(labels, processor, data.image_size, mapping)
     model: PeftModel = get_peft_model(backbone, config, revision=adapter.model_revision)
     if config.prompt_space == "pixel":
-        start_library(model, as_they_are, processor)
+        start_library(model, images.as_they_are(), processor)
     trainable, _ = model.get_nb_trainable_parameters()
 
     parameters = parameter_groups(model, **arguments.rates(config.prompt_space), weight_decay=arguments.weight_decay)
@@ -227,6 +231,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     )
     if arguments.sync_batch_norm:
         synchronise_batch_norm(model)
+    images.attach(trainer)
     checkpoint = None
     if resume:
         named = arguments.resume_from_checkpoint not in ("true", "True", True)
@@ -242,13 +247,13 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
 
     results = {
         "trainable_parameters": trainable,
-        "train_images": len(splits["train"]),
+        "train_images": images.count(arguments),
         "validation_accuracy": trainer.evaluate(splits["validation"])["eval_accuracy"],
         "test_accuracy": (
             trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"] if "test" in splits else None
         ),
         "train_images_per_second": outcome.metrics["train_samples_per_second"],
-        "epochs": arguments.num_train_epochs,
+        "epochs": None if arguments.max_steps > 0 else arguments.num_train_epochs,
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
     }
