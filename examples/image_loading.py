@@ -48,7 +48,7 @@ class LoaderArguments(TrainingArguments):
 def default_workers(accelerated: bool) -> int:
     """Return how many workers a process's loader gets.
 
-    None on a CPU: there a training step takes many times as long as its images, on the cores that workers would need.
+    None on a CPU: there a step takes several times as long as its images, on the cores that workers would need.
     """
     if not accelerated:
         return 0
