@@ -131,7 +131,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
         below.plot(values, [each / 1e6 for each in row["memory_bytes"]], "o-", color="C2")
         below.set_xlabel(row["settings"]["knob"].replace("_", " "))
         for axis in (above, below):
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * axis.dataLim.y1)
             axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("milliseconds a step")
     axes[1, 0].set_ylabel("memory, MB")
