@@ -43,6 +43,17 @@ def _group_norm(channels: int) -> nn.Module:
 NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm2d, "group": _group_norm}
 
 
+class PointwiseConv2d(nn.Conv2d):
+    """A convolution of single pixels whose gradient has the weight's own strides, whatever the images' are.
+
+    For images in channels-last torch gives it others, equal in effect, at which DistributedDataParallel warns.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
+        return self._conv_forward(input, self.weight.flatten(1)[..., None, None], self.bias)
+
+
 class ResidualBlock(nn.Module):
     """conv-norm-ReLU-conv-norm plus a shortcut, then ReLU of the sum.
 
@@ -56,7 +67,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.norm2 = norm(out_channels)
         self.shortcut = (
-            nn.Identity() if stride == 1 else nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride)
+            nn.Identity() if stride == 1 else PointwiseConv2d(in_channels, out_channels, kernel_size=1, stride=stride)
         )
 
     def forward(self, features: Tensor) -> Tensor:

@@ -153,3 +153,11 @@ def test_a_generator_cast_to_bfloat16_resizes_too():
     found = generator.to(torch.bfloat16)(images.bfloat16())
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0)
+
+
+def test_gradients_have_the_strides_of_their_weights():
+    # DistributedDataParallel warns of others, and copies.
+    generator = PromptGenerator(num_virtual_tokens=3, library_size=5)
+    generator(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    for name, parameter in generator.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), name
