@@ -55,7 +55,7 @@ class PGNHead(PGNTunerLayer, nn.Module):
         head = nn.Linear(config.hidden_size, config.num_labels)
         with torch.no_grad():
             if self.base_labels.id2label == config.id2label:
-                head.weight.copy_(self.base_layer.weight)
+                head.weight.copy_(plain_weight(self.base_layer))
                 head.bias.copy_(self.base_layer.bias if self.base_layer.bias is not None else torch.zeros(()))
             else:
                 # What Transformers' ViTs start a new head from.
@@ -110,6 +110,26 @@ class PGNHead(PGNTunerLayer, nn.Module):
     def _show(self, labels: Labels) -> None:
         if hasattr(self._model_config, "id2label"):
             labels.show_in(self._model_config)
+
+
+def plain_weight(linear: nn.Linear) -> Tensor:
+    """Return a linear layer's weight (M, D) in floating point, also where a library has quantised it.
+
+    Args:
+        linear: `torch.nn.Linear`, or what a quantisation library puts in its place.
+    """
+    weight = linear.weight
+    if type(weight) is nn.Parameter and weight.is_floating_point():
+        return weight
+    # Each library packs weights in its own way. What its layer makes of unit vectors is the same for all.
+    dtype = next((tensor.dtype for tensor in (weight, linear.bias) if _is_float(tensor)), torch.float32)
+    units = torch.eye(linear.in_features, dtype=dtype, device=weight.device)
+    columns = linear(units)  # (D, M), the bias added to each
+    return (columns if linear.bias is None else columns - linear.bias).mT
+
+
+def _is_float(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point()
 
 
 def labels_of(head: nn.Module, model_config: Any) -> Labels:
