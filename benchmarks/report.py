@@ -189,16 +189,22 @@ def plot_parameters(rows: list[dict[str, Any]], axes: Iterable[Axes]) -> None:
     """Draw test accuracy against the number of trained parameters, a panel a data set."""
     cells = chosen(rows)
     for ax, data in zip(axes, data_sets(cells), strict=True):
-        for place, (method, name) in enumerate(NAMES.items()):
-            if (data, method) in cells:
-                runs = cells[data, method]
-                own = method.startswith("pgn")
-                accuracy = statistics.mean(runs.test)
-                ax.plot(runs.parameters, accuracy, "o", color="crimson" if own else "grey")
-                text = name.strip("*").partition(" (")[0]
-                ax.annotate(
-                    text, (runs.parameters, accuracy), (4, 3 - 9 * (place % 2)), textcoords="offset points", fontsize=6
-                )
+        points = [
+            (statistics.mean(cells[data, method].test), cells[data, method].parameters, method)
+            for method in NAMES
+            if (data, method) in cells
+        ]
+        span = max(points)[0] - min(points)[0]
+        lower: list[tuple[float, int]] = []
+        for accuracy, parameters, method in sorted(points):
+            ax.plot(parameters, accuracy, "o", color="crimson" if method.startswith("pgn") else "grey")
+            # To the left of a point whose neighbour below has its name to the right.
+            crowded = any(accuracy - y < 0.06 * span and 0.4 < parameters / x < 2.5 for y, x in lower)
+            offset, side = ((-5, 2), "right") if crowded else ((5, -6), "left")
+            text = NAMES[method].strip("*").partition(" (")[0]
+            ax.annotate(text, (parameters, accuracy), offset, textcoords="offset points", fontsize=6, ha=side)
+            if not crowded:
+                lower.append((accuracy, parameters))
         ax.set(xscale="log", xlabel="trained parameters", title=data)
         ax.margins(x=0.35, y=0.12)
 
