@@ -90,6 +90,17 @@ def expected(seconds: list[float], flops: list[int]) -> list[float]:
     return [seconds[1] * each / flops[1] for each in flops]
 
 
+def steepest(rows: list[dict[str, Any]]) -> float:
+    """Return the largest ratio of a measured to an expected training step, beyond the first value of each knob."""
+    return max(
+        seconds / forecast
+        for row in rows
+        for seconds, forecast in list(
+            zip(row["train_seconds"], expected(row["train_seconds"], row["train_flops"]), strict=True)
+        )[1:]
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Write all knobs as one Markdown table."""
     lines = [
@@ -169,6 +180,7 @@ def main(command_line: list[str] | None = None) -> None:
                 )
             )
         print(table(rows))
+        print(f"\nsteepest training step: {steepest(rows):.3f} of what its operations let one expect")
         if options.plots:
             options.plots.mkdir(parents=True, exist_ok=True)
             draw(rows, options.plots)

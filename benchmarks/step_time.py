@@ -334,7 +334,11 @@ def main(command_line: list[str] | None = None) -> None:
             options.results = f"{folder}/results.jsonl"
         results = bench.Results(options.results)
         for cell in cells(options):
-            print(table(results.get(cell, lambda cell=cell: measure(cell, options))), end="\n\n", flush=True)
+            row = results.get(cell, lambda cell=cell: measure(cell, options))
+            print(table(row), end="\n\n", flush=True)
+            if {"pgn", "static"} <= row["measured"].keys():
+                ratio = row["measured"]["pgn"]["train_ratios"]["static"]
+                print(f"training step, PGN / static prompts: {ratio:.3f}", end="\n\n", flush=True)
 
 
 if __name__ == "__main__":
