@@ -203,8 +203,10 @@ def measure(settings: dict[str, Any], steps: int, ceiling: float | None) -> dict
     """Build and train one model in this process and return its peaks, in MiB."""
     warnings.simplefilter("ignore", FutureWarning)  # Transformers renames gradient checkpointing
     if ceiling is not None and DEVICE.type == "cpu":
-        # A request beyond it fails, rather than the machine.
-        resource.setrlimit(resource.RLIMIT_DATA, (int(ceiling * 2**30),) * 2)
+        # A request beyond it fails, rather than the machine. The limit counts what is reserved and never touched too.
+        status = Path("/proc/self/status").read_text().splitlines()
+        reserved = int(next(line for line in status if line.startswith("VmData")).split()[1]) / 1024 - anonymous()
+        resource.setrlimit(resource.RLIMIT_DATA, (int(ceiling * 2**30 + reserved * MIB),) * 2)
     size, (build, generator_image_size) = SIZES[settings["model"]], METHODS[settings["method"]]
     torch.manual_seed(0)
     material = random_material(size, settings["batch"])
@@ -243,10 +245,9 @@ def in_own_process(settings: dict[str, Any], steps: int, ceiling: float | None) 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(measure, settings, steps, ceiling).result()
-        except BrokenProcessPool:  # the system ends a process without a word where memory is short
-            return {"out_of_memory": True, "ceiling_gib": ceiling}
         except RuntimeError as error:
-            if "memory" not in str(error):
+            # A process that was ended from outside has said nothing of memory, and is no result.
+            if isinstance(error, BrokenProcessPool) or "memory" not in str(error):
                 raise
             return {"out_of_memory": True, "ceiling_gib": ceiling}
 

@@ -1,5 +1,9 @@
 """What training takes less memory with: gradient checkpointing and quantised backbones. The answers stay right."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
@@ -204,6 +208,9 @@ def test_a_quantised_backbone_is_trained_on_saved_and_left_as_it_was(load, kind,
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(load(folder), tmp_path).eval()
     assert torch.equal(answer(loaded, pixel_values), after)
+    # On the base as it was before it was quantised, the adapter answers nearly the same.
+    exact = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(folder), tmp_path).eval()
+    assert (answer(exact, pixel_values) - after).norm() < 0.2 * after.norm()
     assert not torch.equal(after, before)
     assert torch.equal(answer(model.unload(), pixel_values), before)
 
@@ -224,3 +231,17 @@ def test_a_quantised_backbone_in_half_precision_and_checkpointed(folder, pixel_v
     gradients, _ = step(model, pixel_values)
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_the_formula_predicts_what_was_measured():
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root / "benchmarks"))
+    import memory
+
+    rows = [json.loads(line) for line in (root / "benchmarks/results/memory.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["settings"]["method"] in (*memory.LARGEST, memory.REFERENCE)]
+    rows = [row for row in rows if "peak_mib" in row]
+    assert {row["settings"]["method"] for row in rows} == {*memory.LARGEST, memory.REFERENCE}
+    assert {row["settings"]["checkpointing"] for row in rows} == {False, True}
+    for row in rows:
+        assert memory.predict(row["settings"]) == pytest.approx(row["peak_mib"], rel=0.1), row["settings"]
