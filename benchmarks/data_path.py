@@ -1,7 +1,6 @@
 """Does the loader starve the model? Images a second of each stage of the data path, beside those of a training step.
 
-    python benchmarks/data_path.py --data ../shared/data/eurosat --model ../shared/models/deit-tiny-patch16-224
-    python benchmarks/data_path.py --data ../shared/data/flowers17 --model ../shared/models/deit-tiny-patch16-224
+    python benchmarks/data_path.py --data path/to/images --model path/to/deit-tiny-patch16-224
 
 `stages`: one batch in this process: encoded images read, decoded, augmented, resized and normalised, collated; the
 same from cached pixels; the batch augmented on the device. `loaders`: a DataLoader of `train_image_classifier.py`,
@@ -239,7 +238,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--augmentations", nargs="+", default=["official", "none"], choices=AUGMENTATIONS)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--results", default="benchmarks/results/data_path.jsonl")
+    parser.add_argument("--results", default="outputs/data_path.jsonl", help="file of JSON lines, appended to")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
     options = parser.parse_args(command_line)
     # Whenever a stream of parquet files is closed, datasets waits five seconds for pyarrow's threads.

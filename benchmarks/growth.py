@@ -26,6 +26,7 @@ import bench
 import methods
 import step_time
 import timing
+from sizes import random_material
 from transformers.utils import logging as transformers_logging
 
 
@@ -53,9 +54,9 @@ SMOKE = {name: values[:2] for name, values in KNOBS.items()} | {"image_side": (3
 def make(model: str, point: Point) -> step_time.Runner:
     """Make the model of a point, with its adapters loaded and the first one active."""
     torch.manual_seed(0)
-    material = step_time.make_material(point.image_side, point.batch_size)
+    material = random_material(point.image_side, point.batch_size)
     options = methods.Options(1e-3, point.num_virtual_tokens, 64, {"library_size": point.library_size})
-    backbone = step_time.make_backbone(model, "float32", point.image_side)
+    backbone = step_time.make_backbone(model, "float32", image_size=point.image_side)
     adapted, groups = methods.pgn(backbone, material, options)
     for number in range(1, point.adapters):
         adapted.model.add_adapter(f"adapter_{number}", adapted.model.peft_config["default"])

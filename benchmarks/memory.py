@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,84 +34,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 import methods
-from bench import DEVICE, Material, Split
-
-from pgn_peft.preprocessing import Preprocessing
+from bench import DEVICE
+from sizes import SIZES, Size, random_material
 
 MIB = 2**20
-NUM_LABELS = 10
 NUM_VIRTUAL_TOKENS = 16
 # Freed memory goes back to the system at once, so that a peak is one of tensors and not of the allocator.
 HONEST = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
-@dataclass(frozen=True)
-class Size:
-    """A Vision Transformer's width D, layers, heads, width of the MLP, and side of a patch in pixels."""
-
-    hidden_size: int
-    layers: int
-    heads: int
-    intermediate_size: int
-    patch_size: int
-    image_size: int = 224
-
-    @property
-    def config(self) -> ViTConfig:
-        """The config of a ViT of this size."""
-        return ViTConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            intermediate_size=self.intermediate_size,
-            patch_size=self.patch_size,
-            image_size=self.image_size,
-            num_labels=NUM_LABELS,
-        )
-
-
-# H, g, G and e as in the papers (Dosovitskiy 2021, Zhai 2022, Chen 2023); those named by their parameters are steps
-# between and beyond.
-SIZES = {
-    "tiny": Size(32, 2, 2, 64, 8, 32),
-    "S/16": Size(384, 12, 6, 1536, 16),
-    "B/16": Size(768, 12, 12, 3072, 16),
-    "L/16": Size(1024, 24, 16, 4096, 16),
-    "H/14": Size(1280, 32, 16, 5120, 14),
-    "g/14": Size(1408, 40, 16, 6144, 14),
-    "G/14": Size(1664, 48, 16, 8192, 14),
-    "2.6B/14": Size(2048, 52, 16, 8192, 14),
-    "e/14": Size(1792, 56, 16, 15360, 14),
-    "5.2B/14": Size(2560, 66, 20, 10240, 14),
-    "6.7B/14": Size(4096, 40, 32, 12288, 14),
-    "8.7B/14": Size(4096, 43, 32, 16384, 14),
-    "10B/14": Size(4096, 50, 32, 16384, 14),
-    "12B/14": Size(4608, 47, 36, 18432, 14),
-}
-
-
-def frozen_forward(backbone: ViTForImageClassification, material: Material, options: methods.Options) -> methods.Built:
-    """Train nothing."""
-    methods.new_head(backbone, len(material.names))
-    return methods.Adapted(backbone.requires_grad_(False), material), []
-
-
-def linear(backbone: ViTForImageClassification, material: Material, options: methods.Options) -> methods.Built:
-    """Train the head."""
-    methods.new_head(backbone, len(material.names))
-    parameters = list(backbone.classifier.parameters())
-    return methods.Adapted(backbone, material), [{"params": parameters, "lr": methods.HEAD_RATE}]
-
-
 # name -> how the model is built, and the side of what the generator sees
 METHODS: dict[str, tuple[Callable[..., methods.Built], int | None]] = {
-    "frozen forward": (frozen_forward, None),
-    "linear head": (linear, None),
+    "frozen forward": (methods.frozen, None),
+    "linear head": (methods.linear, None),
     "static prompts": (methods.static, None),
     "PGN": (methods.pgn, None),
     "PGN, generator at 112 px": (methods.pgn, 112),
@@ -171,7 +110,7 @@ class Peak:
 def random_vit(size: Size, dtype: torch.dtype) -> ViTForImageClassification:
     """Make a ViT whose weights are noise, without ever holding them in another dtype."""
     with torch.device("meta"):
-        model = ViTForImageClassification(size.config).to(dtype)
+        model = ViTForImageClassification(size.config()).to(dtype)
     model.to_empty(device=DEVICE)
     noise = (0.02 * torch.randn(2**20)).to(DEVICE, dtype)
     with torch.no_grad():
@@ -179,14 +118,6 @@ def random_vit(size: Size, dtype: torch.dtype) -> ViTForImageClassification:
             for piece in parameter.view(-1).split(len(noise)):
                 piece.copy_(noise[: len(piece)])
     return model.eval()
-
-
-def random_material(size: Size, batch: int) -> Material:
-    """Make one batch of noise."""
-    pixels = torch.randint(256, (batch, 3, size.image_size, size.image_size), dtype=torch.uint8, device=DEVICE)
-    split = Split(pixels, torch.arange(batch, device=DEVICE) % NUM_LABELS)
-    preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, (size.image_size,) * 2)
-    return Material({"train": split}, [str(label) for label in range(NUM_LABELS)], preprocessing, None)
 
 
 def train(model: nn.Module, groups: methods.Groups, pixels: Tensor, labels: Tensor, steps: int) -> None:
@@ -209,7 +140,7 @@ def measure(settings: dict[str, Any], steps: int, ceiling: float | None) -> dict
         resource.setrlimit(resource.RLIMIT_DATA, (int(ceiling * 2**30 + reserved * MIB),) * 2)
     size, (build, generator_image_size) = SIZES[settings["model"]], METHODS[settings["method"]]
     torch.manual_seed(0)
-    material = random_material(size, settings["batch"])
+    material = random_material(size.image_size, settings["batch"])
     split = material.splits["train"]
     before = now()
     backbone = random_vit(size, getattr(torch, settings["precision"]))
@@ -268,7 +199,7 @@ def cell(model: str, method: str, batch: int, precision: str, checkpointing: boo
 def count(model: str) -> int:
     """Return the number of a model's parameters."""
     with torch.device("meta"):
-        return ViTForImageClassification(SIZES[model].config).num_parameters()
+        return ViTForImageClassification(SIZES[model].config()).num_parameters()
 
 
 def predict(settings: dict[str, Any]) -> float:

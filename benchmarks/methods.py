@@ -78,6 +78,17 @@ def with_head(backbone: ViTForImageClassification, others: list[nn.Parameter], o
     ]
 
 
+def frozen(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+    """Train nothing: the limit of inference."""
+    return Adapted(backbone.requires_grad_(False), material), []
+
+
+def linear(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+    """Train the head alone, without keeping the frozen features."""
+    new_head(backbone, len(material.names))
+    return Adapted(backbone, material), [{"params": list(backbone.classifier.parameters()), "lr": HEAD_RATE}]
+
+
 def full(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
     """Fine-tune everything."""
     new_head(backbone, len(material.names))

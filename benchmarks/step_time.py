@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -37,71 +37,38 @@ import bench
 import methods
 import official_code
 import timing
+from sizes import NUM_LABELS, SIZES, random_material
 
-from pgn_peft.preprocessing import Preprocessing
-
-# Width, heads, layers, patch side and image side.
 MODELS = {
-    "deit-tiny": (192, 3, 12, 16, 224),
-    "vit-s16": (384, 6, 12, 16, 224),
-    "vit-b32": (768, 12, 12, 32, 224),
-    "vit-b16": (768, 12, 12, 16, 224),
-    "smoke": (32, 2, 2, 8, 32),
+    "deit-tiny": SIZES["Ti/16"],
+    "vit-s16": SIZES["S/16"],
+    "vit-b32": SIZES["B/32"],
+    "vit-b16": SIZES["B/16"],
+    "smoke": SIZES["tiny"],
 }
-NUM_LABELS = 10
 # PGN in its default form, in which the generator sees the image as it is, and as the training script has it.
 SIDES = {"pgn": None, "pgn, 64 px": 64}
 
 
-def linear(backbone: ViTForImageClassification, material: bench.Material, options: methods.Options) -> methods.Built:
-    """Train a head on the frozen model, without keeping its features."""
-    methods.new_head(backbone, len(material.names))
-    return methods.Adapted(backbone, material), [{"params": list(backbone.classifier.parameters()), "lr": 1e-3}]
-
-
-def frozen(backbone: ViTForImageClassification, material: bench.Material, options: methods.Options) -> methods.Built:
-    """Leave the model alone: the limit of inference."""
-    return methods.Adapted(backbone.requires_grad_(False), material), []
-
-
 METHODS: dict[str, Callable[..., methods.Built]] = {
-    "frozen": frozen,
+    "frozen": methods.frozen,
     "static": methods.static,
     "pgn": methods.pgn,
     "pgn, 64 px": methods.pgn,
     "pgn-pixel": methods.pgn_pixel,
     "vpt-deep": methods.vpt_deep,
     "lora": methods.lora,
-    "linear": linear,
+    "linear": methods.linear,
     "full": methods.full,
 }
 
 
-def make_backbone(name: str, precision: str, image_side: int | None = None) -> ViTForImageClassification:
-    """Make a ViT with random weights, for images of its own size or of another one."""
-    width, heads, layers, patch, own_side = MODELS[name]
+def make_backbone(name: str, precision: str, **more: Any) -> ViTForImageClassification:
+    """Make a ViT with random weights; `more` are fields of its config."""
     # As in `bench.load_backbone`: torch's fused attention is slow in bfloat16 on CPUs.
     plain = bench.DEVICE.type == "cpu" and precision == "bfloat16"
-    config = ViTConfig(
-        hidden_size=width,
-        num_attention_heads=heads,
-        num_hidden_layers=layers,
-        intermediate_size=4 * width,
-        patch_size=patch,
-        image_size=image_side or own_side,
-        num_labels=NUM_LABELS,
-        attn_implementation="eager" if plain else "sdpa",
-    )
+    config = MODELS[name].config(attn_implementation="eager" if plain else "sdpa", **more)
     return ViTForImageClassification(config).eval().to(bench.DEVICE)
-
-
-def make_material(side: int, batch_size: int) -> bench.Material:
-    """Make images of noise."""
-    pixels = torch.randint(0, 256, (max(batch_size, 16), 3, side, side), dtype=torch.uint8, device=bench.DEVICE)
-    labels = torch.arange(len(pixels), device=bench.DEVICE) % NUM_LABELS
-    preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, (side, side))
-    names = [f"class {index}" for index in range(NUM_LABELS)]
-    return bench.Material({"train": bench.Split(pixels, labels)}, names, preprocessing, None)
 
 
 class Runner:
@@ -163,8 +130,9 @@ def make_runners(cell: dict[str, Any], options: argparse.Namespace) -> dict[str,
     """Make what is timed of one cell of the table."""
     torch.manual_seed(0)
     torch.compiler.reset()  # of an earlier cell's models, which count towards the limit of compilations
-    side, batch_size = MODELS[cell["model"]][-1], cell["batch_size"]
-    material = make_material(side, batch_size)
+    batch_size = cell["batch_size"]
+    # Sixteen at least, which prompts in pixel space start from.
+    material = random_material(MODELS[cell["model"]].image_size, max(batch_size, 16))
     pixels, labels = material.splits["train"].pixels[:batch_size], material.splits["train"].labels[:batch_size]
     prompts, library = cell["num_virtual_tokens"], cell["library_size"]
     runners = {}

@@ -12,6 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import memory
+import timing
+
 PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 KINDS = {
     "latent": {},
@@ -38,20 +43,13 @@ def adapted(kind="latent", use_reentrant=None):
 
 def step(model, pixel_values):
     """Gradients by name, and bytes that the forward pass kept for the backward pass."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(pixel_values, labels=LABELS).loss
-    loss.backward()
+    losses = []
+    kept = timing.count_saved_bytes(
+        lambda: losses.append(model(pixel_values, labels=LABELS).loss), list(model.parameters())
+    )
+    losses[0].backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return gradients, sum(kept.values())
+    return gradients, kept
 
 
 def assert_equal(found, expected):
@@ -234,11 +232,10 @@ def test_a_quantised_backbone_in_half_precision_and_checkpointed(folder, pixel_v
 
 
 def test_the_formula_predicts_what_was_measured():
-    root = Path(__file__).parents[1]
-    sys.path.insert(0, str(root / "benchmarks"))
-    import memory
-
-    rows = [json.loads(line) for line in (root / "benchmarks/results/memory.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path(memory.__file__).with_name("results").joinpath("memory.jsonl").read_text().splitlines()
+    ]
     rows = [row for row in rows if row["settings"]["method"] in (*memory.LARGEST, memory.REFERENCE)]
     rows = [row for row in rows if "peak_mib" in row]
     assert {row["settings"]["method"] for row in rows} == {*memory.LARGEST, memory.REFERENCE}
