@@ -48,7 +48,7 @@ import methods
 import report
 from smoke_material import smoke_arguments
 
-from pgn_peft.layer import PGNLayer
+from pgn_peft.adapters import prompt_layer
 
 
 @dataclass(frozen=True)
@@ -233,10 +233,9 @@ def evaluate(model: nn.Module, cell: Cell, split: str) -> float:
 
 def shuffled(model: nn.Module, cell: Cell) -> dict[str, float]:
     """Return the validation accuracy when every image gets the prompts of another one."""
-    layer = next((module for module in model.modules() if isinstance(module, PGNLayer)), None)
-    if cell.method not in ("pgn", "pgn-lean") or layer is None or "default" not in layer.pgn_generator:
+    if cell.method not in ("pgn", "pgn-lean"):
         return {}
-    generator = layer.pgn_generator["default"]
+    generator = prompt_layer(model).pgn_generator["default"]
     hook = generator.register_forward_hook(lambda module, inputs, coefficients: coefficients.roll(1, dims=0))
     # Splits are sorted by class, and the next image would be one of the same class.
     images = material_of(cell).splits["validation"]

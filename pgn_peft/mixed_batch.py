@@ -15,6 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from pgn_peft.adapters import prompt_layer
 from pgn_peft.head import PGNHead
 from pgn_peft.layer import PGNLayer
 from pgn_peft.rows import BASE, ROWS, restore_order
@@ -42,7 +43,7 @@ def mixed_batch(
             adapters have different labels or modules of their own; or another argument would have to be cut too.
     """
     names = _check_names(tuner, adapter_names)
-    layer = next(module for module in tuner.modules() if isinstance(module, PGNLayer))
+    layer = prompt_layer(tuner)
     layer.check_inputs(tuner.model, args, dict(kwargs))
     _check_arguments(names, args, kwargs)
     _install(tuner.model, layer)
