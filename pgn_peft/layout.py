@@ -178,10 +178,15 @@ def compose(
     if valid:
         image = image.clamp(0, 1)
     prompted = _surround(image, patches.to(image.dtype), layout)
-    if valid:
-        # Decisions near a boundary hang on less than a rounding; so training rounds too.
-        prompted = prompted + ((prompted * 255).round() / 255 - prompted).detach()
-    return prompted
+    # Decisions near a boundary hang on less than a rounding; so training rounds too.
+    return _to_8_bits(prompted) if valid else prompted
+
+
+def _to_8_bits(pixels: Tensor) -> Tensor:
+    """Round pixels in [0, 1] to the levels of 8 bits; gradients pass as if they were not rounded."""
+    rounded = (pixels.detach() * 255).round_().div_(255)
+    # In place, and with no second pass where no gradients are asked for: pixels are many, and most of this is memory.
+    return pixels + rounded.sub_(pixels.detach()) if torch.is_grad_enabled() and pixels.requires_grad else rounded
 
 
 def _surround(image: Tensor, patches: Tensor, layout: PromptLayout) -> Tensor:

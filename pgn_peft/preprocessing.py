@@ -21,13 +21,13 @@ PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 def normalize(pixels: Tensor, image_mean: Sequence[float], image_std: Sequence[float]) -> Tensor:
     """Turn pixels (..., C, H, W) in [0, 1] into normalised ones."""
     mean, std = _per_channel(image_mean, pixels), _per_channel(image_std, pixels)
-    return (pixels - mean) / std
+    return (pixels - mean).div_(std)  # in place: nothing else holds the difference
 
 
 def denormalize(pixel_values: Tensor, image_mean: Sequence[float], image_std: Sequence[float]) -> Tensor:
     """Turn normalised pixels (..., C, H, W) into those in [0, 1]; the inverse of `normalize`."""
     mean, std = _per_channel(image_mean, pixel_values), _per_channel(image_std, pixel_values)
-    return pixel_values * std + mean
+    return (pixel_values * std).add_(mean)
 
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
