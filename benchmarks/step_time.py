@@ -3,6 +3,7 @@
     python benchmarks/step_time.py
     python benchmarks/step_time.py --models vit-s16 --methods pgn static frozen --compile --batch_sizes 1 8 64
     python benchmarks/step_time.py --models vit-b32 --methods pgn --official path/to/checkout   # see official_code.py
+    python benchmarks/step_time.py --show benchmarks/results/step_time.jsonl   # what was measured
 
 All methods of a model take turns in one process, forwards and backwards, and ratios are taken turn by turn, so that a
 busy machine bears on all of them alike. Seconds are medians. A training step is forward, backward and AdamW; weights
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 import methods
 import official_code
+import step_tables
 import timing
 from sizes import NUM_LABELS, SIZES, random_material
 
@@ -211,48 +213,6 @@ def measure(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def table(row: dict[str, Any]) -> str:
-    """Write a cell of the table as Markdown."""
-    settings, measured = row["settings"], row["measured"]
-    head = ["training step, ms", "/ static", "/ full", "/ floor", "saved, MB", "inference, ms", "/ static", "/ frozen"]
-    if any(each["inference_peak_bytes"] for each in measured.values()):
-        head += ["training peak, MB", "/ static"]
-    lines = [
-        f"{settings['model']}, {settings['precision']}, {'eager and compiled' if settings['compiled'] else 'eager'}, "
-        f"batch {settings['batch_size']}, P = {settings['num_virtual_tokens']}, L = {settings['library_size']}, "
-        f"{row['environment']['device']}, {row['environment']['threads']} threads",
-        "",
-        "| | " + " | ".join(head) + " |",
-        "|---" * (len(head) + 1) + "|",
-    ]
-    for name, each in measured.items():
-        train, infer = each.get("train_ratios", {}), each["inference_ratios"]
-        cells = ["", "", "", "", ""]
-        if train:
-            cells = [
-                f"{1e3 * each['train_seconds']:.0f}",
-                decimals(train.get("static")),
-                decimals(train.get("full")),
-                decimals(each["train_seconds"] / each["train_floor"]),
-                f"{each['saved_bytes'] / 1e6:.0f}",
-            ]
-        cells += [
-            f"{1e3 * each['inference_seconds']:.0f}",
-            decimals(infer.get("static")),
-            decimals(infer.get("frozen")),
-        ]
-        if len(head) > len(cells):
-            peak, static = each.get("train_peak_bytes"), measured.get("static", {}).get("train_peak_bytes")
-            cells += [f"{peak / 1e6:.0f}", decimals(peak / static if static else None)] if peak else ["", ""]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def decimals(number: float | None) -> str:
-    """Write a ratio with two decimals."""
-    return "" if number is None else f"{number:.2f}"
-
-
 def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     """List the cells of the table that are asked for."""
     return [
@@ -288,8 +248,13 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="by default all cores")
     parser.add_argument("--results", default="outputs/step_time.jsonl", help="file of JSON lines, appended to")
+    parser.add_argument("--show", metavar="RESULTS", help="print the tables of a results file and measure nothing")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, in seconds")
     options = parser.parse_args(command_line)
+    if options.show:
+        rows = list(bench.Results(options.show))
+        print(*map(step_tables.table, rows), step_tables.summary(rows), sep="\n\n")
+        return
     if options.official and options.models != ["vit-b32"]:
         parser.error(f"--official has a ViT-B/32 only, but got --models {' '.join(options.models)}: --models vit-b32")
     transformers_logging.set_verbosity_error()
@@ -301,12 +266,16 @@ def main(command_line: list[str] | None = None) -> None:
             options.precisions, options.num_virtual_tokens = ["float32"], 4
             options.results = f"{folder}/results.jsonl"
         results = bench.Results(options.results)
+        rows = []
         for cell in cells(options):
             row = results.get(cell, lambda cell=cell: measure(cell, options))
-            print(table(row), end="\n\n", flush=True)
+            rows.append(row)
+            print(step_tables.table(row), end="\n\n", flush=True)
             if {"pgn", "static"} <= row["measured"].keys():
                 ratio = row["measured"]["pgn"]["train_ratios"]["static"]
                 print(f"training step, PGN / static prompts: {ratio:.3f}", end="\n\n", flush=True)
+        if len(rows) > 1:
+            print(step_tables.summary(rows))
 
 
 if __name__ == "__main__":
