@@ -98,6 +98,32 @@ def find_backbone(model: nn.Module, target_modules: list[str] | None = None) -> 
     return _find_look_alike(model, target_modules[0])
 
 
+def find_layers(model: nn.Module, embeddings: str) -> list[str]:
+    """Name the backbone's layers, in the order in which tokens go through them.
+
+    Args:
+        model: the model that is adapted.
+        embeddings: full name of its embeddings.
+
+    Raises:
+        ValueError: there is no list of them beside the embeddings, or more than one.
+    """
+    above = embeddings.rpartition(".")[0]
+    num_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists = [
+        (f"{above}.{name}".strip("."), module)
+        for name, module in model.get_submodule(above).named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if len(lists) != 1:
+        raise ValueError(
+            f"`prompt_depth` must be 1 for a {type(model).__name__}, in which {len(lists)} lists of "
+            f"`num_hidden_layers` layers were found beside the embeddings, but got more. Leave it out."
+        )
+    name, layers = lists[0]
+    return [f"{name}.{index}" for index in range(len(layers))]
+
+
 def architecture_of(model: nn.Module) -> str | None:
     """Name the supported architecture that `model` is, or is a subclass of; None if it is neither."""
     return next((base.__name__ for base in type(model).__mro__ if base.__name__ in SUPPORTED), None)

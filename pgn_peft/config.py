@@ -26,6 +26,7 @@ HEAD_NAMES = ("classifier",)
 INTEGERS = {
     "num_virtual_tokens": (1, 65_536, True),
     "library_size": (1, 1_048_576, False),
+    "prompt_depth": (1, 4096, True),
     "generator_image_size": (8, 4096, True),
     "generator_width": (4, 1024, False),
     "generator_rank": (1, 1024, True),
@@ -55,6 +56,10 @@ class PGNConfig(PeftConfig):
             for "append", one ring for "canvas". Other numbers must fill whole rows and columns there.
         library_size: learned vectors that prompts are mixed from, L; 128 or 256 in the official checkpoints. Unused
             by the "static" generator.
+        prompt_depth: layers of the backbone, from the first on, that get prompts of their own in place of the ones
+            before. 1, the paper's form: prompts are appended once and stay; None: all layers, which opens the model
+            further and was far more accurate. Each layer has a library and slots of its own, and all share the
+            coefficients of an image. With generator="static" this is VPT-deep. In latent space only.
         generator: "resnet10", the CNN of the official code, or "static": P learned prompts, the same for every image
             (the input-independent control, VPT-shallow).
         generator_image_size: the generator sees the image with its shorter side resized to this many pixels; None:
@@ -110,6 +115,9 @@ class PGNConfig(PeftConfig):
 
     num_virtual_tokens: int | None = field(default=None, metadata={"help": "Prompts per image."})
     library_size: int = field(default=64, metadata={"help": "Learned vectors that prompts are mixed from."})
+    prompt_depth: int | None = field(
+        default=1, metadata={"help": "Layers that get prompts of their own; 1: appended once; None: all layers."}
+    )
     generator: str = field(default="resnet10", metadata={"help": "'resnet10' or 'static'."})
     generator_image_size: int | None = field(
         default=None, metadata={"help": "Shorter side of the image that the generator sees, in pixels."}
@@ -204,6 +212,11 @@ class PGNConfig(PeftConfig):
             )
         if self.prompt_space == "pixel" and self.prompt_layout is None:
             self.prompt_layout = "canvas"
+        if self.prompt_depth != 1 and self.prompt_layout is not None:
+            raise ValueError(
+                f"`prompt_depth` must be 1 with prompt_space='pixel' or a `prompt_layout`, but got "
+                f"{self.prompt_depth}. An image brings prompts to the first layer only; leave it out."
+            )
         if self.prompt_layout is None:
             self.num_virtual_tokens = 16 if self.num_virtual_tokens is None else self.num_virtual_tokens
             return

@@ -44,11 +44,16 @@ def make_prompter(
 
     Raises:
         TypeError: the model carries no adapter.
-        ValueError: there is no such adapter, its prompts do not fill rows of patches, or the processor is not the one
-            that it was trained with.
+        ValueError: there is no such adapter, it has prompts in several layers, they do not fill rows of patches, or
+            the processor is not the one that it was trained with.
     """
     layer = find_layer(model, adapter_name)
     config = layer.configs[adapter_name]
+    if config.prompt_depth != 1:
+        raise ValueError(
+            f"`prompt_depth` must be 1 for an adapter that is to become pixels, but got {config.prompt_depth} for "
+            f"{adapter_name!r}. An image brings prompts to the first layer only; train one with prompt_depth=1."
+        )
     preprocessing = Preprocessing.from_processor(processor)
     layout = _layout(layer, adapter_name, preprocessing)
     generator = dict(layer.pgn_generator).get(adapter_name)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from pgn_peft.backbones import SUPPORTED, Backbone, architecture_of
+from pgn_peft.backbones import SUPPORTED, Backbone, architecture_of, find_layers
+from pgn_peft.block import PGNBlock
 from pgn_peft.checks import refuse_head_in_modules_to_save
 from pgn_peft.config import PGNConfig
 from pgn_peft.generator import PromptGenerator
@@ -100,6 +102,25 @@ def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbon
             )
 
 
+def find_targets(config: PGNConfig, model: nn.Module, backbone: Backbone) -> list[str]:
+    """Name the modules that an adapter is put into: embeddings, head, and all layers if several have prompts.
+
+    Raises:
+        ValueError: layers that would be wrapped hold modules of `modules_to_save`, this adapter's or another one's.
+    """
+    layers = [] if config.prompt_depth == 1 else find_layers(model, backbone.embeddings)
+    wrapped = {*layers, *(name for name, module in model.named_modules() if isinstance(module, PGNBlock))}
+    for name, module in model.named_modules():
+        own = any(name.endswith(wanted) for wanted in config.modules_to_save or ())
+        if (own or isinstance(module, ModulesToSaveWrapper)) and any(_overlap(name, layer) for layer in wrapped):
+            # They would be saved under a name that a model without such layers does not have.
+            raise ValueError(
+                f"`modules_to_save` must lie outside of the layers where prompts change from layer to layer, but got "
+                f"{name!r}. Use prompt_depth=1, or leave the module frozen."
+            )
+    return [backbone.embeddings, *layers, *([] if backbone.head is None else [backbone.head])]
+
+
 def _overlap(one: str, other: str) -> bool:
     return one == other or one.startswith(other + ".") or other.startswith(one + ".")
 
@@ -117,6 +138,8 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
     }
     if config.prompt_layout is not None:
         found["patch_size"] = _patch_size(embeddings)
+    if config.prompt_depth != 1:
+        _record_depth(config, model, backbone)
     for name, value in found.items():
         recorded = getattr(config, name)
         if recorded is not None and recorded != value:
@@ -131,6 +154,18 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
     config.target_modules = [backbone.embeddings]
     # PeftModel.save_pretrained writes this by itself, Transformers' save_pretrained does not.
     config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def _record_depth(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    """Settle how many layers get prompts of their own."""
+    num_layers = len(find_layers(model, backbone.embeddings))
+    if config.prompt_depth is None:
+        config.prompt_depth = num_layers
+    if config.prompt_depth > num_layers:
+        raise ValueError(
+            f"`prompt_depth` must be at most {num_layers}, the layers of this {type(model).__name__}, but got "
+            f"{config.prompt_depth}. None means all of them."
+        )
 
 
 def _patch_size(embeddings: nn.Module) -> int:

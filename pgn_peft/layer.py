@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,8 @@ NO_MERGE = (
 )
 
 
-class PGNTunerLayer(BaseTunerLayer):
-    """What PGN's two tuner layers, the prompts and the head, have in common."""
-
-    # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
-    adapter_layer_names: tuple[str, ...] = ()
+class ForwardsAttributes:
+    """A wrapper around `base_layer` that answers for attributes which it does not have itself."""
 
     def __getattr__(self, name: str) -> Any:
         # Transformers reads attributes such as `embeddings.patch_embeddings` through the wrapper.
@@ -35,6 +33,13 @@ class PGNTunerLayer(BaseTunerLayer):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+
+class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
+    """What PGN's two tuner layers, the prompts and the head, have in common."""
+
+    # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
+    adapter_layer_names: tuple[str, ...] = ()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: prompts depend on the image."""
@@ -122,7 +127,8 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             pixel_values: (B, C, H, W), normalised as for the backbone.
 
         Returns:
-            (B, P, D) prompts, or for an adapter in pixel space (B, P, C, p, p) patches in [0, 1].
+            (B, P, D) prompts; for an adapter with prompts in several layers (B, depth * P, D), layer by layer; for one
+            in pixel space (B, P, C, p, p) patches in [0, 1].
         """
         library = self.pgn_library[adapter_name]
         if adapter_name not in self.pgn_generator:
@@ -150,7 +156,8 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         """Make the tokens of the image and the prompts of the active adapters: (B, N + P, D).
 
         Tokens of adapters in latent space are appended in order; they are generated from the image without patches.
-        In a mixed batch each image has the adapter that `ROWS` names for it.
+        One with prompts in several layers appends all of them, and each `PGNBlock` takes its layer's away. In a mixed
+        batch each image has the adapter that `ROWS` names for it.
         """
         rows = ROWS.get()
         if rows:
@@ -163,6 +170,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         return self._embed(active, pixel_values, *args, **kwargs)
 
     def _embed(self, active: list[str], pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        check_together(active, self.configs)
         images = pixel_values
         for name in active:
             if name in self.layouts:  # one at most: PGNModel.set_adapter
@@ -179,15 +187,28 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         return kwargs if self.layouts[adapter_name].size == own_size else kwargs | {"interpolate_pos_encoding": True}
 
     def token_counts(self, adapter_name: str, image_size: tuple[int, int]) -> tuple[int, ...]:
-        """Return what decides how many tokens an image becomes: the size that is embedded, and prompts behind it.
+        """Return what decides how many tokens an image becomes: the size that is embedded, prompts, and their depth.
 
         Args:
             adapter_name: a loaded adapter, or "__base__".
             image_size: height and width of the image, in pixels.
         """
-        if adapter_name in self.layouts:
-            return (*self.layouts[adapter_name].size, 0)
-        return (*image_size, 0 if adapter_name == BASE else self.configs[adapter_name].num_virtual_tokens)
+        size = self.layouts[adapter_name].size if adapter_name in self.layouts else image_size
+        return (*size, *self._count_prompts(adapter_name))
+
+    def running_prompts(self) -> tuple[int, int]:
+        """Return the prompts P behind the tokens, and in how many layers they change, in the call that runs now."""
+        rows = ROWS.get()
+        if rows:
+            return self._count_prompts(rows[0])  # alike in all rows: `token_counts`
+        active = () if self.disable_adapters else self.active_adapters
+        return next((self._count_prompts(name) for name in active if name in self.configs), (0, 1))
+
+    def _count_prompts(self, adapter_name: str) -> tuple[int, int]:
+        if adapter_name == BASE or adapter_name in self.layouts:
+            return 0, 1
+        config = self.configs[adapter_name]
+        return config.num_virtual_tokens, config.prompt_depth
 
     def check_inputs(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check what the backbone is called with, before it casts and embeds it; a forward pre-hook of the backbone.
@@ -234,3 +255,23 @@ class PGNLayer(PGNTunerLayer, nn.Module):
                 f"`pixel_values` must measure {side[0]} x {side[1]} pixels, as the backbone expects, but got "
                 f"{shape[2]} x {shape[3]}. Resize the images, or pass interpolate_pos_encoding=True."
             )
+
+
+def check_together(adapter_names: Sequence[str], configs: Mapping[str, PGNConfig]) -> None:
+    """Refuse adapters that cannot be active at the same time.
+
+    Raises:
+        ValueError: more than one lays patches into the image, or one of several changes its prompts in each layer.
+    """
+    in_pixels = [name for name in adapter_names if configs[name].prompt_space == "pixel"]
+    if len(in_pixels) > 1:
+        raise ValueError(
+            f"`adapter_name` must name one adapter in pixel space at most, but got {', '.join(in_pixels)}: both would "
+            "lay their patches into the same image. Activate one of them."
+        )
+    deep = next((name for name in adapter_names if configs[name].prompt_depth != 1), None)
+    if deep is not None and len(adapter_names) > 1:
+        raise ValueError(
+            f"`adapter_name` must name no other adapter beside {deep!r}, which has prompts in several layers, but got "
+            f"{', '.join(adapter_names)}: their prompts would take each other's place. Activate one of them."
+        )

@@ -16,18 +16,29 @@ class TokenLibrary(nn.Module):
             grow far beyond it.
         num_slots: also learn a static prompt for each of so many slots, P, to which the mixture is added; None: the
             mixture is the prompt, as in the paper.
+        depth: layers of the backbone that get prompts of their own. If there are several, each has vectors and slots
+            of its own, which share the coefficients: (depth, L, D) and (depth, P, D) instead of (L, D) and (P, D).
 
-    Source: arXiv:2210.06466 and its official code.
+    Source: arXiv:2210.06466 and its official code, for a depth of 1; Jia et al. 2022 (arXiv:2203.12119) for prompts in
+    every layer.
     """
 
     def __init__(
-        self, library_size: int, hidden_size: int, initializer_range: float = 0.02, num_slots: int | None = None
+        self,
+        library_size: int,
+        hidden_size: int,
+        initializer_range: float = 0.02,
+        num_slots: int | None = None,
+        depth: int = 1,
     ) -> None:
         super().__init__()
-        self.tokens = nn.Parameter(torch.empty(library_size, hidden_size).normal_(std=initializer_range))
+        layers = () if depth == 1 else (depth,)
+        shape = (*layers, library_size, hidden_size)
+        self.tokens = nn.Parameter(torch.empty(shape).normal_(std=initializer_range))
         self.slot_prompts: nn.Parameter | None = None
         if num_slots is not None:
-            self.slot_prompts = nn.Parameter(torch.empty(num_slots, hidden_size).normal_(std=initializer_range))
+            shape = (*layers, num_slots, hidden_size)
+            self.slot_prompts = nn.Parameter(torch.empty(shape).normal_(std=initializer_range))
 
     def forward(self, coefficients: Tensor) -> Tensor:
         """Blend library tokens into one prompt per slot.
@@ -36,14 +47,19 @@ class TokenLibrary(nn.Module):
             coefficients: (B, P, L), non-negative.
 
         Returns:
-            (B, P, D) prompts.
+            (B, depth * P, D) prompts, layer by layer.
         """
-        prompts = coefficients @ self.tokens
-        return prompts if self.slot_prompts is None else prompts + self.slot_prompts
+        if self.tokens.ndim == 2:
+            prompts = coefficients @ self.tokens
+            return prompts if self.slot_prompts is None else prompts + self.slot_prompts
+        # One product for all layers.
+        prompts = coefficients @ self.tokens.transpose(0, 1).flatten(1)  # (B, P, depth * D)
+        prompts = prompts.unflatten(-1, (len(self.tokens), -1)).transpose(1, 2)  # (B, depth, P, D)
+        return (prompts if self.slot_prompts is None else prompts + self.slot_prompts).flatten(1, 2)
 
     def static_prompts(self, batch_size: int) -> Tensor:
-        """Give every image all L tokens as they are: (B, L, D) prompts, the input-independent control."""
-        return self.tokens.expand(batch_size, -1, -1)
+        """Give every image all tokens as they are: (B, depth * L, D), the input-independent control."""
+        return self.tokens.view(-1, self.tokens.shape[-1]).expand(batch_size, -1, -1)
 
 
 class PatchLibrary(nn.Module):

@@ -13,17 +13,19 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pgn_peft.backbones import find_backbone
+from pgn_peft.block import PGNBlock
 from pgn_peft.config import PGNConfig
 from pgn_peft.head import PGNHead
 from pgn_peft.injection import (
     check_adapter_name,
     check_modules_to_save,
     check_origin,
+    find_targets,
     record_base,
     record_labels,
     refuse_other_adapters,
 )
-from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer
+from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer, check_together
 from pgn_peft.mixed_batch import mixed_batch
 from pgn_peft.tensors import compare_tensors
 from pgn_peft.weights import check_size
@@ -111,6 +113,7 @@ class PGNModel(BaseTuner):
             record_base(config, model, self._backbone)
             check_size(config)
             record_labels(config, model, self._backbone)
+            self._targets = find_targets(config, model, self._backbone)
             self.peft_config[adapter_name] = config
         except Exception:
             self.peft_config.pop(adapter_name, None)
@@ -127,7 +130,7 @@ class PGNModel(BaseTuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: PGNConfig, key: str) -> bool:
-        return key in (self._backbone.embeddings, self._backbone.head)
+        return key in self._targets
 
     def _create_and_replace(
         self,
@@ -139,15 +142,26 @@ class PGNModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not isinstance(target, PGNTunerLayer):
-            base_layer = target
-            if current_key == self._backbone.embeddings:
-                target = PGNLayer(base_layer)
-                target.input_check = parent.register_forward_pre_hook(target.check_inputs, with_kwargs=True)
-            else:
-                target = PGNHead(base_layer, getattr(self.model, "config", None))
-            setattr(parent, target_name, target)
-        target.update_layer(adapter_name, peft_config)
+        if current_key == self._backbone.head:
+            if not isinstance(target, PGNHead):
+                target = PGNHead(target, getattr(self.model, "config", None))
+                setattr(parent, target_name, target)
+            target.update_layer(adapter_name, peft_config)
+        elif current_key == self._backbone.embeddings:
+            self._prompt_layer().update_layer(adapter_name, peft_config)
+        elif not isinstance(target, PGNBlock):
+            setattr(parent, target_name, PGNBlock(target, self._prompt_layer(), int(target_name)))
+
+    def _prompt_layer(self) -> PGNLayer:
+        """Return the layer that makes the prompts, put around the embeddings if it is not there yet."""
+        above, _, name = self._backbone.embeddings.rpartition(".")
+        parent = self.model.get_submodule(above)
+        layer = getattr(parent, name)
+        if not isinstance(layer, PGNLayer):
+            layer = PGNLayer(layer)
+            layer.input_check = parent.register_forward_pre_hook(layer.check_inputs, with_kwargs=True)
+            setattr(parent, name, layer)
+        return layer
 
     # Using it.
 
@@ -155,7 +169,7 @@ class PGNModel(BaseTuner):
         """Activate one adapter or several: their prompts are appended in this order, the first one's head answers.
 
         Raises:
-            ValueError: there is no adapter of that name.
+            ValueError: there is no adapter of that name, or these cannot be active together.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name in names:
@@ -164,12 +178,7 @@ class PGNModel(BaseTuner):
                     f"`adapter_name` must be one of {', '.join(self.peft_config) or 'none'}, but got {name!r}. "
                     "Load it first: load_adapter(path, adapter_name)."
                 )
-        in_pixels = [name for name in names if self.peft_config[name].prompt_space == "pixel"]
-        if len(in_pixels) > 1:
-            raise ValueError(
-                f"`adapter_name` must name one adapter in pixel space at most, but got {', '.join(in_pixels)}: both "
-                "would lay their patches into the same image. Activate one of them."
-            )
+        check_together(names, self.peft_config)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _enable_peft_forward_hooks(

@@ -40,7 +40,13 @@ def make_library(
             image_offset=config.image_offset,
         )
     slots = config.num_virtual_tokens if config.slot_prompts else None
-    return TokenLibrary(size, hidden_size, initializer_range=config.initializer_range, num_slots=slots)
+    return TokenLibrary(
+        size,
+        hidden_size,
+        initializer_range=config.initializer_range,
+        num_slots=slots,
+        depth=config.prompt_depth or 1,
+    )
 
 
 def make_generator(config: PGNConfig, num_channels: int) -> PromptGenerator | None:
@@ -75,8 +81,8 @@ def check_size(config: PGNConfig) -> None:
     if numbers > LARGEST_ADAPTER:
         largest = max(tensors, key=lambda name: tensors[name].numel())
         raise ValueError(
-            f"`num_virtual_tokens`, `library_size`, `generator_width` and `num_labels` must describe at most "
-            f"{LARGEST_ADAPTER:,} numbers, but got {numbers:,}, most of them in {largest} "
+            f"`num_virtual_tokens`, `library_size`, `prompt_depth`, `generator_width` and `num_labels` must describe "
+            f"at most {LARGEST_ADAPTER:,} numbers, but got {numbers:,}, most of them in {largest} "
             f"{tuple(tensors[largest].shape)}. Make them smaller; an adapter has about a million."
         )
 

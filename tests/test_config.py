@@ -16,6 +16,8 @@ from pgn_peft import PGNConfig, __version__
         ("num_virtual_tokens", True, TypeError),
         ("num_virtual_tokens", "7", TypeError),
         ("library_size", -3, ValueError),
+        ("prompt_depth", 0, ValueError),
+        ("prompt_depth", "all", TypeError),
         ("library_size", "64", TypeError),
         ("generator", "resnet18", ValueError),
         ("generator", None, TypeError),

@@ -13,6 +13,8 @@ GENERATORS = {
     "official": {},
     "factorised": {"generator_rank": 2, "slot_prompts": True},
     "static": {"generator": "static"},
+    "deep": {"prompt_depth": None, "slot_prompts": True},
+    "deep and static": {"prompt_depth": 2, "generator": "static"},
 }
 generators = pytest.mark.parametrize("generator", GENERATORS)
 
@@ -42,7 +44,9 @@ def test_prompts_are_appended_and_change_the_answer(architecture, generator, pix
     prompted = embeddings(pixel_values)
     assert torch.equal(prompted[:, : tokens.shape[1]], tokens)
     torch.testing.assert_close(prompted[:, tokens.shape[1] :], embeddings.prompts("default", pixel_values))
-    assert prompted.shape[1] == tokens.shape[1] + 3
+    depth = model.peft_config["default"].prompt_depth
+    assert depth == (2 if "deep" in generator else 1)
+    assert prompted.shape[1] == tokens.shape[1] + 3 * depth
     # Token 0 is what is read out, also of the models that answer with features.
     after = answer(model, pixel_values)
     after, before = (after[:, 0], before[:, 0]) if before.ndim == 3 else (after, before)
@@ -107,11 +111,12 @@ def test_save_and_load_under_another_name(architecture, generator, low_cpu_mem_u
 
 
 @architectures
-def test_unload_gives_the_base_back(architecture, pixel_values):
+@generators
+def test_unload_gives_the_base_back(architecture, generator, pixel_values):
     base = tiny_vit(architecture)
     before, structure = answer(base, pixel_values), str(base)
     labels = dict(base.config.id2label)
-    unloaded = adapted(architecture).unload()
+    unloaded = adapted(architecture, **GENERATORS[generator]).unload()
     assert torch.equal(answer(unloaded, pixel_values), before)
     assert str(unloaded) == structure
     assert unloaded.config.id2label == labels
@@ -131,7 +136,7 @@ def test_merging_is_refused_in_words(architecture):
 @classifiers
 def test_adapters_with_different_labels_share_a_backbone(architecture, pixel_values, tmp_path):
     first = adapted(architecture, seed=1)
-    second = adapted(architecture, seed=2, id2label=dict(enumerate("ab")), generator="static", num_virtual_tokens=5)
+    second = adapted(architecture, seed=2, id2label=dict(enumerate("ab")), prompt_depth=None, num_virtual_tokens=5)
     expected = {"first": answer(first, pixel_values), "second": answer(second, pixel_values)}
     first.save_pretrained(tmp_path / "first")
     second.save_pretrained(tmp_path / "second")

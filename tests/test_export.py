@@ -19,6 +19,7 @@ FORMS = {
     "group norm": {"generator_norm": "group"},
     "factorised": {"generator_rank": 2},
     "static": {"generator": "static"},
+    "deep": {"prompt_depth": None},
     "canvas": {
         "prompt_space": "pixel",
         "num_virtual_tokens": None,
@@ -51,7 +52,7 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "training"), [("latent", True), ("latent", False), ("canvas", True)])
+@pytest.mark.parametrize(("form", "training"), [("latent", True), ("latent", False), ("deep", True), ("canvas", True)])
 def test_it_is_not_compiled_again_for_another_batch_size(form, training):
     torch.compiler.reset()
     # Transformers' loss writes the problem type into the model's config in the first step, unless it is there.
@@ -83,7 +84,7 @@ def test_an_exported_program_answers_as_the_model(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["latent", "resized", "factorised", "canvas"])
+@pytest.mark.parametrize("form", ["latent", "resized", "factorised", "deep", "canvas"])
 def test_onnx_gives_the_same_logits(form, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = make(form)

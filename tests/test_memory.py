@@ -23,6 +23,8 @@ KINDS = {
     "static": {"generator": "static"},
     "pixel": PIXEL,
     "frozen head": {"head": "frozen"},
+    "deep": {"prompt_depth": None},
+    "deep and static": {"prompt_depth": 2, "generator": "static"},
     "static, frozen head": {"generator": "static", "head": "frozen"},
 }
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -102,7 +104,7 @@ def test_gradients_of_the_input_are_not_needed_and_do_no_harm(kind, pixel_values
 
 
 @reentrant
-@pytest.mark.parametrize("kind", ["latent", "static", "pixel"])
+@pytest.mark.parametrize("kind", ["latent", "static", "pixel", "deep"])
 def test_trainer_reaches_the_same_weights(kind, use_reentrant, tmp_path):
     generator = torch.Generator().manual_seed(0)
     rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": n % 5} for n in range(8)]

@@ -16,6 +16,8 @@ ADAPTERS = {
     "longer": {"num_virtual_tokens": 5},
     "static": {"generator": "static"},
     "frozen": {"head": "frozen"},
+    "deep": {"prompt_depth": None},
+    "deep and static": {"prompt_depth": 2, "generator": "static"},
     "canvas": PIXEL,
     "append": PIXEL | {"prompt_layout": "append", "num_virtual_tokens": 4},
 }
@@ -89,11 +91,11 @@ def test_adapters_with_equally_many_prompts_share_a_pass():
     model = serve()
     backbone = model.get_base_model().vit
     sizes = []
-    backbone.layers[0].register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[:2]))
-    names = ["latent", "canvas", "same", "longer", "__base__", "static"]
-    answer(model, images(6), adapter_names=names)
+    backbone.layers[0].base_layer.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[:2]))
+    names = ["latent", "canvas", "same", "deep and static", "longer", "__base__", "static", "deep"]
+    answer(model, images(8), adapter_names=names)
     # 1 class token and 16 patches; the canvas holds its prompts in these.
-    assert sizes == [(3, 20), (2, 17), (1, 22)]
+    assert sizes == [(3, 20), (2, 17), (2, 20), (1, 22)]
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in CLASSIFIERS])
