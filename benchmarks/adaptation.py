@@ -98,7 +98,6 @@ METHODS: dict[str, tuple[Callable[..., methods.Built], tuple[float, ...]]] = {
     "pgn-lean": (methods.pgn_lean, (1e-3, 3e-3)),
     "pgn-pixel": (methods.pgn_pixel, (3e-2, 1e-1)),
     "pgn-deep": (methods.pgn_deep, (1e-3, 3e-3)),
-    "pgn-deep-lean": (methods.pgn_deep_lean, (1e-3, 3e-3)),
 }
 LINEAR = "linear"
 CHOICES_OF_C = tuple(10.0**power for power in range(-3, 4))
@@ -235,7 +234,7 @@ def evaluate(model: nn.Module, cell: Cell, split: str) -> float:
 
 def shuffled(model: nn.Module, cell: Cell) -> dict[str, float]:
     """Return the validation accuracy when every image gets the prompts of another one."""
-    if cell.method not in ("pgn", "pgn-lean", "pgn-deep", "pgn-deep-lean"):
+    if cell.method not in ("pgn", "pgn-lean", "pgn-deep"):
         return {}
     generator = prompt_layer(model).pgn_generator["default"]
     hook = generator.register_forward_hook(lambda module, inputs, coefficients: coefficients.roll(1, dims=0))

@@ -224,11 +224,6 @@ def pgn_deep(backbone: ViTForImageClassification, material: Material, options: O
     return pgn(backbone, material, _changed(replace(options, library_rate=1.0), prompt_depth=None))
 
 
-def pgn_deep_lean(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
-    """Generate prompts for every layer with as few parameters as it takes."""
-    return pgn_deep(backbone, material, _changed(options, **LEAN_FIELDS))
-
-
 def pgn_pixel(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
     """Generate prompts that are valid pixels: one ring of patches around the image, which is shrunk."""
     mean, std = map(list, material.scale)

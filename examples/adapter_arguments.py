@@ -25,10 +25,13 @@ class AdapterArguments:
     num_virtual_tokens: int | None = field(
         default=None, metadata={"help": "Prompts per image; by default 16, or what fills the layout."}
     )
+    prompt_depth: int = field(
+        default=1, metadata={"help": "Layers that get prompts of their own; 1: the first; 0: all of them."}
+    )
     library_size: int = 64
     generator: str = field(default="resnet10", metadata={"help": "'resnet10', or 'static' for the control."})
     generator_image_size: int | None = field(
-        default=64, metadata={"help": "Side of what the generator sees, in pixels; None: all of the image."}
+        default=64, metadata={"help": "Side of what the generator sees, in pixels."}
     )
     generator_width: int = 16
     generator_norm: str = "batch"
@@ -50,6 +53,7 @@ class AdapterArguments:
         in_pixels = self.prompt_space == "pixel"
         return PGNConfig(
             num_virtual_tokens=self.num_virtual_tokens,
+            prompt_depth=self.prompt_depth or None,
             library_size=self.library_size,
             generator=self.generator,
             generator_image_size=self.generator_image_size,

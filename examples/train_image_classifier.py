@@ -82,7 +82,10 @@ class Arguments(LoaderArguments):
     learning_rate: float | None = field(default=None, metadata={"help": "Of the generator; by default the recipe's."})
     library_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "By default ten times the generator's, thirty times in pixel space; with 'sgd' the same."},
+        metadata={
+            "help": "By default ten times the generator's, thirty times in pixel space; the same where several layers "
+            "have prompts, and with 'sgd'."
+        },
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "By default three times the generator's; with 'sgd' the same."}
@@ -114,9 +117,13 @@ class Arguments(LoaderArguments):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
         super().__post_init__()
 
-    def rates(self, prompt_space: str) -> dict[str, float]:
+    def rates(self, config: PGNConfig) -> dict[str, float]:
         """Return the learning rates of the parts: what was best for each in benchmarks/adaptation.py."""
-        library, head = {"latent": (10, 3), "pixel": (30, 3)}[prompt_space] if self.recipe == "adamw" else (1, 1)
+        library, head = 10 if config.prompt_depth == 1 else 1, 3
+        if config.prompt_space == "pixel":
+            library = 30
+        if self.recipe == "sgd":
+            library, head = 1, 1
         return {
             "learning_rate": self.learning_rate,
             "library_learning_rate": self.library_learning_rate or library * self.learning_rate,
@@ -226,7 +233,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         start_library(model, images.as_they_are(), processor)
     trainable, _ = model.get_nb_trainable_parameters()
 
-    parameters = parameter_groups(model, **arguments.rates(config.prompt_space), weight_decay=arguments.weight_decay)
+    parameters = parameter_groups(model, **arguments.rates(config), weight_decay=arguments.weight_decay)
     trainer = make_trainer(
         model, splits, arguments, parameters, len(labels), data.image_size, processor, describe_data(data.dataset)
     )

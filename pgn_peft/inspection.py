@@ -46,7 +46,7 @@ def mixing_coefficients(
         batch_size: images at a time.
 
     Returns:
-        (B, P, L) coefficients in float32 on the CPU.
+        (B, P, L) coefficients in float32 on the CPU, the same for all layers that have prompts of their own.
 
     Raises:
         ValueError: there is no such adapter, or its prompts are static and not mixed.
@@ -104,7 +104,10 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
 
 
 def library_tokens(model: nn.Module, adapter_name: str = "default") -> Tensor:
-    """Return an adapter's library: tokens (L, D), or in pixel space patches (L, C, p, p) in [0, 1]; on the CPU.
+    """Return an adapter's library, on the CPU.
+
+    Returns:
+        Tokens (L, D); with prompts in several layers (depth, L, D); in pixel space patches (L, C, p, p) in [0, 1].
 
     Raises:
         ValueError: there is no such adapter.

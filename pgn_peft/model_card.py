@@ -180,6 +180,7 @@ def _properties(model: nn.Module, adapter_name: str, config: PGNConfig) -> dict[
         "trainable parameters": f"{own:,}",
         "frozen parameters of the base": f"{base:,}",
         "prompts per image": config.num_virtual_tokens,
+        **({} if config.prompt_depth == 1 else {"layers with prompts of their own": config.prompt_depth}),
         "library": "-" if config.generator == "static" else config.library_size,
         "generator": config.generator,
         "head": config.head,

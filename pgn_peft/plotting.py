@@ -126,6 +126,11 @@ def plot_library(tokens: Tensor, usage: Tensor | None = None, method: str = "pca
     """
     if method not in ("pca", "tsne"):
         raise ValueError(f"`method` must be one of pca, tsne, but got {method!r}. Choose one of these.")
+    if tokens.ndim not in (2, 4):
+        raise ValueError(
+            f"`tokens` must have the axes (L, D) or (L, C, p, p), but got {tuple(tokens.shape)}. Of an adapter with "
+            "prompts in several layers take one layer's: tokens[0]."
+        )
     if len(tokens) < 3:
         raise ValueError(f"`tokens` must hold three entries at least, but got {len(tokens)}. There is nothing to map.")
     from sklearn.decomposition import PCA

@@ -270,6 +270,24 @@ def test_the_official_recipe_is_sgd_with_a_long_warm_up(tmp_path):
     assert script.Arguments(output_dir=str(tmp_path), use_cpu=True).learning_rate == 1e-3
 
 
+def test_prompts_in_all_layers_are_trained_at_one_rate(material, tmp_path):
+    from train_image_classifier import Arguments
+
+    from pgn_peft import PGNConfig
+
+    folder = tmp_path / "deep"
+    run(*with_output(material[1], folder, "--prompt_depth", "0", "--num_train_epochs", "1"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["prompt_depth"] == 2
+    assert (
+        load_file(folder / "adapter_model.safetensors")["base_model.model.vit.embeddings.pgn_library.tokens"].ndim == 3
+    )
+    assert "| layers with prompts of their own | 2 |" in (folder / "README.md").read_text()
+    arguments = Arguments(output_dir=str(tmp_path), use_cpu=True)
+    rates = {depth: arguments.rates(PGNConfig(prompt_depth=depth))["library_learning_rate"] for depth in (1, 2, None)}
+    assert rates == {1: 1e-2, 2: 1e-3, None: 1e-3}
+
+
 def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(material, tmp_path):
     """The two commands of the README, typed as there, on a folder of JPEGs."""
     _, command = material
