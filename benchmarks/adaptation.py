@@ -89,7 +89,7 @@ PROTOCOLS = {
 # Two learning rates for each method to choose from: those between which each was best in trials on validation.
 METHODS: dict[str, tuple[Callable[..., methods.Built], tuple[float, ...]]] = {
     "full": (methods.full, (1e-4, 3e-4)),
-    "vpt-deep": (methods.vpt_deep, (1e-3, 3e-3)),
+    "vpt-deep": (methods.vpt_deep, (3e-4, 1e-3)),
     "lora": (methods.lora, (1e-3, 3e-3)),
     "border": (methods.border, (3e-2, 1e-1)),
     "generator alone": (methods.generator_alone, (3e-3, 1e-2)),
@@ -97,7 +97,7 @@ METHODS: dict[str, tuple[Callable[..., methods.Built], tuple[float, ...]]] = {
     "pgn": (methods.pgn, (1e-3, 3e-3)),
     "pgn-lean": (methods.pgn_lean, (1e-3, 3e-3)),
     "pgn-pixel": (methods.pgn_pixel, (3e-2, 1e-1)),
-    "pgn-deep": (methods.pgn_deep, (1e-3, 3e-3)),
+    "pgn-deep": (methods.pgn_deep, (3e-4, 1e-3)),
 }
 LINEAR = "linear"
 CHOICES_OF_C = tuple(10.0**power for power in range(-3, 4))

@@ -69,7 +69,12 @@ def compare(name: str, options) -> dict:
     splits = image_data.load_splits(image_data.DataArguments(options.data), seed=0)
     images = splits["validation"]["image"][: options.max_test_samples]
     config = PGNConfig(
-        num_virtual_tokens=prompts, library_size=64, initializer_range=0.3, initial_logit_std=4, head="frozen"
+        num_virtual_tokens=prompts,
+        library_size=64,
+        generator_image_size=None,
+        initializer_range=0.3,
+        initial_logit_std=4,
+        head="frozen",
     )
     model = get_peft_model(stock, config).eval()
     prompter = ImagePrompter.from_adapter(model, processor)

@@ -23,7 +23,7 @@ from pgn_peft import PGNConfig
 
 SETTLED = 20  # rounds until caches are full
 CONFIGS = {
-    "PGN": PGNConfig(num_virtual_tokens=4, library_size=8, generator_width=4, num_labels=2),
+    "PGN": PGNConfig(num_virtual_tokens=4, library_size=8, generator_image_size=None, generator_width=4, num_labels=2),
     "LoRA": LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
 }
 

@@ -58,6 +58,7 @@ METHODS: dict[str, tuple[Callable[..., methods.Built], int | None]] = {
     "PGN, generator at 64 px": (methods.pgn, 64),
     "PGN, pixel space": (methods.pgn_pixel, None),
     "VPT-deep": (methods.vpt_deep, None),
+    "PGN in every layer, generator at 64 px": (methods.pgn_deep, 64),
     "LoRA, r = 8": (methods.lora, None),
     "full fine-tuning": (methods.full, None),
 }

@@ -36,6 +36,7 @@ NAMES = {
     "pgn": "**PGN**",
     "pgn-lean": "**PGN, lean**",
     "vpt-deep": "VPT-deep",
+    "pgn-deep": "**PGN, every layer**",
     "lora": "LoRA, r = 8",
     "full": "full fine-tuning",
 }

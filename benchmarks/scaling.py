@@ -75,7 +75,7 @@ def train(options: argparse.Namespace) -> None:
     """Train in this process, one of those that were launched; the first of them writes `options.report`."""
     torch.manual_seed(0)
     backbone = AutoModelForImageClassification.from_pretrained(options.model)
-    model = get_peft_model(backbone, PGNConfig(num_labels=CLASSES))
+    model = get_peft_model(backbone, PGNConfig(num_labels=CLASSES, generator_image_size=None))
     rows = [
         {"pixel_values": torch.randn(3, options.side, options.side), "labels": index % CLASSES} for index in range(100)
     ]

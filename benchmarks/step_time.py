@@ -59,6 +59,7 @@ METHODS: dict[str, Callable[..., methods.Built]] = {
     "pgn, 64 px": methods.pgn,
     "pgn-pixel": methods.pgn_pixel,
     "vpt-deep": methods.vpt_deep,
+    "pgn-deep": methods.pgn_deep,
     "lora": methods.lora,
     "linear": methods.linear,
     "full": methods.full,

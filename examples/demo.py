@@ -131,7 +131,12 @@ def adapt(method: str, base: Path, digits: Digits, rate: float, epochs: int) -> 
         model = get_peft_model(
             model,
             PGNConfig(
-                num_virtual_tokens=8, library_size=32, generator=generator, generator_width=8, initializer_range=0.5
+                num_virtual_tokens=8,
+                library_size=32,
+                generator=generator,
+                generator_image_size=None,
+                generator_width=8,
+                initializer_range=0.5,
             ),
         )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

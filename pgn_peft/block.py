@@ -19,7 +19,7 @@ class PGNBlock(ForwardsAttributes, nn.Module):
         [tokens, this layer's prompts, the next one's, ...] -> [what becomes of the tokens, the next one's, ...]
 
     Args:
-        base_layer: tokens (B, N, D) to tokens (B, N, D).
+        base_layer: tokens (B, N, D) to tokens (B, N, D), or to a tuple that begins with them.
         prompts: the layer that makes the prompts; it also knows which adapter is active.
         index: of this layer, from 0.
 
@@ -49,7 +49,9 @@ class PGNBlock(ForwardsAttributes, nn.Module):
         output = self.base_layer(hidden_states[:, :end], *args, **kwargs)
         if not waiting:
             return output
-        return torch.cat([output[:, : end - num_prompts], hidden_states[:, end:]], dim=1)
+        tokens, *others = output if isinstance(output, tuple) else (output,)
+        tokens = torch.cat([tokens[:, : end - num_prompts], hidden_states[:, end:]], dim=1)
+        return (tokens, *others) if isinstance(output, tuple) else tokens
 
 
 def _cut_mask(value: Any, end: int) -> Any:

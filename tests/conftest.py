@@ -49,7 +49,8 @@ def tiny_vit(architecture="ViTForImageClassification", num_labels=5, seed=0, **o
 
 def tiny_config(**overrides):
     """A PGN config that suits `tiny_vit`."""
-    return PGNConfig(**({"num_virtual_tokens": 3, "library_size": 6, "generator_width": 4} | overrides))
+    sizes = {"num_virtual_tokens": 3, "library_size": 6, "generator_width": 4, "generator_image_size": None}
+    return PGNConfig(**(sizes | overrides))
 
 
 def answer(model, pixel_values, **kwargs):

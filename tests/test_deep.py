@@ -98,6 +98,19 @@ def test_hidden_states_and_attentions_have_the_tokens_of_a_layer(pixel_values):
     assert len(outputs.hidden_states) == LAYERS + 1
 
 
+def test_layers_that_answer_with_a_tuple(pixel_values):
+    class InTuple(torch.nn.Module):
+        def forward(self, hidden_states, factor):
+            return hidden_states * factor, "attention"
+
+    layer = prompt_layer(adapted(prompt_depth=2))
+    block = PGNBlock(InTuple(), layer, index=0)
+    tokens = torch.randn(2, 5 + 2 * 3, 32)
+    hidden_states, attention = block(tokens, factor=2)
+    assert torch.equal(hidden_states, torch.cat([2 * tokens[:, :5], tokens[:, 8:]], dim=1))
+    assert attention == "attention"
+
+
 def test_it_lives_beside_shallow_adapters(pixel_values, tmp_path):
     deep, shallow = adapted(), adapted(prompt_depth=1)
     expected = {"deep": answer(deep, pixel_values), "shallow": answer(shallow, pixel_values)}
