@@ -24,6 +24,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 
 RESULTS = Path(__file__).with_name("results") / "adaptation.jsonl"
 # In the order of the tables; with how they are called there.
@@ -165,17 +166,19 @@ def plot_accuracy(rows: list[dict[str, Any]], ax: Axes) -> None:
     cells = chosen(rows)
     names = data_sets(cells)
     methods = [method for method in NAMES if any((data, method) in cells for data in names)]
-    colours = plt.get_cmap("tab10")
     width = 0.8 / len(methods)
+    ours = [method for method in methods if method.startswith("pgn")]
+    peers = [method for method in methods if method not in ours]
     for place, method in enumerate(methods):
-        own = method.startswith("pgn")
+        kind, colours = (ours, "autumn") if method in ours else (peers, "Greys")
+        colour = plt.get_cmap(colours)(0.15 + 0.6 * kind.index(method) / max(1, len(kind) - 1))
         for group, data in enumerate(names):
             if (data, method) not in cells:
                 continue
             test = cells[data, method].test
             at = group + (place - (len(methods) - 1) / 2) * width
             label = NAMES[method].strip("*") if group == _first_with(cells, names, method) else None
-            ax.bar(at, statistics.mean(test), width, color=colours(place), alpha=1 if own else 0.45, label=label)
+            ax.bar(at, statistics.mean(test), width, color=colour, label=label)
             ax.plot([at] * len(test), test, "k.", markersize=3)
     ax.set_xticks(range(len(names)), names)
     ax.set(ylabel="test accuracy", ylim=(0, 1))
@@ -195,19 +198,28 @@ def plot_parameters(rows: list[dict[str, Any]], axes: Iterable[Axes]) -> None:
             for method in NAMES
             if (data, method) in cells
         ]
-        span = max(points)[0] - min(points)[0]
-        lower: list[tuple[float, int]] = []
-        for accuracy, parameters, method in sorted(points):
+        for accuracy, parameters, method in points:
             ax.plot(parameters, accuracy, "o", color="crimson" if method.startswith("pgn") else "grey")
-            # To the left of a point whose neighbour below has its name to the right.
-            crowded = any(accuracy - y < 0.06 * span and 0.4 < parameters / x < 2.5 for y, x in lower)
-            offset, side = ((-5, 2), "right") if crowded else ((5, -6), "left")
-            text = NAMES[method].strip("*").partition(" (")[0]
-            ax.annotate(text, (parameters, accuracy), offset, textcoords="offset points", fontsize=6, ha=side)
-            if not crowded:
-                lower.append((accuracy, parameters))
         ax.set(xscale="log", xlabel="trained parameters", title=data)
         ax.margins(x=0.35, y=0.12)
+        names = [NAMES[method].strip("*").partition(" (")[0] for _, _, method in points]
+        _name_points(ax, [(parameters, accuracy) for accuracy, parameters, _ in points], names)
+
+
+def _name_points(ax: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
+    """Write each point's name beside it, on the first side where it covers no other point and no other name."""
+    ax.figure.canvas.draw()  # settles where the points are
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(points)]
+    for point, name in sorted(zip(points, names, strict=True)):
+        for place, side in (((6, -6), "left"), ((6, 3), "left"), ((-6, -6), "right"), ((-6, 3), "right")):
+            text = ax.annotate(name, point, place, textcoords="offset points", fontsize=6, ha=side)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            text = ax.annotate(name, point, (6, -6), textcoords="offset points", fontsize=6)
+        taken.append(text.get_window_extent())
 
 
 def draw(rows: list[dict[str, Any]], folder: Path) -> None:

@@ -63,7 +63,7 @@ class PGNConfig(PeftConfig):
         generator: "resnet10", the CNN of the official code, or "static": P learned prompts, the same for every image
             (the input-independent control, VPT-shallow).
         generator_image_size: the generator sees the image with its shorter side resized to this many pixels; None:
-            as it is, as in the official code. 64 costs a twelfth of 224, and was as accurate.
+            as it is, as in the official code. 64 costs a twelfth of 224, and was as accurate as 112.
         generator_width: channels of the generator's stem. Parameters and cost of the CNN grow with its square.
         generator_norm: "batch", as in the official code, or "group", which needs no running statistics.
         generator_rank: length of the queries (one for each prompt of an image) and keys (one for each entry of the
