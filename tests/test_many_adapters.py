@@ -65,5 +65,8 @@ def test_a_loop_of_load_set_delete_leaks_nothing(through, folders, pixel_values)
     before = census(model)
     for turn in range(1, 6):
         go_round(turn)
-    assert census(model) == before
+    after = census(model)
+    # What earlier tests have left in this process may be freed meanwhile.
+    assert all(after.pop(kind) <= before.pop(kind) for kind in ("Tensor", "Module"))
+    assert after == before
     assert torch.equal(answer(model, pixel_values), expected)
