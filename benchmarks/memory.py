@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[Callable[..., methods.Built], int | None]] = {
     "frozen forward": (methods.frozen, None),
     "linear head": (methods.linear, None),
     "static prompts": (methods.static, None),
-    "PGN": (methods.pgn, None),
+    "PGN, generator at full size": (methods.pgn, None),
     "PGN, generator at 112 px": (methods.pgn, 112),
     "PGN, generator at 64 px": (methods.pgn, 64),
     "PGN, pixel space": (methods.pgn_pixel, None),
@@ -284,7 +284,7 @@ def main(command_line: list[str] | None = None) -> None:
     options = parser.parse_args(command_line)
     with tempfile.TemporaryDirectory() as folder:
         if options.smoke:
-            options.models, options.methods, options.batch = ["tiny"], [REFERENCE, "PGN"], 8
+            options.models, options.methods, options.batch = ["tiny"], [REFERENCE, "PGN, generator at full size"], 8
             options.results = f"{folder}/memory.jsonl"
         results = bench.Results(options.results)
         if options.largest:

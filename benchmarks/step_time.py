@@ -48,7 +48,7 @@ MODELS = {
     "vit-b16": SIZES["B/16"],
     "smoke": SIZES["tiny"],
 }
-# PGN in its default form, in which the generator sees the image as it is, and as the training script has it.
+# What the generator sees: the whole image, as in the official code, or what it does by default (as all others here).
 SIDES = {"pgn": None, "pgn, 64 px": 64}
 
 

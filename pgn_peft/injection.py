@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from pgn_peft.backbones import SUPPORTED, Backbone, architecture_of, find_layers
+from pgn_peft.backbones import SUPPORTED, Backbone, architecture_of
 from pgn_peft.block import PGNBlock
 from pgn_peft.checks import refuse_head_in_modules_to_save
 from pgn_peft.config import PGNConfig
@@ -79,11 +79,17 @@ def check_origin(config: PGNConfig, model: nn.Module) -> None:
         )
 
 
-def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbone, layers: list[str]) -> None:
     """Refuse `modules_to_save` that take hold of what PGN wraps, or of nothing, which PEFT would pass over in silence.
 
+    Args:
+        config: the adapter's.
+        model: the model that gets it.
+        backbone: where its embeddings and its head are.
+        layers: names of the layers that the adapter wraps.
+
     Raises:
-        ValueError: one does.
+        ValueError: one does, this adapter's or one that the model has already.
     """
     names = [name for name, _ in model.named_modules()]
     for wanted in config.modules_to_save or ():
@@ -100,15 +106,6 @@ def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbon
                 f"`modules_to_save` must not name the embeddings, their parts or what they are part of, but got "
                 f"{wanted!r}. PGN wraps {backbone.embeddings!r}; name modules beside it."
             )
-
-
-def find_targets(config: PGNConfig, model: nn.Module, backbone: Backbone) -> list[str]:
-    """Name the modules that an adapter is put into: embeddings, head, and all layers if several have prompts.
-
-    Raises:
-        ValueError: layers that would be wrapped hold modules of `modules_to_save`, this adapter's or another one's.
-    """
-    layers = [] if config.prompt_depth == 1 else find_layers(model, backbone.embeddings)
     wrapped = {*layers, *(name for name, module in model.named_modules() if isinstance(module, PGNBlock))}
     for name, module in model.named_modules():
         own = any(name.endswith(wanted) for wanted in config.modules_to_save or ())
@@ -118,7 +115,6 @@ def find_targets(config: PGNConfig, model: nn.Module, backbone: Backbone) -> lis
                 f"`modules_to_save` must lie outside of the layers where prompts change from layer to layer, but got "
                 f"{name!r}. Use prompt_depth=1, or leave the module frozen."
             )
-    return [backbone.embeddings, *layers, *([] if backbone.head is None else [backbone.head])]
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -138,8 +134,6 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
     }
     if config.prompt_layout is not None:
         found["patch_size"] = _patch_size(embeddings)
-    if config.prompt_depth != 1:
-        _record_depth(config, model, backbone)
     for name, value in found.items():
         recorded = getattr(config, name)
         if recorded is not None and recorded != value:
@@ -156,14 +150,17 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
     config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
-def _record_depth(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
-    """Settle how many layers get prompts of their own."""
-    num_layers = len(find_layers(model, backbone.embeddings))
+def record_depth(config: PGNConfig, model: nn.Module, layers: list[str]) -> None:
+    """Settle how many of the backbone's layers get prompts of their own.
+
+    Raises:
+        ValueError: the adapter wants more layers than there are.
+    """
     if config.prompt_depth is None:
-        config.prompt_depth = num_layers
-    if config.prompt_depth > num_layers:
+        config.prompt_depth = len(layers)
+    if config.prompt_depth > len(layers):
         raise ValueError(
-            f"`prompt_depth` must be at most {num_layers}, the layers of this {type(model).__name__}, but got "
+            f"`prompt_depth` must be at most {len(layers)}, the layers of this {type(model).__name__}, but got "
             f"{config.prompt_depth}. None means all of them."
         )
 

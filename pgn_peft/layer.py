@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from pgn_peft.checks import check_pixel_values, check_together
 from pgn_peft.config import PGNConfig
 from pgn_peft.layout import PromptLayout, compose, make_layout
-from pgn_peft.preprocessing import PILLOW_MODES, denormalize, normalize
+from pgn_peft.preprocessing import denormalize, normalize
 from pgn_peft.projection import PatchInverse
 from pgn_peft.rows import BASE, ROWS, map_rows
 from pgn_peft.weights import make_generator, make_library
@@ -227,51 +227,8 @@ class PGNLayer(PGNTunerLayer, nn.Module):
                 "inside, which would give every image the active adapter. Load it with PeftModel.from_pretrained."
             )
         pixel_values = args[0] if args else kwargs.get("pixel_values")
-        if not isinstance(pixel_values, Tensor):
-            raise TypeError(
-                f"`pixel_values` must be a tensor (B, C, H, W), but got {type(pixel_values).__name__}. Run the image "
-                "processor first: processor(images=..., return_tensors='pt')."
-            )
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 4:
-            raise ValueError(
-                f"`pixel_values` must have the four axes (B, C, H, W), but got shape {shape}. "
-                "Add the batch axis to a single image: pixel_values[None]."
-            )
-        if not pixel_values.is_floating_point():
-            raise TypeError(
-                f"`pixel_values` must be normalised floating-point images, but got {pixel_values.dtype}, which looks "
-                "like pixels in 0..255. Run the image processor first."
-            )
-        if shape[1] != self.num_channels:
-            mode = PILLOW_MODES.get(self.num_channels, "...")
-            raise ValueError(
-                f"`pixel_values` must have {self.num_channels} channels, as the backbone does, but got {shape[1]} in "
-                f"shape {shape}. Convert the images, e.g. image.convert({mode!r})."
-            )
-        side = tuple(self.patch_embeddings.image_size)
-        if shape[2:] != side and not kwargs.get("interpolate_pos_encoding"):
-            raise ValueError(
-                f"`pixel_values` must measure {side[0]} x {side[1]} pixels, as the backbone expects, but got "
-                f"{shape[2]} x {shape[3]}. Resize the images, or pass interpolate_pos_encoding=True."
-            )
-
-
-def check_together(adapter_names: Sequence[str], configs: Mapping[str, PGNConfig]) -> None:
-    """Refuse adapters that cannot be active at the same time.
-
-    Raises:
-        ValueError: more than one lays patches into the image, or one of several changes its prompts in each layer.
-    """
-    in_pixels = [name for name in adapter_names if configs[name].prompt_space == "pixel"]
-    if len(in_pixels) > 1:
-        raise ValueError(
-            f"`adapter_name` must name one adapter in pixel space at most, but got {', '.join(in_pixels)}: both would "
-            "lay their patches into the same image. Activate one of them."
-        )
-    deep = next((name for name in adapter_names if configs[name].prompt_depth != 1), None)
-    if deep is not None and len(adapter_names) > 1:
-        raise ValueError(
-            f"`adapter_name` must name no other adapter beside {deep!r}, which has prompts in several layers, but got "
-            f"{', '.join(adapter_names)}: their prompts would take each other's place. Activate one of them."
+        check_pixel_values(
+            pixel_values,
+            self.num_channels,
+            None if kwargs.get("interpolate_pos_encoding") else tuple(self.patch_embeddings.image_size),
         )

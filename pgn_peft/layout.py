@@ -184,9 +184,11 @@ def compose(
 
 def _to_8_bits(pixels: Tensor) -> Tensor:
     """Round pixels in [0, 1] to the levels of 8 bits; gradients pass as if they were not rounded."""
-    rounded = (pixels.detach() * 255).round_().div_(255)
     # In place, and with no second pass where no gradients are asked for: pixels are many, and most of this is memory.
-    return pixels + rounded.sub_(pixels.detach()) if torch.is_grad_enabled() and pixels.requires_grad else rounded
+    rounded = (pixels.detach() * 255).round_().div_(255)
+    if torch.is_grad_enabled() and pixels.requires_grad:
+        return pixels + rounded.sub_(pixels.detach())
+    return rounded
 
 
 def _surround(image: Tensor, patches: Tensor, layout: PromptLayout) -> Tensor:

@@ -49,12 +49,9 @@ class TokenLibrary(nn.Module):
         Returns:
             (B, depth * P, D) prompts, layer by layer.
         """
-        if self.tokens.ndim == 2:
-            prompts = coefficients @ self.tokens
-            return prompts if self.slot_prompts is None else prompts + self.slot_prompts
-        # One product for all layers.
-        prompts = coefficients @ self.tokens.transpose(0, 1).flatten(1)  # (B, P, depth * D)
-        prompts = prompts.unflatten(-1, (len(self.tokens), -1)).transpose(1, 2)  # (B, depth, P, D)
+        tokens = self.tokens.view(-1, *self.tokens.shape[-2:])  # (depth, L, D)
+        prompts = coefficients @ tokens.transpose(0, 1).flatten(1)  # (B, P, depth * D): one product for all layers
+        prompts = prompts.unflatten(-1, (len(tokens), -1)).transpose(1, 2)  # (B, depth, P, D)
         return (prompts if self.slot_prompts is None else prompts + self.slot_prompts).flatten(1, 2)
 
     def static_prompts(self, batch_size: int) -> Tensor:

@@ -12,20 +12,21 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from pgn_peft.backbones import find_backbone
+from pgn_peft.backbones import find_backbone, find_layers
 from pgn_peft.block import PGNBlock
+from pgn_peft.checks import check_together
 from pgn_peft.config import PGNConfig
 from pgn_peft.head import PGNHead
 from pgn_peft.injection import (
     check_adapter_name,
     check_modules_to_save,
     check_origin,
-    find_targets,
     record_base,
+    record_depth,
     record_labels,
     refuse_other_adapters,
 )
-from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer, check_together
+from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer
 from pgn_peft.mixed_batch import mixed_batch
 from pgn_peft.tensors import compare_tensors
 from pgn_peft.weights import check_size
@@ -109,11 +110,14 @@ class PGNModel(BaseTuner):
             check_origin(config, model)
             self._backbone = find_backbone(model, config.target_modules)
             check_adapter_name(adapter_name, model)
-            check_modules_to_save(config, model, self._backbone)
+            layers = [] if config.prompt_depth == 1 else find_layers(model, self._backbone.embeddings)
+            check_modules_to_save(config, model, self._backbone, layers)
             record_base(config, model, self._backbone)
+            if layers:
+                record_depth(config, model, layers)
             check_size(config)
             record_labels(config, model, self._backbone)
-            self._targets = find_targets(config, model, self._backbone)
+            self._targets = {self._backbone.embeddings, self._backbone.head, *layers}
             self.peft_config[adapter_name] = config
         except Exception:
             self.peft_config.pop(adapter_name, None)

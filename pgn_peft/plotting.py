@@ -122,7 +122,7 @@ def plot_library(tokens: Tensor, usage: Tensor | None = None, method: str = "pca
         The axes.
 
     Raises:
-        ValueError: there is no such method, or there are fewer than three entries.
+        ValueError: there is no such method, the tokens have other axes, or there are fewer than three entries.
     """
     if method not in ("pca", "tsne"):
         raise ValueError(f"`method` must be one of pca, tsne, but got {method!r}. Choose one of these.")
