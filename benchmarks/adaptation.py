@@ -8,7 +8,7 @@ The table: every method on every data set, its learning rate chosen on validatio
 
 One cell: `--data digits --methods pgn --seeds 0`. Another setting: `--set library_size=16 --no-test`, with any field
 of `PGNConfig` or of the protocol. `--ablations` runs a list of such settings on validation, at the learning rate that
-the table has chosen, the most telling first.
+the table has chosen, the most telling first; `--ablations train_images` only those that change this field.
 
 `--protocol small` (the default): 112 px, at most 1,000 training images, 12 epochs: for a CPU, two to three minutes a
 run on one core; start two processes with other `--methods` or `--data` on two cores (they may share a results file).
@@ -106,6 +106,7 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("pgn", {"slot_prompts": False}),
     ("pgn", {"train_images": 250}),
     ("static", {"train_images": 250}),
+    *((method, {"train_images": 5000}) for method in ("pgn", "static", "vpt-deep", "pgn-deep", "full", "lora")),
     ("pgn", {"num_virtual_tokens": 4}),
     ("static", {"num_virtual_tokens": 4}),
     ("pgn", {"library_rate": 1.0}),
@@ -302,10 +303,13 @@ def compare(results: bench.Results, options: argparse.Namespace) -> None:
 def ablate(results: bench.Results, options: argparse.Namespace) -> None:
     """Run what is missing of the ablations, with the first seed and the rate that was chosen for the table."""
     for method, overrides in ABLATIONS:
+        if options.ablations and not overrides.keys() & set(options.ablations):
+            continue
         for data in options.data:
             cell = Cell(data, options.model, method, None, options.seeds[0], options.protocol)
-            chosen = choose(results, cell, options.grid)
-            train_once(results, replace(chosen, overrides=tuple(overrides.items())))
+            changed = replace(choose(results, cell, options.grid), overrides=tuple(overrides.items()))
+            if len(material_of(changed).splits["train"].labels) >= overrides.get("train_images", 0):
+                train_once(results, changed)
 
 
 def choose(results: bench.Results, cell: Cell, grid: int) -> Cell:
@@ -339,7 +343,9 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--grid", type=int, default=2, help="use this many learning rates")
     parser.add_argument("--no-test", dest="test", action="store_false", help="leave the test split alone")
     parser.add_argument("--set", nargs="*", type=parse_override, default=(), help="fields to change, name=value")
-    parser.add_argument("--ablations", action="store_true", help="change one thing at a time instead")
+    parser.add_argument(
+        "--ablations", nargs="*", metavar="FIELD", help="change one thing at a time instead; only these, if any"
+    )
     parser.add_argument("--results", default="outputs/adaptation.jsonl", help="file of JSON lines, appended to")
     parser.add_argument("--threads", type=int, help="of this process; by default all cores")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
@@ -356,7 +362,7 @@ def main(command_line: list[str] | None = None) -> None:
         if not (options.data and options.model):
             parser.error("--data and --model are required")
         results = bench.Results(options.results)
-        if options.ablations:
+        if options.ablations is not None:
             ablate(results, options)
         else:
             compare(results, options)

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, load_dataset
 from huggingface_hub.errors import HFValidationError
 from recipes import RECIPES, Recipe
@@ -193,3 +194,10 @@ def load_processor(model_name_or_path: str, image_size: int | None, revision: st
         if getattr(processor, "crop_size", None) is not None:
             processor.crop_size = square
     return processor
+
+
+def made_side(processor) -> int | None:
+    """Return the side of what an image processor makes of a square image, in pixels; None if that is no square."""
+    made = processor(images=np.zeros((64, 64, 3), dtype=np.uint8), return_tensors="np")["pixel_values"]
+    height, width = made.shape[-2:]
+    return height if height == width else None

@@ -51,7 +51,7 @@ import torch
 from adapter_arguments import AdapterArguments, find_label_mapping, start_library
 from card_facts import add_results, describe_data
 from datasets import DatasetDict, Features, Value
-from image_data import DataArguments, load_processor
+from image_data import DataArguments, load_processor, made_side
 from image_loading import LoaderArguments, prepare_images
 from image_stream import load_images, prepare_streaming
 from peft import PeftModel, get_peft_model
@@ -178,13 +178,14 @@ def make_trainer(
         # An adapter has many small tensors: fused, a step over them takes a tenth of the time.
         optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, fused=True)
     accuracy = Accuracy(keep_in_memory=True)
-    side = model.config.image_size
     return AdapterTrainer(
         model=model,
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
-        data_collator=ImageCollator(num_labels, interpolate_pos_encoding=image_size not in (None, side)),
+        data_collator=ImageCollator(
+            num_labels, interpolate_pos_encoding=image_size not in (None, model.config.image_size)
+        ),
         compute_metrics=lambda outcome: accuracy.compute(
             predictions=np.argmax(outcome.predictions, axis=-1), references=outcome.label_ids
         ),
@@ -216,7 +217,8 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         splits = load_images(data, seed=0, shuffle_seed=arguments.seed)
     labels = splits["train"].features["label"].names
     processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
-    adapter.config(labels, processor, data.image_size, None if adapter.head == "trained" else [*range(len(labels))])
+    side = made_side(processor)
+    adapter.config(labels, processor, side, None if adapter.head == "trained" else [*range(len(labels))])
     with arguments.main_process_first(desc="caching the images"):
         images = prepare_images(splits, processor, data, arguments.dataloader_num_workers)
     splits = images.splits
@@ -225,9 +227,8 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     )
     mapping = None
     if adapter.label_mapping:
-        interpolate = data.image_size not in (None, backbone.config.image_size)
-        mapping = find_label_mapping(backbone, images.as_they_are(), interpolate)
-    config = adapter.config(labels, processor, data.image_size, mapping)
+        mapping = find_label_mapping(backbone, images.as_they_are(), side not in (None, backbone.config.image_size))
+    config = adapter.config(labels, processor, side, mapping)
     model: PeftModel = get_peft_model(backbone, config, revision=adapter.model_revision)
     if config.prompt_space == "pixel":
         start_library(model, images.as_they_are(), processor)
@@ -235,7 +236,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
 
     parameters = parameter_groups(model, **arguments.rates(config), weight_decay=arguments.weight_decay)
     trainer = make_trainer(
-        model, splits, arguments, parameters, len(labels), data.image_size, processor, describe_data(data.dataset)
+        model, splits, arguments, parameters, len(labels), side, processor, describe_data(data.dataset)
     )
     if arguments.sync_batch_norm:
         synchronise_batch_norm(model)

@@ -5,6 +5,7 @@ The only file that knows an architecture's name.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,13 +18,17 @@ class Backbone:
     Args:
         embeddings: name of the module that turns pixels into tokens.
         head: name of the classification head, or None for a model that answers with features.
+        reads_all: it reads more than token 0 (CLS), so that prompts are cut off behind the last layer.
+        head_width: features that the head takes, as a multiple of the width D.
     """
 
     embeddings: str
     head: str | None
+    reads_all: bool = False
+    head_width: int = 1
 
 
-# Each of these reads token 0 (CLS) and nothing else, so that appended tokens act through attention alone.
+# Appended tokens act through attention alone: either token 0 (CLS) is all that is read, or they are cut off before.
 SUPPORTED: dict[str, Backbone] = {
     "ViTForImageClassification": Backbone("vit.embeddings", "classifier"),
     "DeiTForImageClassification": Backbone("deit.embeddings", "classifier"),
@@ -31,11 +36,21 @@ SUPPORTED: dict[str, Backbone] = {
     "ViTModel": Backbone("embeddings", None),
     "DeiTModel": Backbone("embeddings", None),
     "ViTMSNModel": Backbone("embeddings", None),
+    # CLS beside the average of the patches.
+    "Dinov2ForImageClassification": Backbone("dinov2.embeddings", "classifier", reads_all=True, head_width=2),
+    "Dinov2Model": Backbone("embeddings", None, reads_all=True),
+    "Dinov2WithRegistersForImageClassification": Backbone(
+        "dinov2_with_registers.embeddings", "classifier", reads_all=True, head_width=2
+    ),
+    "Dinov2WithRegistersModel": Backbone("embeddings", None, reads_all=True),
 }
 
+# Why prompts that were trained as tokens cannot become pixels there.
+AVERAGES_PATCHES = "it averages its patches, those that hold prompts among them, which tokens were kept out of"
 _AVERAGES = "its classifier averages the tokens, so appended prompts would leak into the average"
 _COUNTS = "its attention adds positions to every token and counts them, and a prompt has no position"
 _WINDOWS = "it has no sequence that a token could be appended to"
+_MAPS = "it makes maps of the tokens of every layer, and prompts would be taken for patches"
 _CLIP = "CLIP's towers are not supported yet"
 _REBUILDS = "it rebuilds the image from the patch tokens, and prompts would be taken for patches"
 
@@ -51,7 +66,7 @@ REFUSED: dict[str, str] = {
     "IJepa": _AVERAGES,
     "Beit": _AVERAGES + "; and " + _COUNTS,
     "Data2VecVision": _AVERAGES + "; and " + _COUNTS,
-    "Dinov2": _AVERAGES,
+    "Dinov2": _MAPS,
     "DINOv3": _COUNTS,
     "Swin": _WINDOWS,
     "Convnext": _WINDOWS,
@@ -122,6 +137,12 @@ def find_layers(model: nn.Module, embeddings: str) -> list[str]:
         )
     name, layers = lists[0]
     return [f"{name}.{index}" for index in range(len(layers))]
+
+
+def takes_any_size(embeddings: nn.Module) -> bool:
+    """Whether a backbone's embeddings interpolate their positions for an image of another size without being told."""
+    options = inspect.signature(embeddings.forward).parameters
+    return hasattr(embeddings, "interpolate_pos_encoding") and "interpolate_pos_encoding" not in options
 
 
 def architecture_of(model: nn.Module) -> str | None:

@@ -32,6 +32,7 @@ INTEGERS = {
     "generator_rank": (1, 1024, True),
     "num_labels": (1, 1_000_000, True),
     "hidden_size": (1, 65_536, True),
+    "head_features": (1, 131_072, True),
     "num_channels": (1, 4096, True),
     "image_size": (8, 16_384, True),
     "patch_size": (1, 4096, True),
@@ -102,6 +103,7 @@ class PGNConfig(PeftConfig):
         modules_to_save: further modules to train and save in full. The classification head is not one of them: the
             adapter owns it already.
         hidden_size: recorded: the backbone's width D.
+        head_features: recorded where they are not D: the features that the model's head takes.
         num_channels: recorded: the channels of the backbone's images.
         patch_size: recorded with a `prompt_layout`: the side of the backbone's patches, in pixels.
         pgn_peft_version: recorded: the version of pgn_peft that made the adapter.
@@ -154,6 +156,7 @@ class PGNConfig(PeftConfig):
         default=None, metadata={"help": "Further modules to train and save in full, not the classification head."}
     )
     hidden_size: int | None = field(default=None, metadata={"help": "Recorded: the backbone's width."})
+    head_features: int | None = field(default=None, metadata={"help": "Recorded: features that the head takes."})
     num_channels: int | None = field(default=None, metadata={"help": "Recorded: channels of the images."})
     patch_size: int | None = field(default=None, metadata={"help": "Recorded: side of the backbone's patches."})
     pgn_peft_version: str | None = field(default=None, metadata={"help": "Recorded: version of pgn_peft."})

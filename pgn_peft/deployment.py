@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.backbones import AVERAGES_PATCHES
+from pgn_peft.block import PGNBlock
 from pgn_peft.head import PGNHead
 from pgn_peft.inspection import find_layer
 from pgn_peft.inversion import PixelPrompts, invert_library, invert_static_prompts
@@ -44,8 +46,9 @@ def make_prompter(
 
     Raises:
         TypeError: the model carries no adapter.
-        ValueError: there is no such adapter, it has prompts in several layers, they do not fill rows of patches, or
-            the processor is not the one that it was trained with.
+        ValueError: there is no such adapter, it has prompts in several layers, they do not fill rows of patches, the
+            model averages its patches and the prompts are latent, or the processor is not the one that it was trained
+            with.
     """
     layer = find_layer(model, adapter_name)
     config = layer.configs[adapter_name]
@@ -53,6 +56,11 @@ def make_prompter(
         raise ValueError(
             f"`prompt_depth` must be 1 for an adapter that is to become pixels, but got {config.prompt_depth} for "
             f"{adapter_name!r}. An image brings prompts to the first layer only; train one with prompt_depth=1."
+        )
+    if config.prompt_space == "latent" and any(isinstance(part, PGNBlock) and part.ends for part in model.modules()):
+        raise ValueError(
+            f"`prompt_space` must be 'pixel' for an adapter that is to become pixels on this model, but got 'latent' "
+            f"for {adapter_name!r}: {AVERAGES_PATCHES}. Train one with prompt_space='pixel'."
         )
     preprocessing = Preprocessing.from_processor(processor)
     layout = _layout(layer, adapter_name, preprocessing)
@@ -126,7 +134,7 @@ def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) ->
     pixels = pixels[None].to(weight.device).float() / 255
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
     pixel_values = normalize(pixels, mean, std).to(weight.dtype)
-    interpolate = prompter.layout.size != tuple(layer.patch_embeddings.image_size)
+    interpolate = prompter.layout.size != layer.image_size
     with _unmodified(model), torch.inference_mode():
         logits = model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate).logits
     return logits[0].float().softmax(-1).cpu().clone()

@@ -20,7 +20,7 @@ class PGNHead(PGNTunerLayer, nn.Module):
     `num_labels`, `id2label` and `problem_type` there.
 
     Args:
-        base_layer: the model's head, features (B, D) to logits (B, number of labels).
+        base_layer: the model's head, features (B, F) to logits (B, number of labels).
         model_config: the model's `PretrainedConfig`, or None for a model that has none.
     """
 
@@ -52,7 +52,7 @@ class PGNHead(PGNTunerLayer, nn.Module):
         if config.head == "frozen":
             self._forget(self.pgn_head, adapter_name)
             return
-        head = nn.Linear(config.hidden_size, config.num_labels)
+        head = nn.Linear(config.head_features or config.hidden_size, config.num_labels)
         with torch.no_grad():
             if self.base_labels.id2label == config.id2label:
                 head.weight.copy_(plain_weight(self.base_layer))

@@ -12,8 +12,10 @@ from pgn_peft.layer import PGNLayer
 
 
 def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
-    """Whether an image processor makes images of another size than the backbone's own."""
-    height, width = layer.patch_embeddings.image_size
+    """Whether an image processor makes images of another size than the backbone takes without being told."""
+    if layer.image_size is None:
+        return False
+    height, width = layer.image_size
     # Not square, so that a processor that keeps the proportions shows it.
     return _made_of(layer, image_processor, (height, 2 * width)) != (height, width)
 

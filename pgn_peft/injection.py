@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from pgn_peft.backbones import SUPPORTED, Backbone, architecture_of
+from pgn_peft.backbones import AVERAGES_PATCHES, SUPPORTED, Backbone, architecture_of
 from pgn_peft.block import PGNBlock
 from pgn_peft.checks import refuse_head_in_modules_to_save
 from pgn_peft.config import PGNConfig
@@ -112,8 +112,8 @@ def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbon
         if (own or isinstance(module, ModulesToSaveWrapper)) and any(_overlap(name, layer) for layer in wrapped):
             # They would be saved under a name that a model without such layers does not have.
             raise ValueError(
-                f"`modules_to_save` must lie outside of the layers where prompts change from layer to layer, but got "
-                f"{name!r}. Use prompt_depth=1, or leave the module frozen."
+                f"`modules_to_save` must lie outside of the layers behind which prompts change or end, but got "
+                f"{name!r}. Leave the module frozen, or, where prompt_depth is not 1, set it to 1."
             )
 
 
@@ -128,12 +128,18 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
         ValueError: the adapter was made for others.
     """
     embeddings = model.get_submodule(backbone.embeddings)
+    if backbone.reads_all and config.prompt_space == "latent" and config.prompt_layout is not None:
+        raise ValueError(
+            f"`prompt_layout` must be None with prompt_space='latent' for a {type(model).__name__}, but got "
+            f"{config.prompt_layout!r}: {AVERAGES_PATCHES}. Use prompt_space='pixel' for prompts that become pixels."
+        )
     found = {
         "hidden_size": embeddings.cls_token.shape[-1],
         "num_channels": embeddings.patch_embeddings.num_channels,
     }
     if config.prompt_layout is not None:
         found["patch_size"] = _patch_size(embeddings)
+    found["head_features"] = None if backbone.head_width == 1 else backbone.head_width * found["hidden_size"]
     for name, value in found.items():
         recorded = getattr(config, name)
         if recorded is not None and recorded != value:

@@ -88,8 +88,7 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         )
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    own_size = tuple(layer.patch_embeddings.image_size)
-    options = {} if tuple(pixel_values.shape[2:]) == own_size else {"interpolate_pos_encoding": True}
+    options = {} if tuple(pixel_values.shape[2:]) == layer.image_size else {"interpolate_pos_encoding": True}
     with _evaluating(model):
         try:
             base.set_attn_implementation("eager")

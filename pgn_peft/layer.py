@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from pgn_peft.backbones import takes_any_size
 from pgn_peft.checks import check_pixel_values, check_together
 from pgn_peft.config import PGNConfig
 from pgn_peft.layout import PromptLayout, compose, make_layout
@@ -89,6 +90,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         self.layouts: dict[str, PromptLayout] = {}  # of adapters in pixel space
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
+        self._any_size = takes_any_size(base_layer)
         self.training = base_layer.training
 
     @property
@@ -100,6 +102,11 @@ class PGNLayer(PGNTunerLayer, nn.Module):
     def num_channels(self) -> int:
         """The channels C of the backbone's images."""
         return self.patch_embeddings.num_channels
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the backbone's images in pixels; None where it takes any without being told."""
+        return None if self._any_size else tuple(self.patch_embeddings.image_size)
 
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
         """Create the generator and the library of an adapter."""
@@ -183,8 +190,9 @@ class PGNLayer(PGNTunerLayer, nn.Module):
 
     def _with_positions(self, adapter_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Have the position embeddings interpolated where the prompted image is not of the backbone's own size."""
-        own_size = tuple(self.patch_embeddings.image_size)
-        return kwargs if self.layouts[adapter_name].size == own_size else kwargs | {"interpolate_pos_encoding": True}
+        if self.image_size in (None, self.layouts[adapter_name].size):
+            return kwargs
+        return kwargs | {"interpolate_pos_encoding": True}
 
     def token_counts(self, adapter_name: str, image_size: tuple[int, int]) -> tuple[int, ...]:
         """Return what decides how many tokens an image becomes: the size that is embedded, prompts, and their depth.
@@ -197,12 +205,14 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         return (*size, *self._count_prompts(adapter_name))
 
     def running_prompts(self) -> tuple[int, int]:
-        """Return the prompts P behind the tokens, and in how many layers they change, in the call that runs now."""
+        """Return the prompts P behind the tokens, and how many layers have their own, in the call that runs now."""
         rows = ROWS.get()
         if rows:
             return self._count_prompts(rows[0])  # alike in all rows: `token_counts`
         active = () if self.disable_adapters else self.active_adapters
-        return next((self._count_prompts(name) for name in active if name in self.configs), (0, 1))
+        counts = [self._count_prompts(name) for name in active if name in self.configs]
+        # One with prompts in several layers is active alone: `check_together`.
+        return sum(number for number, _ in counts), max((depth for _, depth in counts), default=1)
 
     def _count_prompts(self, adapter_name: str) -> tuple[int, int]:
         if adapter_name == BASE or adapter_name in self.layouts:
@@ -210,25 +220,31 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         config = self.configs[adapter_name]
         return config.num_virtual_tokens, config.prompt_depth
 
-    def check_inputs(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check_inputs(
+        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Check what the backbone is called with, before it casts and embeds it; a forward pre-hook of the backbone.
 
         Checks shapes and dtypes only, so that the compiled graph stays whole; values are `ImageCollator`'s business.
+
+        Returns:
+            The arguments, without `interpolate_pos_encoding` for a backbone that does so by itself and has no such
+            option, so that all backbones can be called alike.
 
         Raises:
             TypeError: `pixel_values` is not a floating-point tensor.
             ValueError: it has the wrong number of axes, channels or pixels; or `adapter_names` came past PEFT.
         """
+        interpolate = kwargs.get("interpolate_pos_encoding")
+        if self._any_size:
+            kwargs = {name: value for name, value in kwargs.items() if name != "interpolate_pos_encoding"}
         if self.disable_adapters:
-            return
+            return args, kwargs
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 f"`adapter_names` must be passed to a PeftModel, but got {kwargs['adapter_names']!r} at the model "
                 "inside, which would give every image the active adapter. Load it with PeftModel.from_pretrained."
             )
         pixel_values = args[0] if args else kwargs.get("pixel_values")
-        check_pixel_values(
-            pixel_values,
-            self.num_channels,
-            None if kwargs.get("interpolate_pos_encoding") else tuple(self.patch_embeddings.image_size),
-        )
+        check_pixel_values(pixel_values, self.num_channels, None if interpolate else self.image_size)
+        return args, kwargs

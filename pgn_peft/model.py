@@ -110,10 +110,10 @@ class PGNModel(BaseTuner):
             check_origin(config, model)
             self._backbone = find_backbone(model, config.target_modules)
             check_adapter_name(adapter_name, model)
-            layers = [] if config.prompt_depth == 1 else find_layers(model, self._backbone.embeddings)
+            layers = self._find_wrapped_layers(model, config)
             check_modules_to_save(config, model, self._backbone, layers)
             record_base(config, model, self._backbone)
-            if layers:
+            if config.prompt_depth != 1:
                 record_depth(config, model, layers)
             check_size(config)
             record_labels(config, model, self._backbone)
@@ -154,7 +154,16 @@ class PGNModel(BaseTuner):
         elif current_key == self._backbone.embeddings:
             self._prompt_layer().update_layer(adapter_name, peft_config)
         elif not isinstance(target, PGNBlock):
-            setattr(parent, target_name, PGNBlock(target, self._prompt_layer(), int(target_name)))
+            layers = find_layers(self.model, self._backbone.embeddings)
+            ends = self._backbone.reads_all and current_key == layers[-1]
+            setattr(parent, target_name, PGNBlock(target, self._prompt_layer(), int(target_name), ends))
+
+    def _find_wrapped_layers(self, model: nn.Module, config: PGNConfig) -> list[str]:
+        """Name the layers behind which the adapter's prompts change or are cut off."""
+        if config.prompt_depth == 1 and not self._backbone.reads_all:
+            return []
+        layers = find_layers(model, self._backbone.embeddings)
+        return layers[-1:] if config.prompt_depth == 1 else layers
 
     def _prompt_layer(self) -> PGNLayer:
         """Return the layer that makes the prompts, put around the embeddings if it is not there yet."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.backbones import takes_any_size
+
 
 class PatchInverse:
     """The pseudo-inverse of a patch projection, in float64.
@@ -100,8 +102,9 @@ def position_tokens(embeddings: nn.Module, size: tuple[int, int]) -> Tensor:
     embeddings = copy.deepcopy(embeddings).double().eval()
     projection = embeddings.patch_embeddings.projection
     black = torch.zeros(1, projection.in_channels, *size, dtype=torch.float64, device=projection.weight.device)
-    interpolate = tuple(size) != tuple(embeddings.patch_embeddings.image_size)
+    own_size = tuple(size) == tuple(embeddings.patch_embeddings.image_size)
+    options = {} if own_size or takes_any_size(embeddings) else {"interpolate_pos_encoding": True}
     with torch.no_grad():
-        tokens = embeddings(black, interpolate_pos_encoding=interpolate)[0]
+        tokens = embeddings(black, **options)[0]
     number = (size[0] // projection.kernel_size[0]) * (size[1] // projection.kernel_size[1])
     return tokens[-number:]  # behind the CLS token, and DeiT's second

@@ -159,7 +159,7 @@ def describe_weights(config: PGNConfig) -> dict[str, Tensor]:
             "generator": make_generator(config, num_channels),
         }
         if config.head == "trained" and config.num_labels is not None:
-            modules["head"] = nn.Linear(config.hidden_size, config.num_labels)
+            modules["head"] = nn.Linear(config.head_features or config.hidden_size, config.num_labels)
     return {
         f"pgn_{part}.{name}": tensor
         for part, module in modules.items()

@@ -22,6 +22,10 @@ ARCHITECTURES = {
     "ViTModel": "ViTConfig",
     "DeiTModel": "DeiTConfig",
     "ViTMSNModel": "ViTMSNConfig",
+    "Dinov2ForImageClassification": "Dinov2Config",
+    "Dinov2WithRegistersForImageClassification": "Dinov2WithRegistersConfig",
+    "Dinov2Model": "Dinov2Config",
+    "Dinov2WithRegistersModel": "Dinov2WithRegistersConfig",
 }
 CLASSIFIERS = [name for name in ARCHITECTURES if name.endswith("Classification")]
 

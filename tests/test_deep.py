@@ -32,6 +32,10 @@ def backbone_of(model):
     return model.get_base_model().base_model
 
 
+def layers_of(model):
+    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+
+
 def prompts_by_layer(model, pixel_values):
     """(B, depth, P, D), taken apart."""
     layer = prompt_layer(model)
@@ -48,7 +52,7 @@ def test_each_layer_sees_its_own_prompts(architecture, depth, form, pixel_values
     prompts = prompts_by_layer(model, pixel_values)
     assert prompts.shape == (4, depth, 3, 32)
     seen = []
-    for layer in backbone_of(model).layers:
+    for layer in layers_of(model):
         getattr(layer, "base_layer", layer).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     answer(model, pixel_values)
     patches = prompt_layer(model).base_layer(pixel_values).shape[1]
@@ -64,8 +68,10 @@ def test_static_ones_in_all_layers_are_vpt_deep(architecture, pixel_values):
     model = adapted(architecture, generator="static", head="frozen")
     plain = tiny_vit(architecture, num_hidden_layers=LAYERS)
     # VPT-deep as the benchmarks have it, written by itself; it finds its layers in `vit`.
-    plain.vit = plain.base_model
+    plain.vit, plain.base_model.layers = plain.base_model, layers_of(plain)
     reference = VPTDeep(plain, 3)
+    if architecture.startswith("Dinov2"):
+        plain.vit.layers[-1].register_forward_hook(lambda layer, args, output: output[:, :-3])
     reference.prompts.data = prompt_layer(model).pgn_library["default"].tokens.detach()
     assert torch.equal(answer(model, pixel_values), answer(reference, pixel_values=pixel_values))
 
@@ -104,11 +110,12 @@ def test_layers_that_answer_with_a_tuple(pixel_values):
             return hidden_states * factor, "attention"
 
     layer = prompt_layer(adapted(prompt_depth=2))
-    block = PGNBlock(InTuple(), layer, index=0)
     tokens = torch.randn(2, 5 + 2 * 3, 32)
-    hidden_states, attention = block(tokens, factor=2)
+    hidden_states, attention = PGNBlock(InTuple(), layer, index=0, ends=False)(tokens, factor=2)
     assert torch.equal(hidden_states, torch.cat([2 * tokens[:, :5], tokens[:, 8:]], dim=1))
     assert attention == "attention"
+    hidden_states, _ = PGNBlock(InTuple(), layer, index=1, ends=True)(tokens[:, :8], factor=2)
+    assert torch.equal(hidden_states, 2 * tokens[:, :5])
 
 
 def test_it_lives_beside_shallow_adapters(pixel_values, tmp_path):
@@ -184,12 +191,12 @@ def test_pixels_come_before_the_first_layer_only():
 def test_modules_of_their_own_lie_outside_of_the_layers():
     base = tiny_vit()
     with pytest.raises(
-        ValueError, match="`modules_to_save` must lie outside of the layers where.* got 'vit.layers.0.lay"
+        ValueError, match="`modules_to_save` must lie outside of the layers behind which.* got 'vit.layers.0.lay"
     ):
         get_peft_model(base, tiny_config(prompt_depth=2, modules_to_save=["layernorm_before"]))
     get_peft_model(tiny_vit(), tiny_config(prompt_depth=2, modules_to_save=["vit.layernorm"]))
     model = get_peft_model(base, tiny_config(modules_to_save=["layers.0.layernorm_before"]))
-    with pytest.raises(ValueError, match="`modules_to_save` must lie outside of the layers where prompts change"):
+    with pytest.raises(ValueError, match="`modules_to_save` must lie outside of the layers behind which prompts"):
         model.add_adapter("deep", tiny_config(prompt_depth=2))
 
 

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import answer
+from conftest import answer, tiny_vit
 from huggingface_hub import ModelCard
 from peft import AutoPeftModel
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, BitImageProcessor
+
+from pgn_peft import load_classifier
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [
@@ -316,6 +319,24 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(materi
         )
         assert wrong.returncode == 1
         assert message in wrong.stderr
+
+
+@pytest.mark.parametrize("prompt_space", ["latent", "pixel"])
+def test_a_dinov2_whose_processor_makes_another_size_than_its_checkpoint(prompt_space, material, tmp_path):
+    # As released: position embeddings for 518 px, an image processor that cuts out 224.
+    tiny_vit("Dinov2ForImageClassification", image_size=48).save_pretrained(tmp_path / "base")
+    processor = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path / "base")
+    command = with_output(material[1], tmp_path / "adapter", "--prompt_space", prompt_space)
+    command[command.index("--model_name_or_path") + 1] = str(tmp_path / "base")
+    output = run(*command)
+    assert re.fullmatch(r"test accuracy \d\.\d{3}", output.strip().splitlines()[-1])
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["image_size"] == (32 if prompt_space == "pixel" else None)
+    assert config["head_features"] == 64
+    assert "interpolate_pos_encoding" not in (tmp_path / "adapter" / "README.md").read_text()
+    answers = load_classifier(tmp_path / "adapter").pipeline()(Image.new("RGB", (60, 44), "red"))
+    assert {each["label"] for each in answers} == {"blue", "red"}
 
 
 def predictions(file):

@@ -20,6 +20,7 @@ FORMS = {
     "factorised": {"generator_rank": 2},
     "static": {"generator": "static"},
     "deep": {"prompt_depth": None},
+    "averaged": {},  # on a DINOv2
     "canvas": {
         "prompt_space": "pixel",
         "num_virtual_tokens": None,
@@ -31,7 +32,8 @@ forms = pytest.mark.parametrize("form", list(FORMS))
 
 
 def make(form, **config):
-    return move_adapter(get_peft_model(tiny_vit(), tiny_config(**(FORMS[form] | {"id2label": NAMES} | config)))).eval()
+    base = tiny_vit("Dinov2ForImageClassification" if form == "averaged" else "ViTForImageClassification")
+    return move_adapter(get_peft_model(base, tiny_config(**(FORMS[form] | {"id2label": NAMES} | config)))).eval()
 
 
 def images(count, side=32):
@@ -52,7 +54,9 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "training"), [("latent", True), ("latent", False), ("deep", True), ("canvas", True)])
+@pytest.mark.parametrize(
+    ("form", "training"), [("latent", True), ("latent", False), ("deep", True), ("averaged", True), ("canvas", True)]
+)
 def test_it_is_not_compiled_again_for_another_batch_size(form, training):
     torch.compiler.reset()
     # Transformers' loss writes the problem type into the model's config in the first step, unless it is there.
@@ -84,7 +88,7 @@ def test_an_exported_program_answers_as_the_model(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["latent", "resized", "factorised", "deep", "canvas"])
+@pytest.mark.parametrize("form", ["latent", "resized", "factorised", "deep", "averaged", "canvas"])
 def test_onnx_gives_the_same_logits(form, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = make(form)
@@ -101,9 +105,10 @@ def test_onnx_gives_the_same_logits(form, tmp_path):
 
 
 @pytest.mark.slow
-def test_onnx_at_another_size_than_the_backbones(tmp_path):
+@pytest.mark.parametrize("form", ["latent", "averaged"])
+def test_onnx_at_another_size_than_the_backbones(form, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = make("latent").train()
+    model = make(form).train()
     Classifier(model, processor(48)).export_onnx(tmp_path / "model.onnx")
     assert model.training
     assert prompt_layer(model).pgn_generator["default"].training

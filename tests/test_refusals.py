@@ -12,8 +12,8 @@ from transformers import (
     CLIPVisionModel,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    Dinov2Backbone,
     Dinov2Config,
-    Dinov2ForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -31,7 +31,7 @@ def model():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Dinov2ForImageClassification(Dinov2Config(**SMALL)), "averages the tokens"),
+        (lambda: Dinov2Backbone(Dinov2Config(**SMALL)), "maps of the tokens"),
         (lambda: BeitForImageClassification(BeitConfig(**SMALL)), "averages the tokens.*counts them"),
         (lambda: CLIPVisionModel(CLIPVisionConfig(**SMALL)), "CLIP's towers are not supported yet"),
         (lambda: ViTForMaskedImageModeling(ViTConfig(**SMALL)), "rebuilds the image"),
@@ -51,10 +51,8 @@ def test_other_architectures_are_refused_by_name(make, reason):
 
 
 def test_a_refused_architecture_stays_refused_when_its_embeddings_are_named():
-    with pytest.raises(TypeError, match="averages the tokens"):
-        get_peft_model(
-            Dinov2ForImageClassification(Dinov2Config(**SMALL)), tiny_config(target_modules="dinov2.embeddings")
-        )
+    with pytest.raises(TypeError, match="maps of the tokens"):
+        get_peft_model(Dinov2Backbone(Dinov2Config(**SMALL)), tiny_config(target_modules="embeddings"))
 
 
 @pytest.mark.parametrize(
