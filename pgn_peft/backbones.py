@@ -43,6 +43,12 @@ SUPPORTED: dict[str, Backbone] = {
         "dinov2_with_registers.embeddings", "classifier", reads_all=True, head_width=2
     ),
     "Dinov2WithRegistersModel": Backbone("embeddings", None, reads_all=True),
+    # The average of the patches; the towers for features read CLS (CLIP) or attend to all tokens (SigLIP).
+    "CLIPForImageClassification": Backbone("vision_model.embeddings", "classifier", reads_all=True),
+    "CLIPVisionModel": Backbone("embeddings", None),
+    "CLIPVisionModelWithProjection": Backbone("vision_model.embeddings", None),
+    "SiglipForImageClassification": Backbone("vision_model.embeddings", "classifier", reads_all=True),
+    "SiglipVisionModel": Backbone("embeddings", None, reads_all=True),
 }
 
 # Why prompts that were trained as tokens cannot become pixels there.
@@ -51,7 +57,8 @@ _AVERAGES = "its classifier averages the tokens, so appended prompts would leak 
 _COUNTS = "its attention adds positions to every token and counts them, and a prompt has no position"
 _WINDOWS = "it has no sequence that a token could be appended to"
 _MAPS = "it makes maps of the tokens of every layer, and prompts would be taken for patches"
-_CLIP = "CLIP's towers are not supported yet"
+_TWO_TOWERS = "it has a tower for texts too; load the checkpoint as one of these"
+_PATCHES = "it takes patches of many sizes instead of images"
 _REBUILDS = "it rebuilds the image from the patch tokens, and prompts would be taken for patches"
 
 # The longest prefix of the class name decides.
@@ -60,9 +67,9 @@ REFUSED: dict[str, str] = {
     "DeiTForMaskedImageModeling": _REBUILDS,
     "DeiTForImageClassificationWithTeacher": "it has two heads, and Transformers offers it for inference only; load "
     "the checkpoint as DeiTForImageClassification",
-    "CLIPForImageClassification": _AVERAGES,
-    "CLIP": _CLIP,
-    "Siglip": _AVERAGES,
+    "CLIP": _TWO_TOWERS,
+    "Siglip": _TWO_TOWERS,
+    "Siglip2": _PATCHES,
     "IJepa": _AVERAGES,
     "Beit": _AVERAGES + "; and " + _COUNTS,
     "Data2VecVision": _AVERAGES + "; and " + _COUNTS,
@@ -124,10 +131,13 @@ def find_layers(model: nn.Module, embeddings: str) -> list[str]:
         ValueError: there is no list of them beside the embeddings, or more than one.
     """
     above = embeddings.rpartition(".")[0]
-    num_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    parent = model.get_submodule(above)
+    # A tower's own config where the model has two.
+    config = getattr(parent, "config", getattr(model, "config", None))
+    num_layers = getattr(config, "num_hidden_layers", None)
     lists = [
         (f"{above}.{name}".strip("."), module)
-        for name, module in model.get_submodule(above).named_modules()
+        for name, module in parent.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
     if len(lists) != 1:
@@ -137,6 +147,26 @@ def find_layers(model: nn.Module, embeddings: str) -> list[str]:
         )
     name, layers = lists[0]
     return [f"{name}.{index}" for index in range(len(layers))]
+
+
+def patch_projection(embeddings: nn.Module) -> nn.Conv2d:
+    """Return the convolution that makes a token (D,) of each patch (C, p, p), whatever the architecture calls it."""
+    if hasattr(embeddings, "patch_embeddings"):
+        return embeddings.patch_embeddings.projection
+    return embeddings.patch_embedding
+
+
+def own_image_size(embeddings: nn.Module) -> tuple[int, int]:
+    """Return height and width in pixels of the images that the position embeddings were trained for."""
+    if hasattr(embeddings, "patch_embeddings"):
+        height, width = embeddings.patch_embeddings.image_size
+        return height, width
+    return embeddings.image_size, embeddings.image_size
+
+
+def has_class_token(embeddings: nn.Module) -> bool:
+    """Whether token 0 is CLS rather than the first patch."""
+    return hasattr(embeddings, "cls_token") or hasattr(embeddings, "class_embedding")
 
 
 def takes_any_size(embeddings: nn.Module) -> bool:

@@ -121,20 +121,20 @@ def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) ->
                     "Pass the processor of the model that the adapter was made for."
                 )
         return layer.layouts[adapter_name]
-    patch_size = layer.patch_embeddings.projection.kernel_size[0]
+    patch_size = layer.projection.kernel_size[0]
     return make_layout("append", size, patch_size, config.num_virtual_tokens)
 
 
 def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) -> Tensor:
     """Compute the unmodified model's scores for the prompter's probe: (M,)."""
-    weight = layer.patch_embeddings.projection.weight
+    weight = layer.projection.weight
     pixels = to_pixels(prompter.probe(), prompter.num_channels)
     if prompter.layout.name == "canvas":
         pixels = prompter.preprocessing.apply(pixels)  # cuts its margins off
     pixels = pixels[None].to(weight.device).float() / 255
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
     pixel_values = normalize(pixels, mean, std).to(weight.dtype)
-    interpolate = prompter.layout.size != layer.image_size
+    interpolate = prompter.layout.size != layer.fixed_size
     with _unmodified(model), torch.inference_mode():
         logits = model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate).logits
     return logits[0].float().softmax(-1).cpu().clone()

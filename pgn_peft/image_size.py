@@ -8,21 +8,22 @@ import numpy as np
 from torch import nn
 
 from pgn_peft.adapters import prompt_layer
+from pgn_peft.backbones import own_image_size
 from pgn_peft.layer import PGNLayer
 
 
 def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
     """Whether an image processor makes images of another size than the backbone takes without being told."""
-    if layer.image_size is None:
+    if layer.fixed_size is None:
         return False
-    height, width = layer.image_size
+    height, width = layer.fixed_size
     # Not square, so that a processor that keeps the proportions shows it.
     return _made_of(layer, image_processor, (height, 2 * width)) != (height, width)
 
 
 def made_of_square(layer: PGNLayer, image_processor: Any) -> tuple[int, int]:
     """Return height and width of what an image processor makes of a square image, in pixels."""
-    return _made_of(layer, image_processor, tuple(layer.patch_embeddings.image_size))
+    return _made_of(layer, image_processor, own_image_size(layer))
 
 
 def _made_of(layer: PGNLayer, image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:

@@ -8,7 +8,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from pgn_peft.backbones import AVERAGES_PATCHES, SUPPORTED, Backbone, architecture_of
+from pgn_peft.backbones import (
+    AVERAGES_PATCHES,
+    SUPPORTED,
+    Backbone,
+    architecture_of,
+    own_image_size,
+    patch_projection,
+)
 from pgn_peft.block import PGNBlock
 from pgn_peft.checks import refuse_head_in_modules_to_save
 from pgn_peft.config import PGNConfig
@@ -133,12 +140,10 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
             f"`prompt_layout` must be None with prompt_space='latent' for a {type(model).__name__}, but got "
             f"{config.prompt_layout!r}: {AVERAGES_PATCHES}. Use prompt_space='pixel' for prompts that become pixels."
         )
-    found = {
-        "hidden_size": embeddings.cls_token.shape[-1],
-        "num_channels": embeddings.patch_embeddings.num_channels,
-    }
+    projection = patch_projection(embeddings)
+    found = {"hidden_size": projection.out_channels, "num_channels": projection.in_channels}
     if config.prompt_layout is not None:
-        found["patch_size"] = _patch_size(embeddings)
+        found["patch_size"] = _patch_size(projection)
     found["head_features"] = None if backbone.head_width == 1 else backbone.head_width * found["hidden_size"]
     for name, value in found.items():
         recorded = getattr(config, name)
@@ -171,8 +176,8 @@ def record_depth(config: PGNConfig, model: nn.Module, layers: list[str]) -> None
         )
 
 
-def _patch_size(embeddings: nn.Module) -> int:
-    height, width = embeddings.patch_embeddings.projection.kernel_size
+def _patch_size(projection: nn.Conv2d) -> int:
+    height, width = projection.kernel_size
     if height != width:
         raise ValueError(
             f"`prompt_layout` must be None for a model whose patches are not square, but got {height} x {width} "
@@ -184,7 +189,7 @@ def _patch_size(embeddings: nn.Module) -> int:
 def _record_layout(config: PGNConfig, embeddings: nn.Module) -> None:
     """Settle the images' size and the number of prompts that fills the layout."""
     if config.image_size is None:
-        height, width = embeddings.patch_embeddings.image_size
+        height, width = own_image_size(embeddings)
         if height != width:
             raise ValueError(
                 f"`image_size` must be given with a `prompt_layout` for a model with images of {height} x {width} "

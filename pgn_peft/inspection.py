@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pgn_peft.adapters import prompt_layer
+from pgn_peft.backbones import has_class_token
 from pgn_peft.layer import PGNLayer
 
 
@@ -78,9 +79,14 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         (B, number of layers, P) shares of CLS's attention, averaged over the heads, in float32 on the CPU.
 
     Raises:
-        ValueError: there is no such adapter, or it is not the only active one.
+        ValueError: there is no such adapter, it is not the only active one, or the backbone has no CLS.
     """
     layer = find_layer(model, adapter_name)
+    if not has_class_token(layer):
+        raise ValueError(
+            f"`model` must have a CLS token whose attention can be measured, but got a {type(model).__name__} whose "
+            "tokens are all patches. Look at its mixing coefficients instead: mixing_coefficients."
+        )
     if layer.disable_adapters or list(layer.active_adapters) != [adapter_name]:
         raise ValueError(
             f"`adapter_name` must be the only active adapter, but got {adapter_name!r} with {layer.active_adapters} "
@@ -88,17 +94,18 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         )
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    options = {} if tuple(pixel_values.shape[2:]) == layer.image_size else {"interpolate_pos_encoding": True}
+    options = {} if tuple(pixel_values.shape[2:]) == layer.fixed_size else {"interpolate_pos_encoding": True}
     with _evaluating(model):
         try:
             base.set_attn_implementation("eager")
             attentions = model(pixel_values=pixel_values, output_attentions=True, **options).attentions
         finally:
             base.set_attn_implementation(before)
-    # Each (B, heads, tokens, tokens). CLS is token 0; prompts are the last tokens, or patches of the layout.
+    # Each (B, heads, tokens, tokens). CLS is token 0; prompts are the last tokens, or some of the last patches.
     places = torch.arange(-layer.configs[adapter_name].num_virtual_tokens, 0)
     if adapter_name in layer.layouts:
-        places = 1 + torch.as_tensor(layer.layouts[adapter_name].slots)
+        layout = layer.layouts[adapter_name]
+        places = torch.as_tensor(layout.slots) - layout.grid[0] * layout.grid[1]
     return torch.stack([weights[:, :, 0, places].mean(dim=1) for weights in attentions], dim=1).float().cpu()
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.backbones import patch_projection
 from pgn_peft.layout import PromptLayout, to_image
 from pgn_peft.preprocessing import denormalize, normalize
 from pgn_peft.projection import PatchInverse, position_tokens
@@ -129,7 +130,7 @@ def _invert(
             f"`layout` must be 'append' for tokens, but got {layout.name!r}. A canvas shrinks the image, which the "
             "adapter was not trained with; train it with prompt_space='pixel'."
         )
-    inverse = PatchInverse(embeddings.patch_embeddings.projection.weight)
+    inverse = PatchInverse(patch_projection(embeddings).weight)
     hidden_size = tokens.shape[-1]
     tokens = tokens.detach().to(inverse.weight)
     added = position_tokens(embeddings, layout.size)  # (N', D)

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from pgn_peft.backbones import takes_any_size
+from pgn_peft.backbones import own_image_size, patch_projection, takes_any_size
 from pgn_peft.checks import check_pixel_values, check_together
 from pgn_peft.config import PGNConfig
 from pgn_peft.layout import PromptLayout, compose, make_layout
@@ -94,19 +94,24 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         self.training = base_layer.training
 
     @property
+    def projection(self) -> nn.Conv2d:
+        """The backbone's patch projection."""
+        return patch_projection(self.base_layer)
+
+    @property
     def hidden_size(self) -> int:
         """The backbone's width D."""
-        return self.cls_token.shape[-1]
+        return self.projection.out_channels
 
     @property
     def num_channels(self) -> int:
         """The channels C of the backbone's images."""
-        return self.patch_embeddings.num_channels
+        return self.projection.in_channels
 
     @property
-    def image_size(self) -> tuple[int, int] | None:
+    def fixed_size(self) -> tuple[int, int] | None:
         """Height and width of the backbone's images in pixels; None where it takes any without being told."""
-        return None if self._any_size else tuple(self.patch_embeddings.image_size)
+        return None if self._any_size else own_image_size(self.base_layer)
 
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
         """Create the generator and the library of an adapter."""
@@ -117,7 +122,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             self.layouts[adapter_name] = make_layout(
                 config.prompt_layout, (config.image_size,) * 2, config.patch_size, config.num_virtual_tokens
             )
-            directions = PatchInverse(self.patch_embeddings.projection.weight).directions(config.image_std)
+            directions = PatchInverse(self.projection.weight).directions(config.image_std)
         library = make_library(config, self.hidden_size, self.num_channels, directions)
         self.pgn_library[adapter_name] = self._settle(library)
         generator = make_generator(config, self.num_channels)
@@ -190,7 +195,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
 
     def _with_positions(self, adapter_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Have the position embeddings interpolated where the prompted image is not of the backbone's own size."""
-        if self.image_size in (None, self.layouts[adapter_name].size):
+        if self.fixed_size in (None, self.layouts[adapter_name].size):
             return kwargs
         return kwargs | {"interpolate_pos_encoding": True}
 
@@ -246,5 +251,5 @@ class PGNLayer(PGNTunerLayer, nn.Module):
                 "inside, which would give every image the active adapter. Load it with PeftModel.from_pretrained."
             )
         pixel_values = args[0] if args else kwargs.get("pixel_values")
-        check_pixel_values(pixel_values, self.num_channels, None if interpolate else self.image_size)
+        check_pixel_values(pixel_values, self.num_channels, None if interpolate else self.fixed_size)
         return args, kwargs

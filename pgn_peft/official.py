@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from pgn_peft.adapters import prompt_layer
+from pgn_peft.backbones import find_backbone, patch_projection
 from pgn_peft.config import PGNConfig
 from pgn_peft.generator import PromptGenerator
 from pgn_peft.library import TokenLibrary
@@ -192,7 +193,7 @@ def adapt(model: nn.Module, network: OfficialNetwork, adapter_name: str = "defau
         TypeError: the model is not supported.
         ValueError: its width is another one, or a field does not fit it.
     """
-    width = getattr(getattr(model, "config", None), "hidden_size", network.hidden_size)
+    width = patch_projection(model.get_submodule(find_backbone(model).embeddings)).out_channels
     if width != network.hidden_size:
         raise ValueError(
             f"`model` must have the width {network.hidden_size} of the network's library, but got {width} in a "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.backbones import takes_any_size
+from pgn_peft.backbones import own_image_size, patch_projection, takes_any_size
 
 
 class PatchInverse:
@@ -93,16 +93,16 @@ def position_tokens(embeddings: nn.Module, size: tuple[int, int]) -> Tensor:
     """Compute what the embeddings add to a projected patch: `b + pos_j`, for each patch of an image of this size.
 
     Args:
-        embeddings: a ViT's embeddings, with `patch_embeddings` (`image_size`, `projection`).
+        embeddings: a ViT's embeddings.
         size: height and width of the image in pixels; other than the backbone's own, positions are interpolated.
 
     Returns:
         (N, D) float64, row by row.
     """
     embeddings = copy.deepcopy(embeddings).double().eval()
-    projection = embeddings.patch_embeddings.projection
+    projection = patch_projection(embeddings)
     black = torch.zeros(1, projection.in_channels, *size, dtype=torch.float64, device=projection.weight.device)
-    own_size = tuple(size) == tuple(embeddings.patch_embeddings.image_size)
+    own_size = tuple(size) == own_image_size(embeddings)
     options = {} if own_size or takes_any_size(embeddings) else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         tokens = embeddings(black, **options)[0]

@@ -26,6 +26,11 @@ ARCHITECTURES = {
     "Dinov2WithRegistersForImageClassification": "Dinov2WithRegistersConfig",
     "Dinov2Model": "Dinov2Config",
     "Dinov2WithRegistersModel": "Dinov2WithRegistersConfig",
+    "CLIPForImageClassification": "CLIPConfig",
+    "CLIPVisionModel": "CLIPVisionConfig",
+    "CLIPVisionModelWithProjection": "CLIPVisionConfig",
+    "SiglipForImageClassification": "SiglipConfig",
+    "SiglipVisionModel": "SiglipVisionConfig",
 }
 CLASSIFIERS = [name for name in ARCHITECTURES if name.endswith("Classification")]
 
@@ -41,14 +46,27 @@ def tiny_vit(architecture="ViTForImageClassification", num_labels=5, seed=0, **o
         "intermediate_size": 64,
         "initializer_range": 0.3,  # with the usual 0.02 so small a network hardly notices its prompts
     }
-    config = getattr(transformers, ARCHITECTURES[architecture])(**(sizes | overrides), num_labels=num_labels)
+    fields = sizes | overrides
+    if ARCHITECTURES[architecture] in ("CLIPConfig", "SiglipConfig"):  # two towers, of which the model has one
+        attention = {name: fields.pop(name) for name in ("attn_implementation",) if name in fields}
+        fields = {"vision_config": fields, **attention}
+    config = getattr(transformers, ARCHITECTURES[architecture])(**fields, num_labels=num_labels)
     torch.manual_seed(seed)
     model = getattr(transformers, architecture)(config).eval()
     # Transformers starts DeiT's and MSN's tokens from zeros, which would let a lost one go unnoticed.
     for name, parameter in model.named_parameters():
         if name.endswith("embeddings.position_embeddings") or name.endswith("_token"):
             torch.nn.init.normal_(parameter, std=0.5)
+        elif (
+            architecture.startswith(("CLIP", "Siglip")) and parameter.ndim > 1
+        ):  # these have initial values of their own
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def embeddings_of(model):
+    """The module that makes the tokens, wrapped or not."""
+    return next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "embeddings")
 
 
 def tiny_config(**overrides):
@@ -61,7 +79,7 @@ def answer(model, pixel_values, **kwargs):
     """Logits, or the features of a model without a head."""
     with torch.no_grad():
         outputs = model(pixel_values, **kwargs)
-    return outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
+    return next(outputs[name] for name in ("logits", "image_embeds", "last_hidden_state") if name in outputs)
 
 
 def move_adapter(model, seed=1):

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, CLASSIFIERS, answer, move_adapter, tiny_config, tiny_vit
+from conftest import ARCHITECTURES, CLASSIFIERS, answer, embeddings_of, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -37,10 +37,10 @@ def snapshot(model):
 @generators
 def test_prompts_are_appended_and_change_the_answer(architecture, generator, pixel_values):
     base = tiny_vit(architecture)
-    tokens = base.base_model.embeddings(pixel_values)
+    tokens = embeddings_of(base)(pixel_values)
     before = answer(base, pixel_values)
     model = move_adapter(get_peft_model(base, tiny_config(**GENERATORS[generator]))).eval()
-    embeddings = model.get_base_model().base_model.embeddings
+    embeddings = embeddings_of(model)
     prompted = embeddings(pixel_values)
     assert torch.equal(prompted[:, : tokens.shape[1]], tokens)
     torch.testing.assert_close(prompted[:, tokens.shape[1] :], embeddings.prompts("default", pixel_values))
@@ -127,7 +127,7 @@ def test_unload_gives_the_base_back(architecture, generator, pixel_values):
 @architectures
 def test_merging_is_refused_in_words(architecture):
     model = adapted(architecture)
-    for merge in (model.merge_and_unload, model.merge_adapter, model.get_base_model().base_model.embeddings.merge):
+    for merge in (model.merge_and_unload, model.merge_adapter, embeddings_of(model).merge):
         with pytest.raises(ValueError, match="cannot be merged.*depend on the image"):
             merge()
     model.unmerge_adapter()  # nothing is ever merged
@@ -165,7 +165,7 @@ def test_several_active_adapters_concatenate_and_the_first_ones_head_answers(arc
     model = adapted(architecture)
     model.add_adapter("more", tiny_config(id2label=dict(enumerate("ab")), num_virtual_tokens=2))
     move_adapter(model, seed=3).eval()
-    embeddings = model.get_base_model().base_model.embeddings
+    embeddings = embeddings_of(model)
     plain = embeddings.base_layer(pixel_values)
     for active, width in ([["default", "more"], 3], [["more", "default"], 2]):
         model.base_model.set_adapter(active)

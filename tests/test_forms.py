@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CLASSIFIERS, answer, move_adapter, tiny_config, tiny_vit
+from conftest import ARCHITECTURES, CLASSIFIERS, answer, embeddings_of, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -23,9 +23,9 @@ def test_other_and_non_square_sizes(architecture, size):
     base = tiny_vit(architecture)
     by_itself = architecture.startswith("Dinov2")
     options = {} if by_itself else {"interpolate_pos_encoding": True}
-    expected = base.base_model.embeddings(images, **options)
+    expected = embeddings_of(base)(images, **options)
     model = adapt(base)
-    tokens = model.get_base_model().base_model.embeddings(images, **options)
+    tokens = embeddings_of(model)(images, **options)
     assert torch.equal(tokens[:, :-3], expected)
     told = answer(model, images, interpolate_pos_encoding=True)
     assert told.isfinite().all()
@@ -55,7 +55,7 @@ def test_sizes_come_from_the_model(image_size, patch_size, hidden_size):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attentions_and_hidden_states_include_the_prompts(architecture, attention, pixel_values):
     base = tiny_vit(architecture, attn_implementation=attention)
-    length = base.base_model.embeddings(pixel_values).shape[1] + 3
+    length = embeddings_of(base)(pixel_values).shape[1] + 3
     model = adapt(base)
     expected = answer(adapt(tiny_vit(architecture, attn_implementation="eager")), pixel_values)
     torch.testing.assert_close(answer(model, pixel_values), expected)

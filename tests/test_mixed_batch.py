@@ -8,6 +8,8 @@ import torch
 from conftest import ARCHITECTURES, CLASSIFIERS, answer, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 
+from pgn_peft.backbones import SUPPORTED
+
 FIVE = {index: f"LABEL_{index}" for index in range(5)}  # those of the tiny models
 PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 ADAPTERS = {
@@ -106,11 +108,11 @@ def test_features_of_equally_many_tokens(architecture):
     expected = torch.stack([alone(model, pixel_values, name)[row] for row, name in enumerate(names)])
     torch.testing.assert_close(answer(model, pixel_values, adapter_names=names), expected)
     names = ["a", "longer", "a", "b"]
-    if architecture.startswith("Dinov2"):  # their features end where the image's own tokens do
+    if SUPPORTED[architecture].reads_all:  # their features end where the image's own tokens do
         expected = torch.stack([alone(model, pixel_values, name)[row] for row, name in enumerate(names)])
         torch.testing.assert_close(answer(model, pixel_values, adapter_names=names), expected)
         return
-    message = r"equally many prompts where `last_hidden_state` is returned, but got \(2\d, 32\) and"
+    message = r"equally many prompts where `\w+` is returned, but got \(2\d, 32\) and"
     with pytest.raises(ValueError, match=message):
         model(pixel_values, adapter_names=names)
 

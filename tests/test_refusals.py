@@ -8,8 +8,8 @@ from torch import nn
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
-    CLIPVisionConfig,
-    CLIPVisionModel,
+    CLIPConfig,
+    CLIPModel,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     Dinov2Backbone,
@@ -33,7 +33,7 @@ def model():
     [
         (lambda: Dinov2Backbone(Dinov2Config(**SMALL)), "maps of the tokens"),
         (lambda: BeitForImageClassification(BeitConfig(**SMALL)), "averages the tokens.*counts them"),
-        (lambda: CLIPVisionModel(CLIPVisionConfig(**SMALL)), "CLIP's towers are not supported yet"),
+        (lambda: CLIPModel(CLIPConfig(vision_config=SMALL, text_config=SMALL)), "a tower for texts too"),
         (lambda: ViTForMaskedImageModeling(ViTConfig(**SMALL)), "rebuilds the image"),
         (lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)), "two heads"),
         (lambda: ResNetForImageClassification(ResNetConfig(hidden_sizes=[8], depths=[1])), "no sequence"),
