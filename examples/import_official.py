@@ -13,9 +13,10 @@ head is new, and you train it as any other:
     model = PeftModel.from_pretrained(base, "outputs/dino-eurosat", is_trainable=True)
 
 Name the very backbone that the network was trained for. The file cannot tell, and prompts for one ViT-B/32 mean
-nothing to another. Networks for CLIP can be looked at, which is what the script does without `--model_name_or_path`,
-but not run yet. `--smoke` writes a tiny network as the official code does and imports it, offline, in seconds; it
-ends with
+nothing to another. For a network of CLIP's give CLIP's id and no labels: its classes are texts, and it becomes an
+adapter of `CLIPVisionModelWithProjection`, whose `image_embeds` are compared with theirs (docs/backbones.md). Without
+`--model_name_or_path` the script only looks at the file. `--smoke` writes a tiny network as the official code does and
+imports it, offline, in seconds; it ends with
 
     largest difference between the adapter's prompts and the network's: 0.000
 """
@@ -29,9 +30,16 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from smoke_material import smoke_arguments
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+)
 
 from pgn_peft import official
+from pgn_peft.adapters import prompt_layer
+from pgn_peft.backbones import own_image_size
 from pgn_peft.generator import PromptGenerator
 from pgn_peft.library import TokenLibrary
 
@@ -57,14 +65,20 @@ def describe(network: official.OfficialNetwork) -> str:
     )
 
 
+def load_base(model_name_or_path: str) -> PreTrainedModel:
+    """Load a ViT as a classifier, CLIP as the tower whose projections are compared with those of texts."""
+    if AutoConfig.from_pretrained(model_name_or_path).model_type.startswith("clip"):
+        return CLIPVisionModelWithProjection.from_pretrained(model_name_or_path)
+    return AutoModelForImageClassification.from_pretrained(model_name_or_path)
+
+
 @torch.no_grad()
 def compare(network: official.OfficialNetwork, folder: Path, model_name_or_path: str) -> float:
     """Load the adapter as its users will, and return how far its prompts are from the network's on noise."""
-    base = AutoModelForImageClassification.from_pretrained(model_name_or_path)
-    model = PeftModel.from_pretrained(base, folder)
-    embeddings = base.base_model.embeddings
-    pixel_values = torch.randn(4, embeddings.num_channels, *embeddings.patch_embeddings.image_size)
-    prompts = embeddings.prompts(model.active_adapter, pixel_values)
+    model = PeftModel.from_pretrained(load_base(model_name_or_path), folder)
+    layer = prompt_layer(model)
+    pixel_values = torch.randn(4, layer.num_channels, *own_image_size(layer))
+    prompts = layer.prompts(model.active_adapter, pixel_values)
     return (prompts - network.prompts(pixel_values)).abs().max().item()
 
 
@@ -86,7 +100,7 @@ def main(command_line: list[str] | None = None) -> None:
         print(describe(network))
         if options.model_name_or_path is None:
             return
-        base = AutoModelForImageClassification.from_pretrained(options.model_name_or_path)
+        base = load_base(options.model_name_or_path)
         id2label = None if options.labels is None else dict(enumerate(options.labels))
         model = official.adapt(base, network, id2label=id2label, num_labels=options.num_labels)
         model.save_pretrained(options.output_dir)

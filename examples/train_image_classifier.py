@@ -63,6 +63,7 @@ from transformers import (
 )
 
 from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, ImagePrompter, PGNConfig
+from pgn_peft.backbones import find_backbone, own_image_size
 from pgn_peft.processes import EqualStatistics, SameSteps, synchronise_batch_norm
 from pgn_peft.training import last_complete_checkpoint, parameter_groups
 
@@ -167,7 +168,7 @@ def make_trainer(
     arguments: Arguments,
     parameters: list[dict],
     num_labels: int,
-    image_size: int | None,
+    interpolate: bool,
     processor=None,
     facts: CardFacts | None = None,
 ) -> AdapterTrainer:
@@ -183,9 +184,7 @@ def make_trainer(
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
-        data_collator=ImageCollator(
-            num_labels, interpolate_pos_encoding=image_size not in (None, model.config.image_size)
-        ),
+        data_collator=ImageCollator(num_labels, interpolate_pos_encoding=interpolate),
         compute_metrics=lambda outcome: accuracy.compute(
             predictions=np.argmax(outcome.predictions, axis=-1), references=outcome.label_ids
         ),
@@ -225,9 +224,9 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     backbone = AutoModelForImageClassification.from_pretrained(
         adapter.model_name_or_path, revision=adapter.model_revision
     )
-    mapping = None
-    if adapter.label_mapping:
-        mapping = find_label_mapping(backbone, images.as_they_are(), side not in (None, backbone.config.image_size))
+    own_size = own_image_size(backbone.get_submodule(find_backbone(backbone).embeddings))
+    interpolate = side is not None and own_size != (side, side)
+    mapping = find_label_mapping(backbone, images.as_they_are(), interpolate) if adapter.label_mapping else None
     config = adapter.config(labels, processor, side, mapping)
     model: PeftModel = get_peft_model(backbone, config, revision=adapter.model_revision)
     if config.prompt_space == "pixel":
@@ -236,7 +235,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
 
     parameters = parameter_groups(model, **arguments.rates(config), weight_decay=arguments.weight_decay)
     trainer = make_trainer(
-        model, splits, arguments, parameters, len(labels), side, processor, describe_data(data.dataset)
+        model, splits, arguments, parameters, len(labels), interpolate, processor, describe_data(data.dataset)
     )
     if arguments.sync_batch_norm:
         synchronise_batch_norm(model)

@@ -27,6 +27,7 @@ def run(tmp_path, monkeypatch):
     from transformers import ViTImageProcessor
 
     tiny_vit(num_labels=1000).save_pretrained(tmp_path / "vit")
+    tiny_vit("CLIPVisionModelWithProjection", projection_dim=512).save_pretrained(tmp_path / "clip")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
@@ -36,7 +37,12 @@ def run(tmp_path, monkeypatch):
 
     def run(page):
         names = {"train_dataset": rows, "image": Image.new("RGB", (40, 30), "red"), "server": server}
-        exec("\n".join(blocks(page, "python")).replace("google/vit-base-patch16-224", "vit"), names)
+        names |= {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+        names |= {"labels": torch.tensor([row["labels"] for row in rows]), "text_embeds": torch.eye(3, 512)}
+        code = "\n".join(blocks(page, "python"))
+        for checkpoint, stand_in in (("google/vit-base-patch16-224", "vit"), ("openai/clip-vit-base-patch32", "clip")):
+            code = code.replace(checkpoint, stand_in)
+        exec(code, names)
         return names
 
     return run

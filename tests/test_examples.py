@@ -322,9 +322,12 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(materi
 
 
 @pytest.mark.parametrize("prompt_space", ["latent", "pixel"])
-def test_a_dinov2_whose_processor_makes_another_size_than_its_checkpoint(prompt_space, material, tmp_path):
-    # As released: position embeddings for 518 px, an image processor that cuts out 224.
-    tiny_vit("Dinov2ForImageClassification", image_size=48).save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize("family", ["Dinov2", "CLIP", "Siglip"])
+def test_other_families_whose_processor_makes_another_size_than_the_checkpoint(
+    family, prompt_space, material, tmp_path
+):
+    # DINOv2 as released: position embeddings for 518 px, an image processor that cuts out 224.
+    tiny_vit(f"{family}ForImageClassification", image_size=48).save_pretrained(tmp_path / "base")
     processor = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
     processor.save_pretrained(tmp_path / "base")
     command = with_output(material[1], tmp_path / "adapter", "--prompt_space", prompt_space)
@@ -333,8 +336,9 @@ def test_a_dinov2_whose_processor_makes_another_size_than_its_checkpoint(prompt_
     assert re.fullmatch(r"test accuracy \d\.\d{3}", output.strip().splitlines()[-1])
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["image_size"] == (32 if prompt_space == "pixel" else None)
-    assert config["head_features"] == 64
-    assert "interpolate_pos_encoding" not in (tmp_path / "adapter" / "README.md").read_text()
+    assert config["head_features"] == (64 if family == "Dinov2" else None)
+    told = "interpolate_pos_encoding" in (tmp_path / "adapter" / "README.md").read_text()
+    assert told == (family != "Dinov2")
     answers = load_classifier(tmp_path / "adapter").pipeline()(Image.new("RGB", (60, 44), "red"))
     assert {each["label"] for each in answers} == {"blue", "red"}
 
