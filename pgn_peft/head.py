@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pgn_peft.config import PGNConfig
 from pgn_peft.labels import Labels
 from pgn_peft.layer import PGNTunerLayer
-from pgn_peft.rows import BASE, ROWS, map_rows
+from pgn_peft.rows import BASE, current_rows, map_rows
 
 
 class PGNHead(PGNTunerLayer, nn.Module):
@@ -66,9 +66,10 @@ class PGNHead(PGNTunerLayer, nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Answer with logits (B, number of the active adapter's labels).
 
-        In a mixed batch each image has the head of the adapter that `ROWS` names for it; their labels are the same.
+        In a mixed batch each image has the head of the adapter that `current_rows` names for it; all have the same
+        labels.
         """
-        rows = ROWS.get()
+        rows = current_rows()
         if rows:
             return map_rows(rows, features, lambda name, part: self._classify(None if name == BASE else name, part))
         return self._classify(None if self.disable_adapters else next(iter(self.active_adapters), None), features)

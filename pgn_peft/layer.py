@@ -14,7 +14,7 @@ from pgn_peft.config import PGNConfig
 from pgn_peft.layout import PromptLayout, compose, make_layout
 from pgn_peft.preprocessing import denormalize, normalize
 from pgn_peft.projection import PatchInverse
-from pgn_peft.rows import BASE, ROWS, map_rows
+from pgn_peft.rows import BASE, current_rows, map_rows
 from pgn_peft.weights import make_generator, make_library
 
 NO_MERGE = (
@@ -169,9 +169,9 @@ class PGNLayer(PGNTunerLayer, nn.Module):
 
         Tokens of adapters in latent space are appended in order; they are generated from the image without patches.
         One with prompts in several layers appends all of them, and each `PGNBlock` takes its layer's away. In a mixed
-        batch each image has the adapter that `ROWS` names for it.
+        batch each image has the adapter that `current_rows` names for it.
         """
-        rows = ROWS.get()
+        rows = current_rows()
         if rows:
             return map_rows(
                 rows,
@@ -211,13 +211,13 @@ class PGNLayer(PGNTunerLayer, nn.Module):
 
     def running_prompts(self) -> tuple[int, int]:
         """Return the prompts P behind the tokens, and how many layers have their own, in the call that runs now."""
-        rows = ROWS.get()
+        rows = current_rows()
         if rows:
             return self._count_prompts(rows[0])  # alike in all rows: `token_counts`
         active = () if self.disable_adapters else self.active_adapters
         counts = [self._count_prompts(name) for name in active if name in self.configs]
         # One with prompts in several layers is active alone: `check_together`.
-        return sum(number for number, _ in counts), max((depth for _, depth in counts), default=1)
+        return sum([number for number, _ in counts]), max([1, *(depth for _, depth in counts)])
 
     def _count_prompts(self, adapter_name: str) -> tuple[int, int]:
         if adapter_name == BASE or adapter_name in self.layouts:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pgn_peft.adapters import prompt_layer
 from pgn_peft.head import PGNHead
 from pgn_peft.layer import PGNLayer
-from pgn_peft.rows import BASE, ROWS, restore_order
+from pgn_peft.rows import BASE, current_rows, restore_order, running_rows
 
 _LOCK = threading.Lock()
 
@@ -47,11 +47,10 @@ def mixed_batch(
     layer.check_inputs(tuner.model, args, dict(kwargs))
     _check_arguments(names, args, kwargs)
     _install(tuner.model, layer)
-    token = ROWS.set(names)
     try:
-        yield
+        with running_rows(names):
+            yield
     finally:
-        ROWS.reset(token)
         _remove(tuner.model)
 
 
@@ -125,7 +124,7 @@ class _GroupedForward:
         self.users = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        names = ROWS.get()
+        names = current_rows()
         if names is None:
             return self.plain(*args, **kwargs)
         pixel_values = args[0] if args else kwargs.pop("pixel_values")
@@ -136,11 +135,8 @@ class _GroupedForward:
             return self.plain(pixel_values, *args[1:], **kwargs)
         outputs = []
         for rows in groups.values():
-            token = ROWS.set(tuple(names[row] for row in rows))
-            try:
+            with running_rows(tuple(names[row] for row in rows)):
                 outputs.append(self.plain(pixel_values[rows], *args[1:], **kwargs))
-            finally:
-                ROWS.reset(token)
         places = [row for rows in groups.values() for row in rows]
         return _join(outputs, places, "outputs")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -14,6 +16,35 @@ BASE = "__base__"
 # One name an image while a mixed batch runs, else None. A context variable rather than an attribute of the layers, so
 # that threads do not see each other's batches.
 ROWS: ContextVar[tuple[str, ...] | None] = ContextVar("pgn_peft_rows", default=None)
+
+_LOCK = threading.Lock()
+_running = 0
+# Whether one runs in any thread. Plain, because torch 2.11 cannot compile a look at a context variable.
+_any_running = False
+
+
+def current_rows() -> tuple[str, ...] | None:
+    """Return for each image the name of its adapter if a mixed batch runs in this thread, else None."""
+    return ROWS.get() if _any_running else None
+
+
+@contextmanager
+def running_rows(names: tuple[str, ...]) -> Iterator[None]:
+    """Let `current_rows` return these names within the context, in this thread."""
+    _count(1)
+    token = ROWS.set(names)
+    try:
+        yield
+    finally:
+        ROWS.reset(token)
+        _count(-1)
+
+
+def _count(change: int) -> None:
+    global _running, _any_running
+    with _LOCK:
+        _running += change
+        _any_running = _running > 0
 
 
 def restore_order(places: Sequence[int], device: torch.device) -> Tensor:

@@ -117,6 +117,19 @@ def test_features_of_equally_many_tokens(architecture):
         model(pixel_values, adapter_names=names)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_serves_them_among_others():
+    torch.compiler.reset()
+    model = serve()
+    pixel_values = images(3)
+    names = ["same", "longer", "__base__"]
+    expected = [answer(model, pixel_values), answer(model, pixel_values, adapter_names=names)]
+    compiled = torch.compile(model, backend="aot_eager")
+    for mixed in (False, True, False):
+        options = {"adapter_names": names} if mixed else {}
+        torch.testing.assert_close(answer(compiled, pixel_values, **options), expected[mixed])
+
+
 def test_hidden_states_come_in_order_too():
     model = serve()
     pixel_values = images(3)
