@@ -192,6 +192,7 @@ def _first_with(cells: dict[tuple[str, str], Runs], names: list[str], method: st
 def plot_parameters(rows: list[dict[str, Any]], axes: Iterable[Axes]) -> None:
     """Draw test accuracy against the number of trained parameters, a panel a data set."""
     cells = chosen(rows)
+    panels = []
     for ax, data in zip(axes, data_sets(cells), strict=True):
         points = [
             (statistics.mean(cells[data, method].test), cells[data, method].parameters, method)
@@ -202,13 +203,15 @@ def plot_parameters(rows: list[dict[str, Any]], axes: Iterable[Axes]) -> None:
             ax.plot(parameters, accuracy, "o", color="crimson" if method.startswith("pgn") else "grey")
         ax.set(xscale="log", xlabel="trained parameters", title=data)
         ax.margins(x=0.35, y=0.12)
+        panels.append((ax, points))
+    panels[0][0].figure.canvas.draw()  # settles where all panels and points are
+    for ax, points in panels:
         names = [NAMES[method].strip("*").partition(" (")[0] for _, _, method in points]
         _name_points(ax, [(parameters, accuracy) for accuracy, parameters, _ in points], names)
 
 
 def _name_points(ax: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
     """Write each point's name beside it, on the first side where it covers no other point and no other name."""
-    ax.figure.canvas.draw()  # settles where the points are
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(points)]
     for point, name in sorted(zip(points, names, strict=True)):
         for place, side in (((6, -6), "left"), ((6, 3), "left"), ((-6, -6), "right"), ((-6, 3), "right")):
@@ -239,9 +242,9 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     )
     for unused in axes.flat[number:]:
         unused.axis("off")
-    plot_parameters(rows, axes.flat[:number])
     for row in axes:
         row[0].set_ylabel("test accuracy")
+    plot_parameters(rows, axes.flat[:number])
     figure.savefig(folder / "parameters.png", dpi=110)
     plt.close("all")
 
