@@ -79,6 +79,21 @@ def test_prompts_in_pixel_space_are_patches_like_others(architecture, prompt_lay
     assert prompter.probe_scores.shape == (5,)
 
 
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in AVERAGING])
+def test_latent_prompts_become_pixels_where_token_0_is_read(architecture, pixel_values):
+    # Width 16 for patches of 192 numbers, and a whole row of prompts.
+    base = tiny_vit(architecture, hidden_size=16, num_attention_heads=1)
+    model = adapt(base, num_virtual_tokens=4, **({"head": "frozen"} if hasattr(base, "classifier") else {}))
+    prompter = ImagePrompter.from_adapter(model, PROCESSOR)
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    latent = answer(model, PROCESSOR(image, return_tensors="pt")["pixel_values"])
+    plain = tiny_vit(architecture, hidden_size=16, num_attention_heads=1)
+    served = answer(plain, prompter.pixel_values([image]), interpolate_pos_encoding=True)
+    if latent.ndim == 3:
+        latent, served = latent[:, 0], served[:, 0]
+    torch.testing.assert_close(served, latent, rtol=1e-3, atol=1e-3)
+
+
 def test_latent_prompts_cannot_become_pixels_there():
     with pytest.raises(ValueError, match="`prompt_layout` must be None with prompt_space='latent' for a Dinov2ForIm"):
         get_peft_model(
