@@ -43,6 +43,9 @@ SUPPORTED: dict[str, Backbone] = {
         "dinov2_with_registers.embeddings", "classifier", reads_all=True, head_width=2
     ),
     "Dinov2WithRegistersModel": Backbone("embeddings", None, reads_all=True),
+    # The average of all tokens, which are patches.
+    "IJepaForImageClassification": Backbone("ijepa.embeddings", "classifier", reads_all=True),
+    "IJepaModel": Backbone("embeddings", None, reads_all=True),
     # The average of the patches; the towers for features read CLS (CLIP) or attend to all tokens (SigLIP).
     "CLIPForImageClassification": Backbone("vision_model.embeddings", "classifier", reads_all=True),
     "CLIPVisionModel": Backbone("embeddings", None),
@@ -53,7 +56,6 @@ SUPPORTED: dict[str, Backbone] = {
 
 # Why prompts that were trained as tokens cannot become pixels there.
 AVERAGES_PATCHES = "it averages its patches, those that hold prompts among them, which tokens were kept out of"
-_AVERAGES = "its classifier averages the tokens, so appended prompts would leak into the average"
 _COUNTS = "its attention adds positions to every token and counts them, and a prompt has no position"
 _WINDOWS = "it has no sequence that a token could be appended to"
 _MAPS = "it makes maps of the tokens of every layer, and prompts would be taken for patches"
@@ -70,9 +72,8 @@ REFUSED: dict[str, str] = {
     "CLIP": _TWO_TOWERS,
     "Siglip": _TWO_TOWERS,
     "Siglip2": _PATCHES,
-    "IJepa": _AVERAGES,
-    "Beit": _AVERAGES + "; and " + _COUNTS,
-    "Data2VecVision": _AVERAGES + "; and " + _COUNTS,
+    "Beit": _COUNTS,
+    "Data2VecVision": _COUNTS,
     "Dinov2": _MAPS,
     "DINOv3": _COUNTS,
     "Swin": _WINDOWS,

@@ -26,6 +26,8 @@ ARCHITECTURES = {
     "Dinov2WithRegistersForImageClassification": "Dinov2WithRegistersConfig",
     "Dinov2Model": "Dinov2Config",
     "Dinov2WithRegistersModel": "Dinov2WithRegistersConfig",
+    "IJepaForImageClassification": "IJepaConfig",
+    "IJepaModel": "IJepaConfig",
     "CLIPForImageClassification": "CLIPConfig",
     "CLIPVisionModel": "CLIPVisionConfig",
     "CLIPVisionModelWithProjection": "CLIPVisionConfig",

@@ -61,11 +61,13 @@ def test_each_image_gets_what_its_adapter_gives_it_alone(architecture):
     names = [*ADAPTERS, "__base__", *reversed(ADAPTERS), "__base__"]
     pixel_values = images(len(names))
     expected = torch.stack([alone(model, pixel_values, name)[row] for row, name in enumerate(names)])
-    assert len({tuple(row) for row in expected.round(decimals=3).tolist()}) == len(names)
-    torch.testing.assert_close(answer(model, pixel_values, adapter_names=names), expected)
+    assert len({tuple(row) for row in expected.round(decimals=2).tolist()}) == len(names)
+    # In pixel space a rounding to 8 bits can fall to the other side.
+    tolerances = {"rtol": 0, "atol": 2e-3}
+    torch.testing.assert_close(answer(model, pixel_values, adapter_names=names), expected, **tolerances)
     with torch.no_grad():
         by_name = model(pixel_values=pixel_values, adapter_names=tuple(names), return_dict=False)[0]
-    torch.testing.assert_close(by_name, expected)
+    torch.testing.assert_close(by_name, expected, **tolerances)
 
 
 def test_nothing_of_it_is_left_behind_even_after_a_failure():
