@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import answer, move_adapter, tiny_config, tiny_vit
+from packaging.version import Version
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from recorded_runs import recorded_run, several_labels
 from safetensors.torch import load_file
@@ -25,6 +27,7 @@ from pgn_peft.processes import SyncBatchNorm2d, convert_batch_norms
 from pgn_peft.training import broadcast_statistics, synchronise_batch_norm
 
 ROOT = Path(__file__).parents[1]
+RESUMES_ON_CPUS = Version(transformers.__version__) >= Version("5.18")
 CONFIGS = sorted(ROOT.joinpath("examples/accelerate").glob("*.yaml"))
 
 # Plain gradient descent, unclipped: with Adam or clipping, gradients of the wrong scale would give the same weights.
@@ -61,6 +64,8 @@ def runs(tmp_path_factory):
         "bfloat16": "--bf16 true --num_train_epochs 1",
         "sync_batch_norm": "--sync_batch_norm true",
     }
+    if not RESUMES_ON_CPUS:
+        del launched["two_after_one"]
     launched = {name: [str(word) for word in command(name, words)] for name, words in launched.items()}
     (folder / "runs.json").write_text(json.dumps(launched))
     script = [ROOT / "tests/recorded_runs.py", folder]
@@ -125,6 +130,8 @@ def test_two_processes_reach_the_weights_of_one_that_sees_the_same_images(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["one_after_two", "two_after_one"])
 def test_a_run_goes_on_in_another_number_of_processes(runs, name):
+    if name not in runs:
+        pytest.skip("Transformers before 5.18 cannot resume in several processes on CPUs")
     whole = images_by_step(runs["one"])
     assert images_by_step(runs[name]) == {step: images for step, images in whole.items() if step >= 4}
     assert_same_weights(runs[name][0], runs["one"][0])
