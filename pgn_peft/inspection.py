@@ -82,9 +82,10 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         ValueError: there is no such adapter, it is not the only active one, or the backbone has no CLS.
     """
     layer = find_layer(model, adapter_name)
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not has_class_token(layer):
         raise ValueError(
-            f"`model` must have a CLS token whose attention can be measured, but got a {type(model).__name__} whose "
+            f"`model` must have a CLS token whose attention can be measured, but got a {type(base).__name__} whose "
             "tokens are all patches. Look at its mixing coefficients instead: mixing_coefficients."
         )
     if layer.disable_adapters or list(layer.active_adapters) != [adapter_name]:
@@ -92,7 +93,6 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
             f"`adapter_name` must be the only active adapter, but got {adapter_name!r} with {layer.active_adapters} "
             "active. Call set_adapter first."
         )
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
     options = {} if tuple(pixel_values.shape[2:]) == layer.fixed_size else {"interpolate_pos_encoding": True}
     with _evaluating(model):

@@ -71,6 +71,27 @@ def test_in_pixel_space_prompts_are_found_where_the_layout_has_them(pixel_values
     assert ((patches >= 0) & (patches <= 1)).all()
 
 
+@pytest.mark.parametrize(
+    "architecture",
+    ["ViTModel", "DeiTModel", "Dinov2WithRegistersForImageClassification", "CLIPForImageClassification"],
+)
+def test_patches_are_found_behind_whatever_tokens_come_first(architecture, pixel_values):
+    base = tiny_vit(architecture, attn_implementation="eager")
+    model = move_adapter(get_peft_model(base, tiny_config(num_virtual_tokens=None, prompt_space="pixel", **SCALE)))
+    with torch.no_grad():
+        weights = model.eval()(pixel_values, output_attentions=True).attentions[1]  # (B, heads, tokens, tokens)
+    image = [5, 6, 9, 10]  # of 4 x 4 patches
+    patches = weights[:, :, 0, -16:].mean(dim=1)
+    expected = patches[:, [place for place in range(16) if place not in image]]
+    torch.testing.assert_close(attention_to_prompts(model, pixel_values)[:, 1], expected)
+
+
+def test_where_no_token_is_cls_there_is_no_attention_of_it(pixel_values):
+    model = get_peft_model(tiny_vit("SiglipForImageClassification"), tiny_config())
+    with pytest.raises(ValueError, match="`model` must have a CLS token .* got a SiglipForImageClassification whose"):
+        attention_to_prompts(model, pixel_values)
+
+
 def test_usage_is_averaged_over_the_images_of_a_class():
     coefficients = torch.rand(5, 3, 4)
     labels = torch.tensor([0, 2, 0, 2, 2])
