@@ -106,7 +106,7 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("pgn", {"slot_prompts": False}),
     ("pgn", {"train_images": 250}),
     ("static", {"train_images": 250}),
-    *((method, {"train_images": 5000}) for method in ("pgn", "static", "vpt-deep", "pgn-deep", "full", "lora")),
+    *((method, {"train_images": 5000}) for method in ("pgn", "static", "vpt-deep", "pgn-deep")),
     ("pgn", {"num_virtual_tokens": 4}),
     ("static", {"num_virtual_tokens": 4}),
     ("pgn", {"library_rate": 1.0}),
