@@ -7,11 +7,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, load_dataset
 from huggingface_hub.errors import HFValidationError
 from recipes import RECIPES, Recipe
 from transformers import AutoImageProcessor
+
+from pgn_peft.image_size import made_size
 
 Rows = Dataset | IterableDataset
 
@@ -198,6 +199,5 @@ def load_processor(model_name_or_path: str, image_size: int | None, revision: st
 
 def made_side(processor) -> int | None:
     """Return the side of what an image processor makes of a square image, in pixels; None if that is no square."""
-    made = processor(images=np.zeros((64, 64, 3), dtype=np.uint8), return_tensors="np")["pixel_values"]
-    height, width = made.shape[-2:]
+    height, width = made_size(processor, (64, 64))
     return height if height == width else None

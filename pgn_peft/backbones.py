@@ -55,7 +55,7 @@ SUPPORTED: dict[str, Backbone] = {
 }
 
 # Why prompts that were trained as tokens cannot become pixels there.
-AVERAGES_PATCHES = "it averages its patches, those that hold prompts among them, which tokens were kept out of"
+AVERAGES_PATCHES = "it averages its patches, and would average those that hold prompts too, as it did not in training"
 _COUNTS = "its attention adds positions to every token and counts them, and a prompt has no position"
 _WINDOWS = "it has no sequence that a token could be appended to"
 _MAPS = "it makes maps of the tokens of every layer, and prompts would be taken for patches"

@@ -18,16 +18,17 @@ def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
         return False
     height, width = layer.fixed_size
     # Not square, so that a processor that keeps the proportions shows it.
-    return _made_of(layer, image_processor, (height, 2 * width)) != (height, width)
+    return made_size(image_processor, (height, 2 * width), layer.num_channels) != (height, width)
 
 
 def made_of_square(layer: PGNLayer, image_processor: Any) -> tuple[int, int]:
     """Return height and width of what an image processor makes of a square image, in pixels."""
-    return _made_of(layer, image_processor, own_image_size(layer))
+    return made_size(image_processor, own_image_size(layer), layer.num_channels)
 
 
-def _made_of(layer: PGNLayer, image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:
-    sample = np.zeros((*size, layer.num_channels), dtype=np.uint8)
+def made_size(image_processor: Any, size: tuple[int, int], num_channels: int = 3) -> tuple[int, int]:
+    """Return height and width in pixels of what an image processor makes of an image of this height and width."""
+    sample = np.zeros((*size, num_channels), dtype=np.uint8)
     made = image_processor(images=sample, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     return tuple(made.shape[-2:])
 

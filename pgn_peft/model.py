@@ -21,13 +21,11 @@ from pgn_peft.injection import (
     check_adapter_name,
     check_modules_to_save,
     check_origin,
-    record_base,
-    record_depth,
-    record_labels,
     refuse_other_adapters,
 )
 from pgn_peft.layer import NO_MERGE, PGNLayer, PGNTunerLayer
 from pgn_peft.mixed_batch import mixed_batch
+from pgn_peft.recording import record_base, record_depth, record_labels
 from pgn_peft.tensors import compare_tensors
 from pgn_peft.weights import check_size
 
@@ -110,7 +108,7 @@ class PGNModel(BaseTuner):
             check_origin(config, model)
             self._backbone = find_backbone(model, config.target_modules)
             check_adapter_name(adapter_name, model)
-            layers = self._find_wrapped_layers(model, config)
+            self._layers = layers = self._find_wrapped_layers(model, config)
             check_modules_to_save(config, model, self._backbone, layers)
             record_base(config, model, self._backbone)
             if config.prompt_depth != 1:
@@ -154,8 +152,7 @@ class PGNModel(BaseTuner):
         elif current_key == self._backbone.embeddings:
             self._prompt_layer().update_layer(adapter_name, peft_config)
         elif not isinstance(target, PGNBlock):
-            layers = find_layers(self.model, self._backbone.embeddings)
-            ends = self._backbone.reads_all and current_key == layers[-1]
+            ends = self._backbone.reads_all and current_key == self._layers[-1]
             setattr(parent, target_name, PGNBlock(target, self._prompt_layer(), int(target_name), ends))
 
     def _find_wrapped_layers(self, model: nn.Module, config: PGNConfig) -> list[str]:
