@@ -5,14 +5,20 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from peft import get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pgn_peft.config import PGNConfig
+from pgn_peft.head import record_inferred_problem_type
 from pgn_peft.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.weights import PREFIX
 
-PREFIX = "base_model.model."
+
+def unwrap(model: Any) -> Any:
+    """Return the model inside of what `torch.compile`, DistributedDataParallel and the like put around it."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def prompt_layer(model: Any) -> PGNLayer:
@@ -40,10 +46,12 @@ def active_adapter(model: Any) -> tuple[str, PGNConfig]:
         ValueError: all have been deleted.
     """
     active = prompt_layer(model).active_adapters
+    model = unwrap(model)
     if not active or active[0] not in model.peft_config:
         raise ValueError(
             f"`model` must have an active adapter, but got {list(active)}. Activate one: set_adapter(name)."
         )
+    record_inferred_problem_type(model)
     config = copy.copy(model.peft_config[active[0]])
     config.inference_mode = True
     # PEFT records it when it makes a model, and not when it adds a further adapter.
@@ -53,7 +61,7 @@ def active_adapter(model: Any) -> tuple[str, PGNConfig]:
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Return an adapter's tensors under the names that PEFT's files have, contiguous."""
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(unwrap(model), adapter_name=adapter_name, save_embedding_layers=False)
     # In a model that PEFT has not wrapped the names lack this part.
     return {PREFIX + name.removeprefix(PREFIX): tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -63,10 +71,7 @@ def num_parameters(model: nn.Module, adapter_name: str) -> int:
     trained: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, PGNTunerLayer):
-            containers = [getattr(module, name) for name in module.adapter_layer_names]
-        elif isinstance(module, ModulesToSaveWrapper):
-            containers = [module.modules_to_save]
-        else:
-            continue
-        trained += [container[adapter_name] for container in containers if adapter_name in container]
+            trained += module.adapter_modules(adapter_name)
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            trained.append(module.modules_to_save[adapter_name])
     return sum(parameter.numel() for module in trained for parameter in module.parameters())

@@ -28,29 +28,32 @@ class Backbone:
     head_width: int = 1
 
 
+# Name of the classification head in every supported classifier.
+HEAD = "classifier"
+
 # Appended tokens act through attention alone: either token 0 (CLS) is all that is read, or they are cut off before.
 SUPPORTED: dict[str, Backbone] = {
-    "ViTForImageClassification": Backbone("vit.embeddings", "classifier"),
-    "DeiTForImageClassification": Backbone("deit.embeddings", "classifier"),
-    "ViTMSNForImageClassification": Backbone("vit.embeddings", "classifier"),
+    "ViTForImageClassification": Backbone("vit.embeddings", HEAD),
+    "DeiTForImageClassification": Backbone("deit.embeddings", HEAD),
+    "ViTMSNForImageClassification": Backbone("vit.embeddings", HEAD),
     "ViTModel": Backbone("embeddings", None),
     "DeiTModel": Backbone("embeddings", None),
     "ViTMSNModel": Backbone("embeddings", None),
     # CLS beside the average of the patches.
-    "Dinov2ForImageClassification": Backbone("dinov2.embeddings", "classifier", reads_all=True, head_width=2),
+    "Dinov2ForImageClassification": Backbone("dinov2.embeddings", HEAD, reads_all=True, head_width=2),
     "Dinov2Model": Backbone("embeddings", None, reads_all=True),
     "Dinov2WithRegistersForImageClassification": Backbone(
-        "dinov2_with_registers.embeddings", "classifier", reads_all=True, head_width=2
+        "dinov2_with_registers.embeddings", HEAD, reads_all=True, head_width=2
     ),
     "Dinov2WithRegistersModel": Backbone("embeddings", None, reads_all=True),
     # The average of all tokens, which are patches.
-    "IJepaForImageClassification": Backbone("ijepa.embeddings", "classifier", reads_all=True),
+    "IJepaForImageClassification": Backbone("ijepa.embeddings", HEAD, reads_all=True),
     "IJepaModel": Backbone("embeddings", None, reads_all=True),
     # The average of the patches; the towers for features read CLS (CLIP) or attend to all tokens (SigLIP).
-    "CLIPForImageClassification": Backbone("vision_model.embeddings", "classifier", reads_all=True),
+    "CLIPForImageClassification": Backbone("vision_model.embeddings", HEAD, reads_all=True),
     "CLIPVisionModel": Backbone("embeddings", None),
     "CLIPVisionModelWithProjection": Backbone("vision_model.embeddings", None),
-    "SiglipForImageClassification": Backbone("vision_model.embeddings", "classifier", reads_all=True),
+    "SiglipForImageClassification": Backbone("vision_model.embeddings", HEAD, reads_all=True),
     "SiglipVisionModel": Backbone("embeddings", None, reads_all=True),
 }
 
@@ -62,6 +65,7 @@ _MAPS = "it makes maps of the tokens of every layer, and prompts would be taken 
 _TWO_TOWERS = "it has a tower for texts too; load the checkpoint as one of these"
 _PATCHES = "it takes patches of many sizes instead of images"
 _REBUILDS = "it rebuilds the image from the patch tokens, and prompts would be taken for patches"
+_WRAPPED = "it wraps a model; make the adapter on the model inside, and wrap the result of get_peft_model"
 
 # The longest prefix of the class name decides.
 REFUSED: dict[str, str] = {
@@ -80,6 +84,9 @@ REFUSED: dict[str, str] = {
     "Convnext": _WINDOWS,
     "ConvNext": _WINDOWS,
     "ResNet": _WINDOWS,
+    "OptimizedModule": _WRAPPED,
+    "DistributedDataParallel": _WRAPPED,
+    "DataParallel": _WRAPPED,
 }
 
 
@@ -196,7 +203,7 @@ def _find_look_alike(model: nn.Module, target: str) -> Backbone:
             f"`target_modules` must name the embeddings of a ViT, with `cls_token` and `patch_embeddings`, but got "
             f"{target!r}, a {type(embeddings).__name__}. Name the module that turns pixels into tokens."
         )
-    return Backbone(matches[0], "classifier" if hasattr(model, "classifier") else None)
+    return Backbone(matches[0], HEAD if hasattr(model, HEAD) else None)
 
 
 def _ends_with(name: str, ending: str) -> bool:

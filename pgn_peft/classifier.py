@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from pgn_peft import onnx_export, publishing
-from pgn_peft.adapters import prompt_layer
+from pgn_peft.adapters import prompt_layer, unwrap
 from pgn_peft.backbones import SUPPORTED
 from pgn_peft.config import PGNConfig
 from pgn_peft.fetching import (
@@ -52,10 +52,12 @@ class Classifier(NamedTuple):
     def pipeline(self, **kwargs: Any) -> ImageClassificationPipeline:
         """Make Transformers' image classification pipeline; `kwargs` are those of `transformers.pipeline`.
 
-        Images go through at the processor's size, also where the base has another one.
+        The model is put into eval mode: a pipeline takes it as it is, and in training mode dropout and the statistics
+        of the batch would change the predictions, and the predictions the adapter's BatchNorm statistics. Images go
+        through at the processor's size, also where the base has another one.
         """
         return transformers.pipeline(
-            "image-classification", model=self._as_called(), image_processor=self.image_processor, **kwargs
+            "image-classification", model=self._as_called().eval(), image_processor=self.image_processor, **kwargs
         )
 
     def export_onnx(self, path: str | Path) -> None:
@@ -76,7 +78,8 @@ class Classifier(NamedTuple):
 
     def _as_called(self) -> nn.Module:
         """Return the Transformers model, which takes the image processor's size."""
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        model = unwrap(self.model)
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
         interpolate_if_needed(model, self.image_processor)
         return model
 

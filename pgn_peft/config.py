@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from pgn_peft import checks
+from pgn_peft.backbones import HEAD
 from pgn_peft.generator import MIXINGS, NORMS, TRUNKS
 from pgn_peft.labels import PROBLEM_TYPES, normalize_id2label
 from pgn_peft.layout import LAYOUTS
@@ -19,7 +20,6 @@ from pgn_peft.weights import check_saved_weights, find_weights
 GENERATORS = (*TRUNKS, "static")
 HEADS = ("trained", "frozen")
 PROMPT_SPACES = ("latent", "pixel")
-HEAD_NAMES = ("classifier",)
 
 # field -> smallest and largest value, and whether None is one. The upper bounds keep a file that cannot be meant from
 # taking all memory; they are far beyond what the method is used with.
@@ -199,7 +199,7 @@ class PGNConfig(PeftConfig):
         self.target_modules = checks.check_one_name("target_modules", self.target_modules)
         self.modules_to_save = checks.check_names("modules_to_save", self.modules_to_save)
         for name in self.modules_to_save or ():
-            if name.rpartition(".")[2] in HEAD_NAMES:
+            if name.rpartition(".")[2] == HEAD:
                 checks.refuse_head_in_modules_to_save(name)
         self._check_labels()
 
@@ -289,8 +289,9 @@ class PGNConfig(PeftConfig):
         From the Hub this fetches the weights too, which a loader would do next.
 
         Raises:
-            ValueError: there is no configuration, or the weights that belong beside it are not there, cannot be read,
-                or are not what it describes. PEFT would find that out after it had changed the model, or not at all.
+            FileNotFoundError: there are no weights beside the configuration.
+            ValueError: there is no configuration, or the weights cannot be read or are not what it describes. PEFT
+                would find that out after it had changed the model, or not at all.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         # The width is recorded when an adapter is made; without it this is a bare configuration.

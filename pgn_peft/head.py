@@ -25,18 +25,19 @@ class PGNHead(PGNTunerLayer, nn.Module):
     """
 
     adapter_layer_names = ("pgn_head",)
-    other_param_names = ("labels", "label_mapping")
+    other_param_names = ("configs", "label_mapping")
 
     def __init__(self, base_layer: nn.Module, model_config: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.pgn_head = nn.ModuleDict()
-        self.labels: dict[str, Labels] = {}
+        self.configs: dict[str, PGNConfig] = {}
         self.label_mapping: dict[str, list[int]] = {}
         self.base_labels = labels_of(base_layer, model_config)
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._model_config = model_config
+        self._shown: str | None = None  # the adapter whose labels the model's config shows
         self.training = base_layer.training
 
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
@@ -45,7 +46,7 @@ class PGNHead(PGNTunerLayer, nn.Module):
         An adapter with `head="frozen"` gets none, and the model's head answers for it, through its `label_mapping` if
         it has one.
         """
-        self.labels[adapter_name] = Labels(config.id2label, config.problem_type)
+        self.configs[adapter_name] = config
         self.label_mapping.pop(adapter_name, None)
         if config.label_mapping is not None:
             self.label_mapping[adapter_name] = config.label_mapping
@@ -62,6 +63,11 @@ class PGNHead(PGNTunerLayer, nn.Module):
                 head.weight.normal_(std=0.02)
                 head.bias.zero_()
         self.pgn_head[adapter_name] = self._settle(head)
+
+    @property
+    def labels(self) -> dict[str, Labels]:
+        """Each adapter's labels."""
+        return {name: Labels(config.id2label, config.problem_type) for name, config in self.configs.items()}
 
     def forward(self, features: Tensor) -> Tensor:
         """Answer with logits (B, number of the active adapter's labels).
@@ -100,17 +106,39 @@ class PGNHead(PGNTunerLayer, nn.Module):
 
     def show_labels(self) -> None:
         """Make the model's config show the labels of the head that answers now."""
-        first = next(iter(self.active_adapters), None)
         # A frozen head has the model's names, and perhaps another `problem_type`.
-        self._show(self.base_labels if self.disable_adapters else self.labels.get(first, self.base_labels))
+        self._show(None if self.disable_adapters else next(iter(self.active_adapters), None))
 
     def show_base_labels(self) -> None:
         """Make the model's config show its own labels again."""
-        self._show(self.base_labels)
+        self._show(None)
 
-    def _show(self, labels: Labels) -> None:
+    def _show(self, adapter_name: str | None) -> None:
+        self.record_problem_type()
+        self._shown = adapter_name if adapter_name in self.configs else None
         if hasattr(self._model_config, "id2label"):
-            labels.show_in(self._model_config)
+            self.labels.get(self._shown, self.base_labels).show_in(self._model_config)
+
+    def record_problem_type(self) -> None:
+        """Enter the problem type that Transformers inferred from the first labels into the adapter's config.
+
+        Transformers' losses write it into the model's config alone, where the next adapter's would replace it.
+        """
+        config = self.configs.get(self._shown)
+        if config is not None and config.problem_type is None:
+            config.problem_type = getattr(self._model_config, "problem_type", None)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Every way of saving an adapter reads the state dict first, and writes the adapter's config after it.
+        self.record_problem_type()
+        super()._save_to_state_dict(*args, **kwargs)
+
+
+def record_inferred_problem_type(model: nn.Module) -> None:
+    """Enter a problem type that Transformers inferred into the config of the adapter whose head answers."""
+    for module in model.modules():
+        if isinstance(module, PGNHead):
+            module.record_problem_type()
 
 
 def plain_weight(linear: nn.Linear) -> Tensor:

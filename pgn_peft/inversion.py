@@ -107,9 +107,7 @@ def invert_static_prompts(
     in_range: bool = False,
     approximate: bool = False,
 ) -> PixelPrompts:
-    """Turn trained static prompts, tokens (P, D), into pixels: a library with an entry a slot; see "
-    "`invert_library`.
-    """
+    """Turn trained static prompts, tokens (P, D), into pixels, one entry for each slot; see `invert_library`."""
     prompts = _invert(embeddings, tokens[:, None], layout, image_mean, image_std, in_range, approximate)
     return dataclasses.replace(prompts, library=prompts.library[:, 0]) if in_range else prompts
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -41,6 +42,8 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
 
     # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
     adapter_layer_names: tuple[str, ...] = ()
+    # Saved adapters whose tensors have not been loaded yet; see `expect_tensors`.
+    _expected: frozenset[str] = frozenset()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: prompts depend on the image."""
@@ -48,6 +51,42 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Do nothing: an adapter is never merged."""
+
+    def adapter_modules(self, adapter_name: str) -> list[nn.Module]:
+        """List the modules of an adapter in this layer."""
+        containers = [getattr(self, name) for name in self.adapter_layer_names]
+        return [container[adapter_name] for container in containers if adapter_name in container]
+
+    def expect_tensors(self, adapter_name: str) -> None:
+        """Fill the new tensors of a saved adapter with NaN, until its file is loaded.
+
+        Transformers' `load_adapter` only reports the tensors that it did not find, and initialises them at random.
+        `train` and `eval`, which every loader calls at its end, raise if one was left out.
+        """
+        for module in self.adapter_modules(adapter_name):
+            for part in module.modules():
+                part._is_hf_initialized = True  # Transformers' mark: it leaves such modules as they are
+            for tensor in _floating_tensors(module):
+                tensor.fill_(math.nan)
+        self._expected |= {adapter_name}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as in torch.
+
+        Raises:
+            ValueError: a tensor of a saved adapter was not loaded.
+        """
+        for adapter_name in self._expected:
+            tensors = [tensor for module in self.adapter_modules(adapter_name) for tensor in _floating_tensors(module)]
+            if any(tensor.is_meta for tensor in tensors):
+                continue  # still being loaded
+            self._expected -= {adapter_name}
+            if any(bool(tensor.isnan().any()) for tensor in tensors):
+                raise ValueError(
+                    f"`{adapter_name}` must be loaded from a file with all tensors of the adapter, but got one "
+                    "without some of them; `PGNConfig.from_pretrained` names these. Save or fetch the adapter again."
+                )
+        return super().train(mode)
 
     @staticmethod
     def _forget(modules: nn.ModuleDict, adapter_name: str) -> None:
@@ -64,6 +103,11 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
         if weight is not None and not any(parameter.is_meta for parameter in module.parameters()):
             module.to(weight.device)
         return module.train(self.base_layer.training)
+
+
+def _floating_tensors(module: nn.Module) -> list[Tensor]:
+    """List the floating-point tensors of a module that are in a saved file."""
+    return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
 class PGNLayer(PGNTunerLayer, nn.Module):

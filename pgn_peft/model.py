@@ -105,6 +105,7 @@ class PGNModel(BaseTuner):
         try:
             config = copy.deepcopy(self.peft_config[adapter_name])
             config.validate()
+            saved = config.inference_mode and config.hidden_size is not None
             check_origin(config, model)
             self._backbone = find_backbone(model, config.target_modules)
             check_adapter_name(adapter_name, model)
@@ -113,8 +114,8 @@ class PGNModel(BaseTuner):
             record_base(config, model, self._backbone)
             if config.prompt_depth != 1:
                 record_depth(config, model, layers)
-            check_size(config)
             record_labels(config, model, self._backbone)
+            check_size(config)
             self._targets = {self._backbone.embeddings, self._backbone.head, *layers}
             self.peft_config[adapter_name] = config
         except Exception:
@@ -127,6 +128,10 @@ class PGNModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+        if saved:
+            for layer in model.modules():
+                if isinstance(layer, PGNTunerLayer):
+                    layer.expect_tensors(adapter_name)
 
     def _prepare_adapter_config(self, peft_config: PGNConfig, model_config: dict[str, Any]) -> PGNConfig:
         return peft_config
@@ -215,6 +220,7 @@ class PGNModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        key = key.replace("_orig_mod.", "")  # put there by `torch.compile`
         # The base class looks for the name in the last two places only, and a generator's tensors lie deeper.
         for container in (*PGNLayer.adapter_layer_names, *PGNHead.adapter_layer_names):
             start, found, rest = key.rpartition(f".{container}.{adapter_name}.")
@@ -227,10 +233,9 @@ class PGNModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # What is neither the adapter's nor in a module of its own would be loaded over the frozen base.
-        own_modules = f".modules_to_save.{adapter_name}."
-        # Names in a model that PEFT has not wrapped lack this part; in the file they have it.
-        found = {_without_wrapper(name): tensor for name, tensor in remapped.items() if own_modules not in name}
+        # What is not the adapter's would be loaded over the frozen base. Names in a model that PEFT has not wrapped
+        # lack this part; in the file they have it.
+        found = {_without_wrapper(name): tensor for name, tensor in remapped.items()}
         expected = {_without_wrapper(name): tensor for name, tensor in _own_tensors(model, adapter_name)}
         compare_tensors(expected, found, "state_dict")
         return remapped
@@ -241,11 +246,13 @@ def _without_wrapper(name: str) -> str:
 
 
 def _own_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor of everything that belongs to the adapter in PGN's layers."""
+    """Yield name and tensor of everything that belongs to the adapter."""
     for layer_name, layer in model.named_modules():
-        if not isinstance(layer, PGNTunerLayer):
-            continue
-        for container in layer.adapter_layer_names:
+        if isinstance(layer, PGNTunerLayer):
+            containers = layer.adapter_layer_names
+        else:
+            containers = ("modules_to_save",) if isinstance(layer, ModulesToSaveWrapper) else ()
+        for container in containers:
             if adapter_name in getattr(layer, container):
                 module = getattr(layer, container)[adapter_name]
                 for name, tensor in module.state_dict().items():

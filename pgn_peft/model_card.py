@@ -174,7 +174,10 @@ label = model.config.id2label[logits.argmax(-1).item()]
 
 def _properties(model: nn.Module, adapter_name: str, config: PGNConfig) -> dict[str, Any]:
     own = num_parameters(model, adapter_name)
-    base = sum(parameter.numel() for name, parameter in model.named_parameters() if ".pgn_" not in name)
+    ours = (".pgn_", ".modules_to_save.")
+    base = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if not any(part in name for part in ours)
+    )
     return {
         "classes": len(config.id2label or {}),
         "trainable parameters": f"{own:,}",

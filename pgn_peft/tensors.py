@@ -27,9 +27,9 @@ def compare_tensors(
     Raises:
         ValueError: a tensor is missing, superfluous, of another shape or kind, or holds NaN or infinity.
     """
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not part of it" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
+    problems = [f"{name} is not part of it" for name in sorted(found) if name not in expected]
+    problems += [f"{name} is missing" for name in sorted(expected) if name not in found]
+    for name in sorted(expected.keys() & found.keys()):
         if found[name].shape != expected[name].shape:
             shapes = f"{tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
             problems.append(f"{name} has the shape {shapes}")
@@ -38,5 +38,5 @@ def compare_tensors(
         elif found[name].is_floating_point() and not found[name].is_meta and not torch.isfinite(found[name]).all():
             problems.append(f"{name} holds NaN or infinity")
     if problems:
-        listed = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"`{source}` must hold {holds}, but got others: {listed}. {remedy}")

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer, parse_log_history
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from pgn_peft import publishing
+from pgn_peft.adapters import unwrap
 from pgn_peft.classifier import Classifier
 from pgn_peft.model_card import CardFacts
 from pgn_peft.processes import check_processes_meet
@@ -47,8 +49,24 @@ class AdapterTrainer(Trainer):
             else has, or processes were started together that do not know each other.
     """
 
-    def __init__(self, *args: Any, facts: CardFacts | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model: nn.Module | None = None, *args: Any, facts: CardFacts | None = None, **kwargs: Any
+    ) -> None:
+        inner = unwrap(model)
+        if inner is not model:
+            # Trainer would save the names of the wrapper, and load no checkpoint into it.
+            logger.warning(
+                "Compiling the model again, in place and with torch's default options. Pass the plain model and "
+                "TrainingArguments(torch_compile=True, torch_compile_mode=...) for others."
+            )
+            inner.compile()
+        super().__init__(inner, *args, **kwargs)
+        if self.args.load_best_model_at_end and not isinstance(unwrap(self.model), PeftModel):
+            raise ValueError(
+                "`load_best_model_at_end` must be False for a model that got its adapter from `add_adapter`, but got "
+                "True: Transformers cannot load its checkpoints again. Make the model with "
+                "peft.get_peft_model(model, config)."
+            )
         check_processes_meet(self.args)
         self.facts = facts or CardFacts()
         if self.args.push_to_hub and self.args.hub_strategy not in STRATEGIES:
@@ -64,6 +82,16 @@ class AdapterTrainer(Trainer):
         if self.args.push_to_hub and self.is_world_process_zero():
             # Now, rather than after hours of training.
             publishing.check_shareable(self.classifier.model, self.hub_model_id)
+
+    def _load_best_model(self) -> None:
+        # PEFT saves an adapter that is not called "default" in a folder of its name, where Trainer does not look.
+        checkpoint = Path(self.state.best_model_checkpoint)
+        named = checkpoint / self.model.active_adapters[0]
+        self.state.best_model_checkpoint = str(named if named.is_dir() else checkpoint)
+        try:
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = str(checkpoint)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         # Trainer lets a loss divide by the number of labels in all processes and accumulated batches. Cross-entropy

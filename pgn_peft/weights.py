@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pgn_peft.backbones import HEAD
 from pgn_peft.generator import PromptGenerator
 from pgn_peft.library import PatchLibrary, TokenLibrary
 from pgn_peft.tensors import compare_tensors
@@ -20,6 +21,9 @@ from pgn_peft.tensors import compare_tensors
 if TYPE_CHECKING:
     from pgn_peft.config import PGNConfig
 
+# What PEFT puts before the names of tensors in a file; and torch.compile's part of a name, which no file may have.
+PREFIX = "base_model.model."
+WRAPPED = "_orig_mod."
 # Far beyond what is used, and as much as a gigabyte: no file can ask for more.
 LARGEST_ADAPTER = 2**28
 
@@ -96,7 +100,7 @@ def find_weights(name_or_path: str, subfolder: str | None, download_kwargs: dict
         download_kwargs: for `huggingface_hub.hf_hub_download`.
 
     Raises:
-        ValueError: the repository has no safetensors file.
+        FileNotFoundError: the repository has no safetensors file.
     """
     folder = Path(name_or_path, subfolder or "")
     if folder.joinpath(CONFIG_NAME).is_file():
@@ -104,7 +108,7 @@ def find_weights(name_or_path: str, subfolder: str | None, download_kwargs: dict
     try:
         file = hf_hub_download(name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download_kwargs)
     except EntryNotFoundError as error:
-        raise ValueError(
+        raise FileNotFoundError(
             f"`{name_or_path}` must hold the adapter's weights as {SAFETENSORS_WEIGHTS_NAME}, but got none: {error}. "
             f"Pickled weights ({WEIGHTS_NAME}) are not read; save the adapter with safe_serialization=True."
         ) from error
@@ -119,18 +123,24 @@ def check_saved_weights(folder: Path, config: PGNConfig) -> None:
         config: its configuration, with the recorded `hidden_size` and `num_channels`.
 
     Raises:
-        ValueError: the weights are not there, cannot be read, or are not what the config describes.
+        FileNotFoundError: the folder has no safetensors file.
+        ValueError: the weights cannot be read, or are not what the config describes.
     """
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         pickled = folder.joinpath(WEIGHTS_NAME).is_file()
-        raise ValueError(
+        raise FileNotFoundError(
             f"`{folder}` must hold the adapter's weights, but got no {SAFETENSORS_WEIGHTS_NAME} there"
             + (
                 f", only a pickled {WEIGHTS_NAME}, which is not read. Save the adapter with safe_serialization=True."
                 if pickled
                 else ". Copy or download the adapter again."
             )
+        )
+    if config.target_modules is None:
+        raise ValueError(
+            f"`target_modules` must be recorded in a saved adapter, but got None in {str(folder)!r}. Copy or "
+            "download the adapter again."
         )
     expected = describe_weights(config)
     try:
@@ -160,8 +170,10 @@ def describe_weights(config: PGNConfig) -> dict[str, Tensor]:
         }
         if config.head == "trained" and config.num_labels is not None:
             modules["head"] = nn.Linear(config.head_features or config.hidden_size, config.num_labels)
+    embeddings = f"{PREFIX}{config.target_modules[0]}"
+    places = {"library": embeddings, "generator": embeddings, "head": f"{PREFIX}{HEAD}"}
     return {
-        f"pgn_{part}.{name}": tensor
+        f"{places[part]}.pgn_{part}.{name}": tensor
         for part, module in modules.items()
         if module is not None
         for name, tensor in module.state_dict().items()
@@ -175,16 +187,11 @@ def _empty(tensor: Any) -> Tensor:
 
 
 def _compare(expected: dict[str, Tensor], tensors: dict[str, Tensor], config: PGNConfig, source: str) -> None:
-    wanted = {module: [name for name in tensors if f"{module}." in name] for module in config.modules_to_save or ()}
+    saved = [name for name in tensors if name.startswith(PREFIX) and WRAPPED not in name]
+    wanted = {module: [name for name in saved if f"{module}." in name] for module in config.modules_to_save or ()}
     allowed = {name for names in wanted.values() for name in names}
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        # Where in the model a part lies is PEFT's business; here it is enough that each is there once.
-        own = "pgn_" + name.partition(".pgn_")[2] if ".pgn_" in name else name
-        if own != name or name not in allowed:
-            # PEFT would load a tensor that is none of the adapter's over the frozen base's own.
-            found[name if own in found else own] = tensor
-    compare_tensors(expected, found, source)
+    # PEFT would load any other tensor over the frozen base's own, or, with the name of a wrapper, not at all.
+    compare_tensors(expected, {name: tensor for name, tensor in tensors.items() if name not in allowed}, source)
     for module, names in wanted.items():
         if not names:
             raise ValueError(

@@ -141,3 +141,9 @@ def test_impossible_facts_are_refused(facts, message):
 def test_a_tensor_is_no_metric():
     with pytest.raises(ValueError, match="`metrics` must hold finite numbers"):
         CardFacts(dataset_name="x", metrics={"accuracy": torch.tensor(0.5)})
+
+
+def test_copies_of_modules_that_are_trained_are_not_counted_as_frozen():
+    frozen = sum(parameter.numel() for parameter in tiny_vit(num_labels=10).parameters())
+    text = make_card(adapted(modules_to_save=["vit.layernorm"]), "user/adapter", FACTS).text
+    assert f"| frozen parameters of the base | {frozen:,} |" in text
