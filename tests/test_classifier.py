@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, ViTForImageClassification, ViTImageProcessor
 
 from pgn_peft import Classifier, load_classifier
-from pgn_peft.classifier import logger
+from pgn_peft.hub.classifier import logger
 
 NAMES = {0: "cat", 1: "dog"}
 RED = Image.new("RGB", (50, 40), "red")

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from pgn_peft import Classifier, PGNConfig
-from pgn_peft.head import PGNHead
+from pgn_peft.tuner.head import PGNHead
 
 NAMES = {0: "cat", 1: "dog"}
 

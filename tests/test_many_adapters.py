@@ -8,7 +8,7 @@ from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from pgn_peft.layer import PGNTunerLayer
+from pgn_peft.tuner.layer import PGNTunerLayer
 
 PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 KINDS = {"generated": {"num_labels": 2}, "static": {"generator": "static", "head": "frozen"}, "pixel": PIXEL}

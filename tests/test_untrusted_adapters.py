@@ -20,7 +20,8 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
-from pgn_peft import PGNConfig, weights
+from pgn_peft import PGNConfig
+from pgn_peft.tuner import saved_weights as weights
 
 WEIGHTS = "adapter_model.safetensors"
 
