@@ -36,6 +36,19 @@ ARCHITECTURES = {
 }
 CLASSIFIERS = [name for name in ARCHITECTURES if name.endswith("Classification")]
 
+# The ways in which architectures differ for PGN, one architecture for each: these run through all tests and forms.
+# Every other one runs through one form of each contract.
+REPRESENTATIVES = {
+    "ViTForImageClassification": "CLS, then the patches; the head reads CLS",
+    "DeiTForImageClassification": "two tokens before the patches",
+    "Dinov2WithRegistersForImageClassification": "CLS beside the average, a head of width 2 D, registers, "
+    "positions interpolated without being asked",
+    "SiglipForImageClassification": "no CLS: all tokens are read; the config has a part for each of two towers",
+    "CLIPVisionModelWithProjection": "features instead of a head; a norm before the first layer",
+}
+OTHERS = [name for name in ARCHITECTURES if name not in REPRESENTATIVES]
+REPRESENTATIVE_CLASSIFIERS = [name for name in CLASSIFIERS if name in REPRESENTATIVES]
+
 
 def tiny_vit(architecture="ViTForImageClassification", num_labels=5, seed=0, **overrides):
     """A seeded two-layer ViT in eval mode: 32 px, patch 8, width 32."""
@@ -82,6 +95,22 @@ def answer(model, pixel_values, **kwargs):
     with torch.no_grad():
         outputs = model(pixel_values, **kwargs)
     return next(outputs[name] for name in ("logits", "image_embeds", "last_hidden_state") if name in outputs)
+
+
+def assert_nearly_equal(found, expected, valid_pixels=False):
+    """Ask for equality up to a few units in the last place.
+
+    For outputs of the same weights in other memory: read from a file, copied, or in another process. Where weights lie
+    at another address modulo 64 bytes, CPUs without AVX-512 add in another order. Tensors themselves, and outputs of
+    the same objects, are compared by `torch.equal`.
+
+    Args:
+        found: a tensor.
+        expected: a tensor of the same shape and dtype.
+        valid_pixels: the adapter lies in pixel space, where a pixel can be rounded to the next of its 256 levels.
+    """
+    tolerance = {"rtol": 1e-3, "atol": 5e-3} if valid_pixels else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found, expected, **tolerance)
 
 
 def move_adapter(model, seed=1):
