@@ -1,5 +1,6 @@
 """Tiny seeded models, random images, and the real files in ../shared where a machine has them."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,21 @@ def move_adapter(model, seed=1):
             noise = torch.rand(tensor.shape, generator=generator)
             tensor.copy_(0.5 + noise if "running_var" in name else noise - 0.5)
     return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline():
+    """Refuse connections to other machines: no test needs a network, and no script asks for one."""
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test asked for {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
 
 
 @pytest.fixture

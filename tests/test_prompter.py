@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from datasets import load_dataset
 from huggingface_hub import ModelCard
-from loopback_hub import loopback_hub
+from loopback_hub import loopback_hub, use_hub
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -398,47 +397,18 @@ def test_the_card_says_how_to_use_it(form, word):
     assert "booktitle = {British Machine Vision Conference}" in card.text
 
 
-# The Hub: the client's address is fixed when huggingface_hub is imported, hence new processes.
-
-PUSH = """
-import sys
-from pgn_peft.prompter import ImagePrompter
-print(ImagePrompter.from_pretrained(sys.argv[1]).push_to_hub("someone/prompter", private=True))
-"""
-PULL = """
-import sys
-from pgn_peft.prompter import ImagePrompter
-ImagePrompter.from_pretrained("someone/prompter").save_pretrained(sys.argv[1])
-"""
+# The Hub.
 
 
-@pytest.mark.slow
-def test_pushed_to_a_hub_and_loaded_from_it(tmp_path):
+def test_pushed_to_a_hub_and_loaded_from_it(tmp_path, monkeypatch):
     _, prompter = prompter_of("canvas")
-    prompter.save_pretrained(tmp_path / "local")
     with loopback_hub(token="hf_secret") as hub:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-
-        def run(code, folder, token):
-            secret = {} if token is None else {"HF_TOKEN": token}
-            return subprocess.run(
-                [sys.executable, "-c", code, folder],
-                capture_output=True,
-                text=True,
-                env=environment | secret,
-                timeout=100,
-            )
-
-        refused = run(PUSH, tmp_path / "local", None)
-        assert refused.returncode == 1
-        assert "401" in refused.stderr
+        use_hub(monkeypatch, hub, tmp_path / "cache", None)
+        with pytest.raises(OSError, match="401"):
+            prompter.push_to_hub("someone/prompter", private=True)
         assert not hub.repositories
-        pushed = run(PUSH, tmp_path / "local", "hf_secret")
-        assert pushed.returncode == 0, pushed.stderr
-        assert pushed.stdout.strip() == "someone/prompter"
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        assert prompter.push_to_hub("someone/prompter", private=True) == "someone/prompter"
         files = {"prompter.safetensors", "prompter_config.json", "README.md"}
         assert set(hub.repositories["someone/prompter"]) == files
-        pulled = run(PULL, tmp_path / "pulled", "hf_secret")
-        assert pulled.returncode == 0, pulled.stderr
-    assert same_tensors(ImagePrompter.from_pretrained(tmp_path / "pulled"), prompter)
+        assert same_tensors(ImagePrompter.from_pretrained("someone/prompter"), prompter)
