@@ -36,17 +36,14 @@ def adapted(num_virtual_tokens, architecture="ViTForImageClassification", **over
     return move_adapter(get_peft_model(tiny_vit(architecture), config)).eval()
 
 
-@pytest.mark.parametrize("architecture", ["ViTForImageClassification", "DeiTForImageClassification"])
 @pytest.mark.parametrize(
-    ("prompts", "overrides"),
+    ("architecture", "prompts", "overrides"),
     [
-        (4, {}),
-        (9, {}),
-        (8, {"mixing": "sigmoid"}),
-        (8, {"generator_rank": 2, "slot_prompts": True}),
-        (4, {"mixing": "sigmoid", "slot_prompts": True}),
-        (4, {"generator": "static"}),
-        (5 * 5 - 16, {"generator": "static"}),
+        ("ViTForImageClassification", 4, {}),
+        ("DeiTForImageClassification", 9, {}),
+        ("DeiTForImageClassification", 8, {"generator_rank": 2, "slot_prompts": True}),
+        ("ViTForImageClassification", 4, {"mixing": "sigmoid", "slot_prompts": True}),
+        ("ViTForImageClassification", 5 * 5 - 16, {"generator": "static"}),
     ],
 )
 def test_the_stock_model_gives_the_latent_models_logits(architecture, prompts, overrides, images):

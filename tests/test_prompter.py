@@ -5,17 +5,16 @@ import json
 import os
 import re
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from datasets import load_dataset
 from huggingface_hub import ModelCard
-from loopback_hub import loopback_hub
+from loopback_hub import loopback_hub, use_hub
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -41,8 +40,15 @@ def photos(number=4):
     return [Image.fromarray(random.integers(0, 256, (40 + n, 50, 3), dtype=np.uint8)) for n in range(number)]
 
 
-def same_images(one, other):
-    return all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(one, other, strict=True))
+def nearly_same_images(one, other):
+    """Whether no pixel differs by more than one of the 256 levels: one between two may be rounded either way."""
+    pairs = [(np.array(a).astype(int), np.array(b).astype(int)) for a, b in zip(one, other, strict=True)]
+    return all(np.abs(a - b).max() <= 1 for a, b in pairs) and np.mean([(a != b).mean() for a, b in pairs]) < 0.01
+
+
+def same_tensors(one, other):
+    own, others = one.state_dict(), other.state_dict()
+    return own.keys() == others.keys() and all(torch.equal(tensor, others[name]) for name, tensor in own.items())
 
 
 FORMS = {
@@ -113,7 +119,7 @@ def test_every_kind_of_image_comes_back_as_it_came():
 def test_images_of_different_sizes_go_together_and_batches_do_not_mix():
     _, prompter = prompter_of("canvas")
     images = photos()
-    assert same_images(prompter(images), [prompter(image) for image in images])
+    assert nearly_same_images(prompter(images), [prompter(image) for image in images])
 
 
 def test_one_channel():
@@ -138,7 +144,9 @@ def test_making_it_leaves_the_model_as_it_was():
         for parameter in model.parameters():
             parameter.add_(1)
     assert not any(parameter.requires_grad for parameter in prompter.parameters())
-    assert same_images(prompter(photos()), make_prompter(make(head="trained"), PROCESSOR)(photos()))
+    again = make_prompter(make(head="trained"), PROCESSOR)
+    assert same_tensors(prompter, again)
+    assert nearly_same_images(prompter(photos()), again(photos()))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +182,8 @@ def test_saved_and_loaded_it_is_the_same(form, tmp_path):
     _, prompter = prompter_of(form)
     prompter.save_pretrained(tmp_path)
     loaded = ImagePrompter.from_pretrained(tmp_path)
-    assert same_images(loaded(photos()), prompter(photos()))
+    assert same_tensors(loaded, prompter)
+    assert nearly_same_images(loaded(photos()), prompter(photos()))
     assert (loaded.id2label, loaded.server_labels) == (prompter.id2label, prompter.server_labels)
     assert torch.equal(loaded.probe_scores, prompter.probe_scores)
     assert not loaded.training
@@ -185,9 +194,10 @@ def test_exact_prompts_and_heads_are_saved_too(tmp_path):
     prompter = make_prompter(make("latent", head="trained", num_labels=3), PROCESSOR)
     prompter.save_pretrained(tmp_path)
     loaded = ImagePrompter.from_pretrained(tmp_path)
-    assert torch.equal(loaded.pixel_values(photos()), prompter.pixel_values(photos()))
+    assert same_tensors(loaded, prompter)
+    assert_nearly_equal(loaded.pixel_values(photos()), prompter.pixel_values(photos()))
     features = torch.randn(2, 32)
-    assert torch.equal(loaded.classify(features), prompter.classify(features))
+    assert_nearly_equal(loaded.classify(features), prompter.classify(features))
 
 
 def edit(folder, change):
@@ -307,7 +317,7 @@ def test_it_works_in_an_environment_of_torch_safetensors_numpy_and_pillow(tmp_pa
     )
     assert outcome.returncode == 0, outcome.stderr
     found = [Image.open(tmp_path / f"{index}-prompted.png") for index in range(2)]
-    assert same_images(found, prompter(photos(2)))
+    assert nearly_same_images(found, prompter(photos(2)))
     assert (tmp_path / "again/prompter.safetensors").is_file()
 
 
@@ -386,47 +396,18 @@ def test_the_card_says_how_to_use_it(form, word):
     assert "booktitle = {British Machine Vision Conference}" in card.text
 
 
-# The Hub: the client's address is fixed when huggingface_hub is imported, hence new processes.
-
-PUSH = """
-import sys
-from pgn_peft.prompter import ImagePrompter
-print(ImagePrompter.from_pretrained(sys.argv[1]).push_to_hub("someone/prompter", private=True))
-"""
-PULL = """
-import sys
-from pgn_peft.prompter import ImagePrompter
-ImagePrompter.from_pretrained("someone/prompter").save_pretrained(sys.argv[1])
-"""
+# The Hub.
 
 
-@pytest.mark.slow
-def test_pushed_to_a_hub_and_loaded_from_it(tmp_path):
+def test_pushed_to_a_hub_and_loaded_from_it(tmp_path, monkeypatch):
     _, prompter = prompter_of("canvas")
-    prompter.save_pretrained(tmp_path / "local")
     with loopback_hub(token="hf_secret") as hub:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-
-        def run(code, folder, token):
-            secret = {} if token is None else {"HF_TOKEN": token}
-            return subprocess.run(
-                [sys.executable, "-c", code, folder],
-                capture_output=True,
-                text=True,
-                env=environment | secret,
-                timeout=100,
-            )
-
-        refused = run(PUSH, tmp_path / "local", None)
-        assert refused.returncode == 1
-        assert "401" in refused.stderr
+        use_hub(monkeypatch, hub, tmp_path / "cache", None)
+        with pytest.raises(OSError, match="401"):
+            prompter.push_to_hub("someone/prompter", private=True)
         assert not hub.repositories
-        pushed = run(PUSH, tmp_path / "local", "hf_secret")
-        assert pushed.returncode == 0, pushed.stderr
-        assert pushed.stdout.strip() == "someone/prompter"
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        assert prompter.push_to_hub("someone/prompter", private=True) == "someone/prompter"
         files = {"prompter.safetensors", "prompter_config.json", "README.md"}
         assert set(hub.repositories["someone/prompter"]) == files
-        pulled = run(PULL, tmp_path / "pulled", "hf_secret")
-        assert pulled.returncode == 0, pulled.stderr
-    assert same_images(ImagePrompter.from_pretrained(tmp_path / "pulled")(photos()), prompter(photos()))
+        assert same_tensors(ImagePrompter.from_pretrained("someone/prompter"), prompter)
