@@ -224,7 +224,7 @@ def main(command_line: list[str] | None = None) -> None:
         Path(options.results).parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         rows = (exact if options.what == "exact" else curve)(options)
-        with Path(options.results).open("a") as file:
+        with Path(options.results).open("a", encoding="utf-8") as file:
             for row in rows:
                 row |= {"seconds": round(time.perf_counter() - start, 1)} | bench.environment()
                 file.write(json.dumps(row) + "\n")

@@ -78,7 +78,7 @@ def serve(model_name_or_path: str) -> None:
 def hosted(model_name_or_path: str):
     """Run `serve` in a process of its own, and yield its address."""
     command = [sys.executable, __file__, "--serve", model_name_or_path]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     try:
         port = process.stdout.readline().strip()
         if not port:

@@ -271,7 +271,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         trainer.classifier.save_pretrained(folder, trainer.facts)
         if config.prompt_space == "pixel":
             make_prompter(model, processor).save_pretrained(folder / "prompter")
-        folder.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n")
+        folder.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         model.print_trainable_parameters()
         print(f"validation accuracy {results['validation_accuracy']:.3f}")
         print(f"training images per second {results['train_images_per_second']:.1f}")

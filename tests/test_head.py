@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from conftest import REPRESENTATIVE_CLASSIFIERS, answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
+from conftest import (
+    REPRESENTATIVE_CLASSIFIERS,
+    answer,
+    assert_nearly_equal,
+    move_adapter,
+    own_adapter_methods,
+    tiny_config,
+    tiny_vit,
+)
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -114,6 +122,7 @@ def test_every_loader_takes_the_adapter_onto_the_original_base(architecture, pix
         assert not loaded.training
 
 
+@own_adapter_methods
 def test_transformers_own_adapter_methods(pixel_values, tmp_path):
     tiny_vit().save_pretrained(tmp_path / "base")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "base")

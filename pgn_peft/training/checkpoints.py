@@ -53,7 +53,7 @@ def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> Pat
 
 def _read_checkpoint(path: Path, world_size: int) -> int:
     """Read all files, and return the number of processes whose random numbers are there."""
-    json.loads((path / "trainer_state.json").read_text())
+    json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     weights = list(path.rglob(SAFETENSORS_WEIGHTS_NAME))  # an adapter with a name lies in a folder of that name
     if not weights:
         raise FileNotFoundError(f"no {SAFETENSORS_WEIGHTS_NAME}")

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.tuner.layer import ForwardsAttributes, PGNLayer
+from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
 
 
-class PGNBlock(ForwardsAttributes, nn.Module):
+class PGNBlock(PGNTunerLayer, nn.Module):
     """A layer of the backbone. Where a deep adapter is active, the next layer's prompts take the place of this one's.
 
     As the last layer of a backbone that reads all its tokens, it also takes the prompts away, so that what is averaged
@@ -30,17 +31,24 @@ class PGNBlock(ForwardsAttributes, nn.Module):
     Source: Jia et al. 2022 (arXiv:2203.12119), VPT-deep: a layer's prompts are thrown away behind it.
     """
 
+    other_param_names = ("configs",)
+
     def __init__(self, base_layer: nn.Module, prompts: PGNLayer, index: int, ends: bool) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.index = index
         self.ends = ends
         self._prompts = (prompts,)  # a tuple, so that it is not a submodule here too
+        # The forward pass asks `prompts`; PEFT's reports on a model's state ask every tuner layer.
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self._disable_adapters = prompts.disable_adapters
         self.training = base_layer.training
 
-    def get_base_layer(self) -> nn.Module:
-        """Return the backbone's own layer; PEFT asks for it when it unloads."""
-        return self.base_layer
+    @property
+    def configs(self) -> dict[str, PGNConfig]:
+        """The adapters' configs by name, from the layer that makes the prompts."""
+        return self._prompts[0].configs
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer on its tokens (B, N + P, D) and put the next one's prompts behind what becomes of the N."""

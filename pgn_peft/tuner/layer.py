@@ -38,7 +38,7 @@ class ForwardsAttributes:
 
 
 class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
-    """What PGN's two tuner layers, the prompts and the head, have in common."""
+    """What PGN's tuner layers have in common: those of the prompts, of the head and around the backbone's layers."""
 
     # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
     adapter_layer_names: tuple[str, ...] = ()
@@ -87,6 +87,19 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
                     "without some of them; `PGNConfig.from_pretrained` names these. Save or fetch the adapter again."
                 )
         return super().train(mode)
+
+    def cast_adapter(self, adapter_name: str, upcast: bool) -> None:
+        """Cast an adapter's part of this layer, buffers included; PEFT's own function leaves BatchNorm's as they are.
+
+        Args:
+            adapter_name: a loaded adapter.
+            upcast: cast half precision to float32, as PEFT does by default; else to the base layer's dtype.
+        """
+        base_dtypes = (weight.dtype for weight in self.base_layer.parameters() if weight.is_floating_point())
+        dtype = torch.float32 if upcast else next(base_dtypes, torch.float32)
+        for module in self.adapter_modules(adapter_name):
+            if not upcast or next(module.parameters()).dtype.itemsize < 4:
+                module.to(dtype)
 
     @staticmethod
     def _forget(modules: nn.ModuleDict, adapter_name: str) -> None:

@@ -100,10 +100,12 @@ class PGNModel(BaseTuner):
     ) -> None:
         """Add an adapter to the model; see `BaseTuner.inject_adapter`.
 
-        The adapter keeps a copy of its config, so that one config can serve several models.
+        A new adapter keeps a copy of its config, so that one config can serve several models. A config that an adapter
+        is loaded with (`inference_mode`), or that has nothing left to record, stays the caller's object.
         """
         try:
-            config = copy.deepcopy(self.peft_config[adapter_name])
+            given = self.peft_config[adapter_name]
+            config = copy.deepcopy(given)
             config.validate()
             saved = config.inference_mode and config.hidden_size is not None
             check_origin(config, model)
@@ -117,6 +119,9 @@ class PGNModel(BaseTuner):
             record_labels(config, model, self._backbone)
             check_size(config)
             self._targets = {self._backbone.embeddings, self._backbone.head, *layers}
+            if given.inference_mode or given == config:
+                vars(given).update(vars(config))
+                config = given
             self.peft_config[adapter_name] = config
         except Exception:
             self.peft_config.pop(adapter_name, None)
@@ -201,6 +206,11 @@ class PGNModel(BaseTuner):
     ) -> AbstractContextManager[None]:
         # PEFT drops `adapter_names` silently for a tuner without this method.
         return nullcontext() if adapter_names is None else mixed_batch(self, adapter_names, args, kwargs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, PGNTunerLayer):
+                layer.cast_adapter(adapter_name, upcast=autocast_adapter_dtype)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
