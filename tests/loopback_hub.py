@@ -231,6 +231,7 @@ def use_hub(
     for name, value in settings.items():
         patch.setattr(huggingface_hub.constants, name, value)
     patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    patch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, with the address of then
     patch.setattr(time, "sleep", lambda seconds: None)
     if token is None:
         patch.delenv("HF_TOKEN", raising=False)

@@ -107,11 +107,8 @@ def test_what_is_given_goes_before_what_the_run_shows(tmp_path):
 
 def publisher(**options):
     """A trainer that pushes to the Hub."""
-    facts = CardFacts(dataset_name="Pets")
-    return make_trainer(
-        "pets",
-        **({"facts": facts, "push_to_hub": True, "hub_model_id": "user/pets", "hub_private_repo": True} | options),
-    )
+    options = {"facts": CardFacts(dataset_name="Pets"), "hub_private_repo": True} | options
+    return make_trainer("pets", push_to_hub=True, hub_model_id="user/pets", **options)
 
 
 def test_a_run_publishes_the_adapter_and_no_pickle(hub, tmp_path):  # noqa: F811
