@@ -3,9 +3,12 @@
 import socket
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
+import transformers.integrations.peft
+from packaging.version import Version
 
 import pgn_peft  # noqa: F401  (registers the method)
 from pgn_peft import PGNConfig
@@ -149,3 +152,12 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("the real weights and images are not on this machine (../shared)")
     return SHARED
+
+
+# A Transformers model's own `add_adapter`, `set_adapter`, `delete_adapter` and so on, `save_pretrained` with adapters.
+PEFT_FOR_TRANSFORMERS = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0")
+own_adapter_methods = pytest.mark.skipif(
+    Version(peft.__version__) < Version(PEFT_FOR_TRANSFORMERS),
+    reason=f"the own adapter methods of Transformers {transformers.__version__} need PEFT {PEFT_FOR_TRANSFORMERS}: "
+    "install that, or transformers<5.24",
+)

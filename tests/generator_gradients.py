@@ -5,7 +5,7 @@ from itertools import product
 
 import torch
 
-from pgn_peft.generator import PromptGenerator
+from pgn_peft.nn.generator import PromptGenerator
 
 NORMS = ("batch", "group")
 SHAPES = [

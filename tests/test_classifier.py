@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, ViTForImageClassification, ViTImageProcessor
 
 from pgn_peft import Classifier, load_classifier
-from pgn_peft.classifier import logger
+from pgn_peft.hub.classifier import logger
 
 NAMES = {0: "cat", 1: "dog"}
 RED = Image.new("RGB", (50, 40), "red")
@@ -287,3 +287,29 @@ def test_the_other_loaders_take_what_was_saved(model, saved, base, pixel_values)
     plain = ViTForImageClassification.from_pretrained(base)
     assert_nearly_equal(answer(PeftModel.from_pretrained(plain, saved), pixel_values), answer(model, pixel_values))
     assert AutoImageProcessor.from_pretrained(saved).size["height"] == 32
+
+
+def test_a_compiled_model_is_saved_as_the_one_inside(model, tmp_path, pixel_values):
+    compiled = torch.compile(model, backend="eager")
+    Classifier(compiled, processor()).save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "plain")
+    saved, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("saved", "plain"))
+    assert saved.keys() == plain.keys()
+    assert all(torch.equal(saved[name], plain[name]) for name in plain)
+    assert {entry["label"] for entry in Classifier(compiled, processor()).pipeline()(RED)} == {"cat", "dog"}
+
+
+def test_parts_that_are_compiled_do_not_change_the_names_in_a_file(model, tmp_path):
+    model.save_pretrained(tmp_path / "plain")
+    vit = model.get_base_model()
+    vit.vit = torch.compile(vit.vit, backend="eager")
+    model.save_pretrained(tmp_path / "compiled")
+    plain, compiled = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+
+
+def test_a_pipeline_of_a_model_in_training_mode_predicts_in_eval_mode(model):
+    expected = Classifier(model, processor()).pipeline()(RED)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert Classifier(model.train(), processor()).pipeline()(RED) == expected
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())

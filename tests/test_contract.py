@@ -17,6 +17,8 @@ from conftest import (
 )
 from peft import PeftModel, get_peft_model
 
+from pgn_peft import PGNConfig
+
 representatives = pytest.mark.parametrize("architecture", REPRESENTATIVES)
 classifiers = pytest.mark.parametrize("architecture", REPRESENTATIVE_CLASSIFIERS)
 # name -> what makes it so
@@ -323,3 +325,65 @@ def test_inject_adapter_in_model_and_its_state_dict(pixel_values):
         state_dict={name.removeprefix("base_model.model."): tensor for name, tensor in state_dict.items()},
     )
     assert from_names.config.num_labels == 3
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_config_that_an_adapter_is_loaded_with_stays_the_callers_object(trainable, tmp_path, pixel_values):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    config = PGNConfig.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path, config=config, is_trainable=trainable)
+    assert loaded.peft_config["default"] is config
+    assert config.inference_mode is not trainable
+    assert torch.equal(answer(loaded.eval(), pixel_values), answer(model, pixel_values))
+
+
+def test_a_config_without_records_gets_them_when_an_adapter_is_loaded_and_keeps_none_when_that_is_refused(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    config = tiny_config(id2label=THREE)
+    with pytest.raises(TypeError, match="`model` must be one of"):
+        PeftModel.from_pretrained(torch.nn.Linear(2, 2), tmp_path, config=config)
+    assert config.hidden_size is None
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config
+    assert config.hidden_size == 32
+
+
+# With wrapped embeddings and head alone, around the last layer, and around all layers.
+wrapped = pytest.mark.parametrize(
+    ("architecture", "depth"),
+    [("ViTForImageClassification", 1), ("Dinov2ForImageClassification", 1), ("CLIPForImageClassification", None)],
+)
+
+
+@wrapped
+def test_the_base_models_state_dict_has_its_own_names(architecture, depth):
+    expected = tiny_vit(architecture).state_dict()
+    model = adapted(architecture, prompt_depth=depth)
+    found = peft.get_base_model_state_dict(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    other = tiny_vit(architecture, seed=7).state_dict()
+    peft.set_base_model_state_dict(model, other)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in peft.get_base_model_state_dict(model).items())
+
+
+@wrapped
+@pytest.mark.filterwarnings("ignore:Adapter default was active")
+def test_all_wrapped_layers_report_one_state(architecture, depth):
+    model = adapted(architecture, prompt_depth=depth)
+
+    def state():
+        status = model.get_model_status()
+        return status.enabled, status.active_adapters, status.available_adapters
+
+    assert state() == (True, ["default"], ["default"])
+    model.add_adapter("second", tiny_config())
+    model.set_adapter("second")
+    assert state() == (True, ["second"], ["default", "second"])
+    with model.disable_adapter():
+        model.add_adapter("deep", tiny_config(prompt_depth=2))
+        assert state() == (False, ["second"], ["deep", "default", "second"])
+    model.set_adapter("default")
+    model.delete_adapter("default")
+    assert state() == (True, ["deep"], ["deep", "second"])

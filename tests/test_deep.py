@@ -18,15 +18,16 @@ from conftest import (
 from peft import PeftModel, get_peft_model
 from transformers import ViTImageProcessor
 
-from pgn_peft import ImagePrompter
-from pgn_peft.adapters import prompt_layer
-from pgn_peft.backbones import SUPPORTED
-from pgn_peft.block import PGNBlock
 from pgn_peft.training import parameter_groups
+from pgn_peft.tuner.adapters import prompt_layer
+from pgn_peft.tuner.backbones import SUPPORTED
+from pgn_peft.tuner.encoder_layer import PGNBlock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from methods import VPTDeep
+
+from pgn_peft import make_prompter
 
 LAYERS = 4
 
@@ -200,7 +201,7 @@ def test_pixels_come_before_the_first_layer_only():
     with pytest.raises(
         ValueError, match="`prompt_depth` must be 1 for an adapter that is to become pixels, but got 4"
     ):
-        ImagePrompter.from_adapter(
+        make_prompter(
             adapted(num_virtual_tokens=4), ViTImageProcessor(size={"height": 32, "width": 32}), in_range=False
         )
 

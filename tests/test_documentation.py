@@ -1,5 +1,6 @@
 """What the documentation says: its code runs, its commands exist, its links lead somewhere."""
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -92,11 +93,11 @@ def test_every_public_object_and_config_field_is_documented():
         if name != "__version__":
             assert getattr(pgn_peft, name).__doc__
     for field in pgn_peft.PGNConfig.__annotations__:
-        assert f"        {field}: " in pgn_peft.PGNConfig.__doc__, field
+        assert f"\n    {field}: " in inspect.getdoc(pgn_peft.PGNConfig), field
 
 
 def test_the_floor_of_peft_is_the_same_everywhere():
-    from pgn_peft.registration import PEFT_FLOOR
+    from pgn_peft.tuner.registration import PEFT_FLOOR
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     floor = next(line for line in project["dependencies"] if line.startswith("peft"))

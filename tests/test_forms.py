@@ -20,6 +20,7 @@ from peft import get_peft_model
 representatives = pytest.mark.parametrize("architecture", REPRESENTATIVES)
 classifiers = pytest.mark.parametrize("architecture", REPRESENTATIVE_CLASSIFIERS)
 generators = pytest.mark.parametrize("generator", ["resnet10", "static"])
+PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 
 
 def adapt(base, **overrides):
@@ -214,3 +215,21 @@ def test_masked_positions_still_reach_the_embeddings(pixel_values):
     expected = base.embeddings(pixel_values, bool_masked_pos=masked)
     model = adapt(base)
     assert torch.equal(model.embeddings(pixel_values, bool_masked_pos=masked)[:, :17], expected)
+
+
+@pytest.mark.parametrize("form", [{}, {"generator": "static"}, {"prompt_depth": None}, PIXEL])
+def test_an_adapter_in_the_backbones_dtype_on_demand(form, pixel_values):
+    def dtypes():
+        return {t.dtype for n, t in model.state_dict().items() if "pgn_" in n and t.is_floating_point()}
+
+    base = tiny_vit().to(torch.bfloat16)
+    model = get_peft_model(base, tiny_config(**form), autocast_adapter_dtype=False)
+    assert dtypes() == {torch.bfloat16}
+    model.train()
+    loss = model(pixel_values.bfloat16(), labels=torch.tensor([0, 1, 2, 3])).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    # What PEFT does by default, also with an adapter that is there: `load_adapter`.
+    model.base_model._cast_adapter_dtype("default")
+    assert dtypes() == {torch.float32}
+    assert model(pixel_values.bfloat16()).logits.dtype == torch.float32

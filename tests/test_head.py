@@ -2,12 +2,27 @@
 
 import pytest
 import torch
-from conftest import REPRESENTATIVE_CLASSIFIERS, answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
+from conftest import (
+    REPRESENTATIVE_CLASSIFIERS,
+    answer,
+    assert_nearly_equal,
+    move_adapter,
+    own_adapter_methods,
+    tiny_config,
+    tiny_vit,
+)
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
+)
 
-from pgn_peft.head import PGNHead
+from pgn_peft import Classifier, PGNConfig
+from pgn_peft.tuner.head import PGNHead
 
 NAMES = {0: "cat", 1: "dog"}
 
@@ -107,6 +122,7 @@ def test_every_loader_takes_the_adapter_onto_the_original_base(architecture, pix
         assert not loaded.training
 
 
+@own_adapter_methods
 def test_transformers_own_adapter_methods(pixel_values, tmp_path):
     tiny_vit().save_pretrained(tmp_path / "base")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
@@ -238,3 +254,34 @@ def test_a_subclass_counts_as_its_architecture(pixel_values):
     model = get_peft_model(MyViT(tiny_vit().config).eval(), tiny_config(id2label=NAMES))
     assert answer(model, pixel_values).shape == (4, 2)
     assert isinstance(model.get_base_model().vit, ViTModel)
+
+
+@pytest.mark.parametrize("door", ["PEFT", "Transformers", "Classifier"])
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "inferred"),
+    [
+        (1, torch.rand(4), "regression"),
+        (2, torch.tensor([0, 1, 1, 0]), "single_label_classification"),
+        (2, torch.rand(4, 2), "multi_label_classification"),
+    ],
+)
+def test_a_problem_type_that_was_inferred_is_saved_and_kept(
+    door, num_labels, labels, inferred, pixel_values, tmp_path
+):
+    config = tiny_config(num_labels=num_labels)
+    model = tiny_vit()
+    if door == "Transformers":
+        model.add_adapter(config)
+    else:
+        model = get_peft_model(model, config)
+    model(pixel_values, labels=labels)
+    if door == "PEFT":
+        with model.disable_adapter():
+            assert model.config.problem_type is None
+    assert model.config.problem_type == inferred
+    if door == "Classifier":
+        Classifier(model, ViTImageProcessor()).save_pretrained(tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    assert PGNConfig.from_pretrained(tmp_path).problem_type == inferred
+    assert PeftModel.from_pretrained(tiny_vit(), tmp_path).config.problem_type == inferred

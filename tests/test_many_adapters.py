@@ -5,10 +5,10 @@ import weakref
 
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import answer, move_adapter, own_adapter_methods, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 
-from pgn_peft.layer import PGNTunerLayer
+from pgn_peft.tuner.layer import PGNTunerLayer
 
 PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 KINDS = {"generated": {"num_labels": 2}, "static": {"generator": "static", "head": "frozen"}, "pixel": PIXEL}
@@ -39,7 +39,7 @@ def census(model):
     return count
 
 
-@pytest.mark.parametrize("through", ["PEFT", "Transformers"])
+@pytest.mark.parametrize("through", ["PEFT", pytest.param("Transformers", marks=own_adapter_methods)])
 def test_a_loop_of_load_set_delete_leaks_nothing(through, folders, pixel_values):
     if through == "PEFT":
         model = PeftModel.from_pretrained(tiny_vit(), folders["generated"], adapter_name="first")

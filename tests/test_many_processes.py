@@ -22,9 +22,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from pgn_peft import AdapterTrainer
-from pgn_peft.generator import BatchNorm2d
-from pgn_peft.processes import SyncBatchNorm2d, convert_batch_norms
+from pgn_peft.nn.generator import BatchNorm2d
 from pgn_peft.training import broadcast_statistics, synchronise_batch_norm
+from pgn_peft.training.distributed import SyncBatchNorm2d, convert_batch_norms
 
 ROOT = Path(__file__).parents[1]
 RESUMES_ON_CPUS = Version(transformers.__version__) >= Version("5.18")
@@ -226,7 +226,7 @@ def test_synchronised_batch_norm_in_one_process_is_refused():
 
 
 def test_synchronised_batch_norm_without_batch_norms_is_refused(monkeypatch):
-    monkeypatch.setattr("pgn_peft.processes._several_processes", lambda: True)
+    monkeypatch.setattr("pgn_peft.training.distributed._several_processes", lambda: True)
     with torch.device("meta"):
         model = get_peft_model(tiny_vit(), tiny_config(generator_norm="group"))
     with pytest.raises(ValueError, match="must be used with generator_norm='batch', but got .* no batch norms"):

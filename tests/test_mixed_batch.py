@@ -15,7 +15,7 @@ from conftest import (
 )
 from peft import get_peft_model
 
-from pgn_peft.backbones import SUPPORTED
+from pgn_peft.tuner.backbones import SUPPORTED
 
 FIVE = {index: f"LABEL_{index}" for index in range(5)}  # those of the tiny models
 PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

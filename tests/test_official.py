@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import nn
 
 from pgn_peft import official
-from pgn_peft.generator import PromptGenerator
-from pgn_peft.library import TokenLibrary
+from pgn_peft.nn.generator import PromptGenerator
+from pgn_peft.nn.library import TokenLibrary
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tin
 from peft import AutoPeftModel, PeftModel, get_peft_model
 
 from pgn_peft import PGNConfig
-from pgn_peft.layer import PGNLayer
-from pgn_peft.library import PatchLibrary
-from pgn_peft.preprocessing import denormalize, normalize
+from pgn_peft.nn.library import PatchLibrary
+from pgn_peft.nn.preprocessing import denormalize, normalize
 from pgn_peft.training import start_library_from_images
+from pgn_peft.tuner.layer import PGNLayer
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # Each layout with a generator and without one.

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import nn
 from transformers import ViTImageProcessor
 
-from pgn_peft import Classifier, ImagePrompter, load_classifier
-from pgn_peft.adapters import prompt_layer
-from pgn_peft.backbones import SUPPORTED
+from pgn_peft import Classifier, load_classifier, make_prompter
+from pgn_peft.tuner.adapters import prompt_layer
+from pgn_peft.tuner.backbones import SUPPORTED
 
 AVERAGING = [name for name in ARCHITECTURES if SUPPORTED[name].reads_all]
 REPRESENTATIVE = [name for name in AVERAGING if name in REPRESENTATIVES]
@@ -82,7 +82,7 @@ def test_prompts_in_pixel_space_are_patches_like_others(architecture, prompt_lay
     larger = {} if architecture.startswith("Dinov2") else {"interpolate_pos_encoding": prompt_layout == "append"}
     assert_nearly_equal(answer(model, pixel_values), answer(tiny_vit(architecture), prompted, **larger))
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    prompter = ImagePrompter.from_adapter(model, PROCESSOR)
+    prompter = make_prompter(model, PROCESSOR)
     served = answer(tiny_vit(architecture), prompter.pixel_values([image]), **larger)
     torch.testing.assert_close(answer(model, PROCESSOR(image, return_tensors="pt")["pixel_values"]), served)
     assert prompter.probe_scores.shape == (5,)
@@ -93,7 +93,7 @@ def test_latent_prompts_become_pixels_where_token_0_is_read(architecture, pixel_
     # Width 16 for patches of 192 numbers, and a whole row of prompts.
     base = tiny_vit(architecture, hidden_size=16, num_attention_heads=1)
     model = adapt(base, num_virtual_tokens=4, **({"head": "frozen"} if hasattr(base, "classifier") else {}))
-    prompter = ImagePrompter.from_adapter(model, PROCESSOR)
+    prompter = make_prompter(model, PROCESSOR)
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     latent = answer(model, PROCESSOR(image, return_tensors="pt")["pixel_values"])
     plain = tiny_vit(architecture, hidden_size=16, num_attention_heads=1)
@@ -110,7 +110,7 @@ def test_latent_prompts_cannot_become_pixels_there():
         )
     model = adapt(tiny_vit("Dinov2ForImageClassification"), num_virtual_tokens=4)
     with pytest.raises(ValueError, match="`prompt_space` must be 'pixel' for an adapter that is to become.*averages"):
-        ImagePrompter.from_adapter(model, PROCESSOR)
+        make_prompter(model, PROCESSOR)
 
 
 @pytest.mark.parametrize("side", [24, 48])

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_config, tiny_vit
 from huggingface_hub import ModelCard
 from loopback_hub import Fault
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_hub import FILES, hub  # noqa: F401  (a fixture)
 from transformers import Trainer, TrainingArguments, ViTImageProcessor
@@ -25,10 +25,16 @@ def rows(number=8):
 
 
 def make_trainer(
-    folder, trainer_class=AdapterTrainer, base="user/vit", facts=None, processing_class=PROCESSOR, **more
+    folder,
+    trainer_class=AdapterTrainer,
+    base="user/vit",
+    facts=None,
+    processing_class=PROCESSOR,
+    adapter_name="default",
+    **more,
 ):
-    model = get_peft_model(tiny_vit(num_labels=10), tiny_config(id2label=NAMES))
-    model.peft_config["default"].base_model_name_or_path = base
+    model = get_peft_model(tiny_vit(num_labels=10), tiny_config(id2label=NAMES), adapter_name=adapter_name)
+    model.peft_config[adapter_name].base_model_name_or_path = base
     options = {"num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch", "learning_rate": 1e-3}
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=4, remove_unused_columns=False, report_to="none", use_cpu=True,
@@ -155,3 +161,36 @@ def test_a_failed_push_does_not_end_the_training(hub, caplog):  # noqa: F811
 def test_what_cannot_be_published_is_refused_before_training(hub, change, message):  # noqa: F811
     with pytest.raises((ValueError, TypeError), match=message):
         publisher(**change)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "flowers"])
+def test_the_best_weights_come_back_whatever_the_adapter_is_called(adapter_name, tmp_path):
+    scores = iter([1.0, 0.0])  # the first epoch is the better one
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    trainer = make_trainer(tmp_path, adapter_name=adapter_name, **options)
+    trainer.compute_metrics = lambda outcome: {"accuracy": next(scores)}
+    trainer.train()
+    best = tmp_path / "checkpoint-2" / ("" if adapter_name == "default" else adapter_name)
+    saved = load_file(best / "adapter_model.safetensors")
+    kept = get_peft_model_state_dict(trainer.model, adapter_name=adapter_name)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in kept.items())
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
+def test_loading_the_best_weights_of_an_adapter_that_transformers_added_is_refused_before_training(tmp_path):
+    vit = tiny_vit(num_labels=10)
+    vit.add_adapter(tiny_config(id2label=NAMES))
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "use_cpu": True}
+    with pytest.raises(ValueError, match="`load_best_model_at_end` must be False"):
+        AdapterTrainer(vit, TrainingArguments(str(tmp_path), **options), train_dataset=rows(), eval_dataset=rows())
+
+
+def test_a_compiled_model_is_compiled_in_place_so_that_its_names_stay(tmp_path):
+    model = make_trainer(tmp_path).model
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    trainer = AdapterTrainer(torch.compile(model, backend="eager"), arguments)
+    assert trainer.model is model
+    assert model._compiled_call_impl is not None
+    trainer.save_model()
+    assert all(name.startswith("base_model.model.vit") or "pgn_head" in name
+               for name in load_file(tmp_path / "adapter_model.safetensors"))  # fmt: skip
