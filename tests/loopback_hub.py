@@ -204,7 +204,7 @@ def loopback_hub(token: str | None = None):
     hub = LoopbackHub(token)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)  # seconds to a shutdown
     thread.start()
     try:
         yield hub
@@ -231,6 +231,7 @@ def use_hub(
     for name, value in settings.items():
         patch.setattr(huggingface_hub.constants, name, value)
     patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    patch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, with the address of then
     patch.setattr(time, "sleep", lambda seconds: None)
     if token is None:
         patch.delenv("HF_TOKEN", raising=False)

@@ -134,32 +134,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture, use_reent
             torch.testing.assert_close(parameter.grad, expected[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "generator"),
-    [
-        ("ViTForImageClassification", "static"),
-        ("ViTForImageClassification", "resnet10"),
-        ("Dinov2WithRegistersForImageClassification", "resnet10"),
-        ("SiglipForImageClassification", "resnet10"),
-    ],
-)
-def test_compiles_without_a_graph_break(architecture, generator, pixel_values):
-    torch.compiler.reset()
-    model = adapt(tiny_vit(architecture), generator=generator)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(answer(compiled, pixel_values), answer(model, pixel_values))
-    model.train()
-    eager = copy.deepcopy(model)
-    compiled(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
-    eager(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
-    for (name, parameter), (_, expected) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
-    for (name, buffer), (_, expected) in zip(model.named_buffers(), eager.named_buffers(), strict=True):
-        torch.testing.assert_close(buffer, expected, msg=name)
-
-
 def test_a_deep_copy_is_independent(pixel_values):
     model = adapt(tiny_vit(), id2label=dict(enumerate("ab")))
     expected = answer(model, pixel_values)

@@ -323,7 +323,7 @@ def test_it_works_in_an_environment_of_torch_safetensors_numpy_and_pillow(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", ["canvas", "append", "static", "small generator", "latent in range"])
+@pytest.mark.parametrize("form", ["append", "small generator", "latent in range"])
 def test_onnx_gives_the_same_pixels_to_one_level(form, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     _, prompter = prompter_of(form)

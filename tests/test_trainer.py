@@ -31,9 +31,11 @@ def make_trainer(
     facts=None,
     processing_class=PROCESSOR,
     adapter_name="default",
+    generator="resnet10",
     **more,
 ):
-    model = get_peft_model(tiny_vit(num_labels=10), tiny_config(id2label=NAMES), adapter_name=adapter_name)
+    config = tiny_config(id2label=NAMES, generator=generator)
+    model = get_peft_model(tiny_vit(num_labels=10), config, adapter_name=adapter_name)
     model.peft_config[adapter_name].base_model_name_or_path = base
     options = {"num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch", "learning_rate": 1e-3}
     arguments = TrainingArguments(
@@ -72,7 +74,10 @@ def test_a_compiled_model_trains_and_saves_the_same(tmp_path):
     torch.compiler.reset()
     plain, compiled = (
         make_trainer(
-            tmp_path / str(compile), torch_compile=compile, torch_compile_backend="aot_eager" * compile or None
+            tmp_path / str(compile),
+            generator="static",  # which compiles in a moment
+            torch_compile=compile,
+            torch_compile_backend="aot_eager" * compile or None,
         )
         for compile in (False, True)
     )
@@ -113,11 +118,8 @@ def test_what_is_given_goes_before_what_the_run_shows(tmp_path):
 
 def publisher(**options):
     """A trainer that pushes to the Hub."""
-    facts = CardFacts(dataset_name="Pets")
-    return make_trainer(
-        "pets",
-        **({"facts": facts, "push_to_hub": True, "hub_model_id": "user/pets", "hub_private_repo": True} | options),
-    )
+    options = {"facts": CardFacts(dataset_name="Pets"), "hub_private_repo": True} | options
+    return make_trainer("pets", push_to_hub=True, hub_model_id="user/pets", **options)
 
 
 def test_a_run_publishes_the_adapter_and_no_pickle(hub, tmp_path):  # noqa: F811
