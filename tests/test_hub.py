@@ -59,7 +59,14 @@ def run(hub, tmp_path):
             environment["HF_TOKEN"] = token
         command = [sys.executable, "-c", code, *map(str, arguments)]
         outcome = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=600, cwd=tmp_path, check=False
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=600,
+            cwd=tmp_path,
+            check=False,
+            encoding="utf-8",
         )
         assert not check or outcome.returncode == 0, outcome.stderr
         return outcome
@@ -250,7 +257,10 @@ def test_an_upload_that_was_cut_once_succeeds_by_itself(hub, adapter, run):
 
 def test_a_base_that_nobody_else_has_is_refused(hub, adapter, run, tmp_path):
     file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "vit")}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(tmp_path / "vit")}),
+        encoding="utf-8",
+    )
     outcome = run(PUSHES, adapter, 1, check=False)
     assert (
         f"`base_model_name_or_path` must be the id of a model on the Hub, but got '{tmp_path}/vit'" in outcome.stderr
