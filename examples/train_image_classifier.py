@@ -62,10 +62,10 @@ from transformers import (
     set_seed,
 )
 
-from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, ImagePrompter, PGNConfig
-from pgn_peft.backbones import find_backbone, own_image_size
-from pgn_peft.processes import EqualStatistics, SameSteps, synchronise_batch_norm
+from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_prompter
 from pgn_peft.training import last_complete_checkpoint, parameter_groups
+from pgn_peft.training.distributed import EqualStatistics, SameSteps, synchronise_batch_norm
+from pgn_peft.tuner.backbones import find_backbone, own_image_size
 
 
 @dataclass
@@ -270,7 +270,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         trainer.facts = add_results(trainer.card_facts(), results)
         trainer.classifier.save_pretrained(folder, trainer.facts)
         if config.prompt_space == "pixel":
-            ImagePrompter.from_adapter(model, processor).save_pretrained(folder / "prompter")
+            make_prompter(model, processor).save_pretrained(folder / "prompter")
         folder.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         model.print_trainable_parameters()
         print(f"validation accuracy {results['validation_accuracy']:.3f}")

@@ -9,29 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.adapters import prompt_layer
-from pgn_peft.backbones import has_class_token
-from pgn_peft.layer import PGNLayer
-
-
-def find_layer(model: nn.Module, adapter_name: str = "default") -> PGNLayer:
-    """Find the layer of a model that holds an adapter.
-
-    Args:
-        model: a model with PGN adapters, made by PEFT or by Transformers' own loaders.
-        adapter_name: the adapter.
-
-    Raises:
-        TypeError: the model carries no adapter.
-        ValueError: there is no adapter of that name.
-    """
-    layer = prompt_layer(model)
-    if adapter_name not in layer.configs:
-        raise ValueError(
-            f"`adapter_name` must be one of the model's adapters, {', '.join(layer.configs) or 'none'}, but got "
-            f"{adapter_name!r}. Load it first."
-        )
-    return layer
+from pgn_peft.tuner.adapters import find_layer
+from pgn_peft.tuner.backbones import has_class_token
 
 
 @torch.no_grad()

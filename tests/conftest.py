@@ -1,5 +1,6 @@
 """Tiny seeded models, random images, and the real files in ../shared where a machine has them."""
 
+import socket
 from pathlib import Path
 
 import peft
@@ -38,6 +39,19 @@ ARCHITECTURES = {
     "SiglipVisionModel": "SiglipVisionConfig",
 }
 CLASSIFIERS = [name for name in ARCHITECTURES if name.endswith("Classification")]
+
+# The ways in which architectures differ for PGN, one architecture for each: these run through all tests and forms.
+# Every other one runs through one form of each contract.
+REPRESENTATIVES = {
+    "ViTForImageClassification": "CLS, then the patches; the head reads CLS",
+    "DeiTForImageClassification": "two tokens before the patches",
+    "Dinov2WithRegistersForImageClassification": "CLS beside the average, a head of width 2 D, registers, "
+    "positions interpolated without being asked",
+    "SiglipForImageClassification": "no CLS: all tokens are read; the config has a part for each of two towers",
+    "CLIPVisionModelWithProjection": "features instead of a head; a norm before the first layer",
+}
+OTHERS = [name for name in ARCHITECTURES if name not in REPRESENTATIVES]
+REPRESENTATIVE_CLASSIFIERS = [name for name in CLASSIFIERS if name in REPRESENTATIVES]
 
 
 def tiny_vit(architecture="ViTForImageClassification", num_labels=5, seed=0, **overrides):
@@ -87,6 +101,22 @@ def answer(model, pixel_values, **kwargs):
     return next(outputs[name] for name in ("logits", "image_embeds", "last_hidden_state") if name in outputs)
 
 
+def assert_nearly_equal(found, expected, valid_pixels=False):
+    """Ask for equality up to a few units in the last place.
+
+    For outputs of the same weights in other memory: read from a file, copied, or in another process. Where weights lie
+    at another address modulo 64 bytes, CPUs without AVX-512 add in another order. Tensors themselves, and outputs of
+    the same objects, are compared by `torch.equal`.
+
+    Args:
+        found: a tensor.
+        expected: a tensor of the same shape and dtype.
+        valid_pixels: the adapter lies in pixel space, where a pixel can be rounded to the next of its 256 levels.
+    """
+    tolerance = {"rtol": 1e-3, "atol": 5e-3} if valid_pixels else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
 def move_adapter(model, seed=1):
     """Give all adapters random weights and statistics, so that a lost tensor shows."""
     generator = torch.Generator().manual_seed(seed)
@@ -95,6 +125,21 @@ def move_adapter(model, seed=1):
             noise = torch.rand(tensor.shape, generator=generator)
             tensor.copy_(0.5 + noise if "running_var" in name else noise - 0.5)
     return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline():
+    """Refuse connections to other machines: no test needs a network, and no script asks for one."""
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test asked for {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import json
 import pytest
 from peft import PeftConfig
 
-from pgn_peft import PGNConfig, __version__
+from pgn_peft import PGNConfig
+from pgn_peft.version import __version__
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import ViTImageProcessor
 
 from pgn_peft import Classifier
-from pgn_peft.adapters import prompt_layer
+from pgn_peft.tuner.adapters import prompt_layer
 
 NAMES = {0: "cat", 1: "dog", 2: "owl"}
 FORMS = {

@@ -4,11 +4,21 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CLASSIFIERS, answer, embeddings_of, move_adapter, tiny_config, tiny_vit
+from conftest import (
+    CLASSIFIERS,
+    REPRESENTATIVE_CLASSIFIERS,
+    REPRESENTATIVES,
+    answer,
+    assert_nearly_equal,
+    embeddings_of,
+    move_adapter,
+    tiny_config,
+    tiny_vit,
+)
 from peft import get_peft_model
 
-architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
-classifiers = pytest.mark.parametrize("architecture", CLASSIFIERS)
+representatives = pytest.mark.parametrize("architecture", REPRESENTATIVES)
+classifiers = pytest.mark.parametrize("architecture", REPRESENTATIVE_CLASSIFIERS)
 generators = pytest.mark.parametrize("generator", ["resnet10", "static"])
 PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 
@@ -17,8 +27,8 @@ def adapt(base, **overrides):
     return move_adapter(get_peft_model(base, tiny_config(**overrides))).eval()
 
 
-@architectures
-@pytest.mark.parametrize("size", [(48, 48), (24, 40), (32, 16)])
+@representatives
+@pytest.mark.parametrize("size", [(24, 40), (32, 16)])
 def test_other_and_non_square_sizes(architecture, size):
     images = torch.randn(2, 3, *size)
     base = tiny_vit(architecture)
@@ -52,27 +62,31 @@ def test_sizes_come_from_the_model(image_size, patch_size, hidden_size):
     assert answer(model, torch.randn(2, 3, image_size, image_size)).shape == (2, 5)
 
 
-@architectures
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attentions_and_hidden_states_include_the_prompts(architecture, attention, pixel_values):
-    base = tiny_vit(architecture, attn_implementation=attention)
-    length = embeddings_of(base)(pixel_values).shape[1] + 3
-    model = adapt(base)
-    expected = answer(adapt(tiny_vit(architecture, attn_implementation="eager")), pixel_values)
-    torch.testing.assert_close(answer(model, pixel_values), expected)
-    outputs = model(pixel_values, output_hidden_states=True, output_attentions=attention == "eager")
-    assert [state.shape for state in outputs.hidden_states] == [(4, length, 32)] * 3
-    if attention == "eager":
-        assert [weights.shape for weights in outputs.attentions] == [(4, 2, length, length)] * 2
+@representatives
+def test_attentions_and_hidden_states_include_the_prompts(architecture, pixel_values):
+    answers = []
+    for attention in ("eager", "sdpa"):
+        base = tiny_vit(architecture, attn_implementation=attention)
+        length = embeddings_of(base)(pixel_values).shape[1] + 3
+        model = adapt(base)
+        answers.append(answer(model, pixel_values))
+        outputs = model(pixel_values, output_hidden_states=True, output_attentions=attention == "eager")
+        assert [state.shape for state in outputs.hidden_states] == [(4, length, 32)] * 3
+        if attention == "eager":
+            assert [weights.shape for weights in outputs.attentions] == [(4, 2, length, length)] * 2
+    torch.testing.assert_close(*answers)
 
 
-@architectures
-@generators
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("architecture", "generator", "dtype"),
+    [
+        *((name, "resnet10", torch.bfloat16) for name in REPRESENTATIVES),
+        ("ViTForImageClassification", "static", torch.float16),
+    ],
+)
 def test_half_precision_backbone_with_a_float32_adapter(architecture, generator, dtype, pixel_values):
     exact = answer(adapt(tiny_vit(architecture), generator=generator), pixel_values)
-    base = tiny_vit(architecture).to(dtype)
-    model = adapt(base, generator=generator)
+    model = adapt(tiny_vit(architecture).to(dtype), generator=generator)
     assert {p.dtype for name, p in model.named_parameters() if "pgn_" in name} == {torch.float32}
     rounded = answer(model, pixel_values)
     # The adapter's head answers in its own precision, features come in the backbone's.
@@ -83,18 +97,15 @@ def test_half_precision_backbone_with_a_float32_adapter(architecture, generator,
     assert (rounded.float() - exact).abs().max().item() < 5 * rounding
     with model.disable_adapter():
         assert answer(model, pixel_values).dtype == dtype
-
-
-@architectures
-def test_the_whole_model_in_half_precision(architecture, pixel_values):
-    model = adapt(tiny_vit(architecture)).to(torch.bfloat16)
-    assert answer(model, pixel_values).dtype == torch.bfloat16
+    # The whole model in half precision: so is the head, and little is lost.
+    whole = answer(model.to(dtype), pixel_values)
+    assert whole.dtype == dtype
+    assert (whole.float() - exact).abs().max().item() < 5 * rounding
 
 
 @classifiers
-@generators
-def test_autocast_training_step(architecture, generator, pixel_values):
-    model = adapt(tiny_vit(architecture), generator=generator).train()
+def test_autocast_training_step(architecture, pixel_values):
+    model = adapt(tiny_vit(architecture)).train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss
     loss.backward()
@@ -104,8 +115,7 @@ def test_autocast_training_step(architecture, generator, pixel_values):
 
 
 @classifiers
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("enabled_first", [False, True])
+@pytest.mark.parametrize(("use_reentrant", "enabled_first"), [(False, True), (True, False)])
 def test_gradient_checkpointing_gives_the_same_gradients(architecture, use_reentrant, enabled_first, pixel_values):
     labels = torch.tensor([0, 1, 2, 3])
     arguments = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
@@ -127,7 +137,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture, use_reent
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "generator"),
-    [("ViTForImageClassification", "static"), *((architecture, "resnet10") for architecture in CLASSIFIERS)],
+    [
+        ("ViTForImageClassification", "static"),
+        ("ViTForImageClassification", "resnet10"),
+        ("Dinov2WithRegistersForImageClassification", "resnet10"),
+        ("SiglipForImageClassification", "resnet10"),
+    ],
 )
 def test_compiles_without_a_graph_break(architecture, generator, pixel_values):
     torch.compiler.reset()
@@ -145,26 +160,23 @@ def test_compiles_without_a_graph_break(architecture, generator, pixel_values):
         torch.testing.assert_close(buffer, expected, msg=name)
 
 
-@classifiers
-def test_a_deep_copy_is_independent(architecture, pixel_values):
-    model = adapt(tiny_vit(architecture), id2label=dict(enumerate("ab")))
+def test_a_deep_copy_is_independent(pixel_values):
+    model = adapt(tiny_vit(), id2label=dict(enumerate("ab")))
     expected = answer(model, pixel_values)
     twin = copy.deepcopy(model)
     with twin.disable_adapter():
         assert (model.config.num_labels, twin.config.num_labels) == (2, 5)
         assert torch.equal(answer(model, pixel_values), expected)
-    assert torch.equal(answer(twin, pixel_values), expected)
+    assert_nearly_equal(answer(twin, pixel_values), expected)
 
 
-@classifiers
 @generators
-def test_last_batch_of_one_image(architecture, generator, pixel_values):
-    model = adapt(tiny_vit(architecture), generator=generator).train()
+def test_last_batch_of_one_image(generator, pixel_values):
+    model = adapt(tiny_vit(), generator=generator).train()
     model(pixel_values[:1], labels=torch.tensor([1])).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-@classifiers
 @pytest.mark.parametrize(
     ("config", "labels", "problem_type"),
     [
@@ -174,8 +186,8 @@ def test_last_batch_of_one_image(architecture, generator, pixel_values):
         ({"num_labels": 3}, torch.tensor([0, 1, 2, 0]), "single_label_classification"),
     ],
 )
-def test_losses_of_transformers(architecture, config, labels, problem_type, pixel_values, tmp_path):
-    model = adapt(tiny_vit(architecture), **config)
+def test_losses_of_transformers(config, labels, problem_type, pixel_values):
+    model = adapt(tiny_vit(), **config)
     outputs = model(pixel_values, labels=labels)
     logits = outputs.logits
     expected = {

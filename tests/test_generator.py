@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pgn_peft.generator import BatchNorm2d, FactorisedHead, PromptGenerator, resize_shorter_side
-from pgn_peft.library import TokenLibrary
+from pgn_peft.nn.generator import BatchNorm2d, FactorisedHead, PromptGenerator, resize_shorter_side
+from pgn_peft.nn.library import TokenLibrary
 
 
 def make(**overrides):

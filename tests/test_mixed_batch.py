@@ -5,10 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CLASSIFIERS, answer, move_adapter, tiny_config, tiny_vit
+from conftest import (
+    REPRESENTATIVE_CLASSIFIERS,
+    answer,
+    assert_nearly_equal,
+    move_adapter,
+    tiny_config,
+    tiny_vit,
+)
 from peft import get_peft_model
 
-from pgn_peft.backbones import SUPPORTED
+from pgn_peft.tuner.backbones import SUPPORTED
 
 FIVE = {index: f"LABEL_{index}" for index in range(5)}  # those of the tiny models
 PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -55,7 +62,7 @@ def images(count, seed=0):
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) / 2
 
 
-@pytest.mark.parametrize("architecture", CLASSIFIERS)
+@pytest.mark.parametrize("architecture", REPRESENTATIVE_CLASSIFIERS)
 def test_each_image_gets_what_its_adapter_gives_it_alone(architecture):
     model = serve(architecture=architecture)
     names = [*ADAPTERS, "__base__", *reversed(ADAPTERS), "__base__"]
@@ -88,7 +95,7 @@ def test_nothing_of_it_is_left_behind_even_after_a_failure():
     assert set(vars(base)) == attributes
     assert model.active_adapter == "latent"
     assert torch.equal(answer(model, pixel_values), before)
-    assert torch.equal(answer(copy.deepcopy(model), pixel_values, adapter_names=names), mixed)
+    assert_nearly_equal(answer(copy.deepcopy(model), pixel_values, adapter_names=names), mixed, valid_pixels=True)
 
 
 def test_adapters_with_equally_many_prompts_share_a_pass():
@@ -102,7 +109,7 @@ def test_adapters_with_equally_many_prompts_share_a_pass():
     assert sizes == [(3, 20), (2, 17), (2, 20), (1, 22)]
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in CLASSIFIERS])
+@pytest.mark.parametrize("architecture", ["ViTModel", "CLIPVisionModelWithProjection", "SiglipVisionModel"])
 def test_features_of_equally_many_tokens(architecture):
     model = serve({"a": {}, "b": {"generator": "static"}, "longer": {"num_virtual_tokens": 5}}, architecture)
     pixel_values = images(4)

@@ -11,8 +11,8 @@ from conftest import tiny_config, tiny_vit
 from peft import mapping
 
 import pgn_peft
-from pgn_peft import registration
-from pgn_peft.config import PGNPeftType
+from pgn_peft.tuner import registration
+from pgn_peft.tuner.config import PGNPeftType
 
 MAPPINGS = (
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -91,7 +91,7 @@ def test_without_peft_the_package_still_imports():
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "peft" else find(name, package)
-import sys, pgn_peft, pgn_peft.generator, pgn_peft.library
+import sys, pgn_peft, pgn_peft.nn.generator, pgn_peft.nn.library
 print(pgn_peft.__version__, "peft" in sys.modules, "transformers" in sys.modules)
 """
     outcome = subprocess.run(
