@@ -67,7 +67,7 @@ def runs(tmp_path_factory):
     if not RESUMES_ON_CPUS:
         del launched["two_after_one"]
     launched = {name: [str(word) for word in command(name, words)] for name, words in launched.items()}
-    (folder / "runs.json").write_text(json.dumps(launched))
+    (folder / "runs.json").write_text(json.dumps(launched), encoding="utf-8")
     script = [ROOT / "tests/recorded_runs.py", folder]
     config = ROOT / "examples/accelerate/cpu_two_processes.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *script]
@@ -78,12 +78,13 @@ def runs(tmp_path_factory):
         timeout=300,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         cwd=folder,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test accuracy") == len(launched) - 1  # of one process each, and of none that was refused
     for name in (*launched, "several_labels"):
         records[name] = [
-            json.loads((folder / f"{name}-{rank}.json").read_text())
+            json.loads((folder / f"{name}-{rank}.json").read_text(encoding="utf-8"))
             | {"tensors": load_file(folder / f"{name}-{rank}.safetensors")}
             for rank in range(2)
         ]
