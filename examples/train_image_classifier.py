@@ -64,7 +64,7 @@ from transformers import (
 
 from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_prompter
 from pgn_peft.training import last_complete_checkpoint, parameter_groups
-from pgn_peft.training.distributed import EqualStatistics, SameSteps, synchronise_batch_norm
+from pgn_peft.training.distributed import EqualStatistics, SameSteps
 from pgn_peft.tuner.backbones import find_backbone, own_image_size
 
 
@@ -90,9 +90,6 @@ class Arguments(LoaderArguments):
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "By default three times the generator's; with 'sgd' the same."}
-    )
-    sync_batch_norm: bool = field(
-        default=False, metadata={"help": "Batch norms of the generator see the images of all processes; GPUs only."}
     )
     num_train_epochs: float = 12
     per_device_train_batch_size: int = 25
@@ -237,8 +234,6 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     trainer = make_trainer(
         model, splits, arguments, parameters, len(labels), interpolate, processor, describe_data(data.dataset)
     )
-    if arguments.sync_batch_norm:
-        synchronise_batch_norm(model)
     images.attach(trainer)
     checkpoint = None
     if resume:

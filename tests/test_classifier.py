@@ -97,7 +97,7 @@ def test_an_adapter_of_another_image_size_needs_no_argument(model, tmp_path, siz
     torch.testing.assert_close(answer(loaded.model, **inputs), expected)
     scores = {entry["label"]: entry["score"] for entry in loaded.pipeline()(RED)}
     assert scores["cat"] == pytest.approx(expected.softmax(-1)[0, 0].item(), abs=1e-6)
-    assert "interpolate_pos_encoding=True" in (tmp_path / "adapter/README.md").read_text()
+    assert "interpolate_pos_encoding=True" in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
     loaded.pipeline()
     assert len(loaded.model._forward_pre_hooks) == 1
 
@@ -165,7 +165,10 @@ def test_the_saved_files_are_peft_own_and_load_everywhere(model, saved, tmp_path
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (saved, tmp_path / "peft"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (saved, tmp_path / "peft")]
+    configs = [
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        for folder in (saved, tmp_path / "peft")
+    ]
     assert configs[0] == configs[1]
     assert_nearly_equal(answer(AutoPeftModel.from_pretrained(str(saved)), pixel_values), answer(model, pixel_values))
     load_classifier(saved).save_pretrained(tmp_path / "again")
@@ -201,7 +204,7 @@ def test_other_adapters_are_refused_in_words(base, saved, tmp_path):
     with pytest.raises(ValueError, match="`num_labels` must be recorded in a classifier's adapter, but got None"):
         load_classifier(tmp_path / "features")
     for text in ("[]", "{", '"PGN"'):
-        (saved / "adapter_config.json").write_text(text)
+        (saved / "adapter_config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="`(adapter_config.json|peft_type)` must be"):
             load_classifier(saved)
 
@@ -226,11 +229,13 @@ def sprung(saved, base, tmp_path):
     for folder in (saved, base):
         for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin"):
             (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
-        (folder / "code.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Model: pass\n")
+        (folder / "code.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Model: pass\n", encoding="utf-8")
         for name in ("config.json", "preprocessor_config.json"):
-            settings = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+            settings = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
             names = ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")
-            (folder / name).write_text(json.dumps(settings | {"auto_map": dict.fromkeys(names, "code.Model")}))
+            (folder / name).write_text(
+                json.dumps(settings | {"auto_map": dict.fromkeys(names, "code.Model")}), encoding="utf-8"
+            )
     (saved / "config.json").unlink()
     return sprung
 
@@ -268,18 +273,25 @@ def test_a_base_that_is_an_adapter_is_refused(saved, base, sprung):
 
 def test_a_class_that_a_file_names_is_not_imported(saved, tmp_path, monkeypatch):
     sprung = tmp_path / "sprung"
-    (tmp_path / "transformers_trap.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Model: pass\n")
+    (tmp_path / "transformers_trap.py").write_text(
+        f"open({str(sprung)!r}, 'w')\nclass Model: pass\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     file = saved / "adapter_config.json"
     mapping = {"base_model_class": "Model", "parent_library": "transformers_trap"}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": mapping}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"auto_mapping": mapping}), encoding="utf-8"
+    )
     load_classifier(saved)
     assert not sprung.exists()
 
 
 def test_a_kernel_that_a_file_names_is_not_fetched(saved, base):
     file = base / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "kernels-community/evil"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"attn_implementation": "kernels-community/evil"}),
+        encoding="utf-8",
+    )
     assert load_classifier(saved).model.config._attn_implementation in ("sdpa", "eager")
 
 

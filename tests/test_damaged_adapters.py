@@ -125,7 +125,7 @@ def test_tampered_tensors_are_refused_and_the_adapter_kept(change, message, save
 )
 def test_a_config_that_does_not_describe_the_weights_is_refused(change, saved):
     file = saved / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
     base = tiny_vit()
     before = str(base)
     with pytest.raises(ValueError, match=r"must hold the tensors of the adapter|must name modules that were saved"):
@@ -214,7 +214,9 @@ def test_a_directory_without_config_is_refused(saved):
 
 def test_a_config_with_fields_of_the_wrong_type_is_refused(saved):
     file = saved / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_virtual_tokens": "three"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"num_virtual_tokens": "three"}), encoding="utf-8"
+    )
     for load in (lambda: PeftModel.from_pretrained(tiny_vit(), saved), lambda: tiny_vit().load_adapter(str(saved))):
         with pytest.raises(TypeError, match="`num_virtual_tokens` must be an integer, but got 'three'"):
             load()

@@ -18,7 +18,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *GUIDES]
 
 
 def blocks(page, language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_arithmetic_of_scaling_is_what_its_code_prints(run, capsys):
     run("docs/scaling.md")
     printed = capsys.readouterr().out
     assert "hours an epoch" in printed
-    assert f"```\n{printed}```\n" in (ROOT / "docs/scaling.md").read_text()
+    assert f"```\n{printed}```\n" in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 
 
 def test_the_readmes_code_runs(run):
@@ -92,7 +92,7 @@ def test_the_readmes_code_runs(run):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_inside_the_repository_lead_somewhere(page):
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in target:
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
@@ -100,7 +100,7 @@ def test_links_inside_the_repository_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_scripts_and_targets_that_commands_name_exist(page):
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for block in blocks(page, "bash"):
         for script in re.findall(r"(?:examples|benchmarks)/\w+\.py", block):
             assert (ROOT / script).is_file(), script
@@ -119,7 +119,7 @@ def test_every_public_object_and_config_field_is_documented():
 def test_the_floor_of_peft_is_the_same_everywhere():
     from pgn_peft.tuner.registration import PEFT_FLOOR
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     floor = next(line for line in project["dependencies"] if line.startswith("peft"))
     assert PEFT_FLOOR.startswith(floor.removeprefix("peft>="))
     assert (ROOT / "pgn_peft/py.typed").exists()

@@ -67,7 +67,7 @@ def train(command, *more):
 
 def test_every_script_has_a_figure():
     paths = [path for folder in ("examples", "benchmarks") for path in ROOT.joinpath(folder).glob("*.py")]
-    assert {path.stem for path in paths if "__main__" in path.read_text()} == set(FIGURES)
+    assert {path.stem for path in paths if "__main__" in path.read_text(encoding="utf-8")} == set(FIGURES)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -81,7 +81,7 @@ def test_smoke_mode_ends_with_its_figure(name, tmp_path, monkeypatch, capsys):
         def measure(arrangement, options):
             options.report = tmp_path / "report.json"
             script.train(options)
-            return json.loads(options.report.read_text())
+            return json.loads(options.report.read_text(encoding="utf-8"))
 
         monkeypatch.setattr(script, "measure", measure)
     script.main(["--smoke"])
@@ -133,13 +133,13 @@ def test_training_ends_with_an_adapter_a_stranger_can_use(finished):
         "README.md",
         "results.json",
     }
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["test_accuracy"] == results["validation_accuracy"] == 1
     assert results["train_images"] == 64
     model = AutoPeftModel.from_pretrained(str(folder))
     assert model.config.id2label == {0: "blue", 1: "red"}
     assert AutoImageProcessor.from_pretrained(folder).size["height"] == 32
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert re.search(r"```python\nimport pgn_peft", card)
     assert "More Information Needed" not in card
     assert f"| trainable parameters | {results['trainable_parameters']:,} |" in card
@@ -196,13 +196,13 @@ def test_parquet_files_another_size_and_a_static_control(material, tmp_path):
     assert results["train_images"] == 40
     model = AutoPeftModel.from_pretrained(str(tmp_path / "adapter"))
     assert answer(model, torch.zeros(1, 3, 48, 48), interpolate_pos_encoding=True).shape == (1, 2)
-    assert "interpolate_pos_encoding=True" in (tmp_path / "adapter/README.md").read_text()
+    assert "interpolate_pos_encoding=True" in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--output_dir": "/proc/nowhere"}, "`output_dir` must be writable, but got '/proc/nowhere'"),
+        ({"--output_dir": f"{os.devnull}/nowhere"}, f"`output_dir` must be writable, but got '{os.devnull}/nowhere'"),
         ({"--label_column": "species"}, "must be columns of the data set, but got 'species'. It has: image, label"),
         ({"--generator": "resnet18"}, "`generator` must be one of resnet10, static, but got 'resnet18'"),
         ({"--num_virtual_tokens": "0"}, "`num_virtual_tokens` must lie in 1..65536, but got 0"),
@@ -315,12 +315,12 @@ def test_the_official_recipe_is_sgd_with_a_long_warm_up(tmp_path):
 def test_prompts_in_all_layers_are_trained_at_one_rate(material, tmp_path):
     folder = tmp_path / "deep"
     train(with_output(material[1], folder, "--prompt_depth", "0", "--num_train_epochs", "1"))
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["prompt_depth"] == 2
     assert (
         load_file(folder / "adapter_model.safetensors")["base_model.model.vit.embeddings.pgn_library.tokens"].ndim == 3
     )
-    assert "| layers with prompts of their own | 2 |" in (folder / "README.md").read_text()
+    assert "| layers with prompts of their own | 2 |" in (folder / "README.md").read_text(encoding="utf-8")
     arguments = train_image_classifier.Arguments(output_dir=str(tmp_path), use_cpu=True)
     rates = {depth: arguments.rates(PGNConfig(prompt_depth=depth))["library_learning_rate"] for depth in (1, 2, None)}
     assert rates == {1: 1e-2, 2: 1e-3, None: 1e-3}
@@ -337,7 +337,7 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     more = "--prompt_space pixel --head frozen --label_mapping true --num_virtual_tokens 12 --learning_rate 0.03"
     results = train(with_output(command, folder, *more.split(), "--num_train_epochs", "6"))
     assert results["test_accuracy"] == 1
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert sorted(config["label_mapping"]) == [0, 1]
     assert config["image_size"] is None or config["image_size"] == 32
     assert {path.name for path in (folder / "prompter").iterdir()} == {"prompter.safetensors", "prompter_config.json"}
@@ -368,17 +368,17 @@ def test_other_families_whose_processor_makes_another_size_than_the_checkpoint(
     command = with_output(material[1], tmp_path / "adapter", "--prompt_space", prompt_space)
     command[command.index("--model_name_or_path") + 1] = str(tmp_path / "base")
     assert train(command)["test_accuracy"] == 1
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["image_size"] == (32 if prompt_space == "pixel" else None)
     assert config["head_features"] == (64 if family == "Dinov2" else None)
-    told = "interpolate_pos_encoding" in (tmp_path / "adapter" / "README.md").read_text()
+    told = "interpolate_pos_encoding" in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     assert told == (family != "Dinov2")
     answers = load_classifier(tmp_path / "adapter").pipeline()(Image.new("RGB", (60, 44), "red"))
     assert {each["label"] for each in answers} == {"blue", "red"}
 
 
 def predictions(file):
-    with open(file, newline="") as rows:
+    with open(file, newline="", encoding="utf-8") as rows:
         return list(csv.DictReader(rows))
 
 
@@ -388,7 +388,7 @@ def test_a_folder_of_images_becomes_a_csv(finished, material, tmp_path, capsys):
     images = shutil.copytree(material[0] / "images", tmp_path / "images")
     (images / "blue/broken.png").write_bytes(b"no image")
     (images / "blue/cut.jpg").write_bytes((images / "blue/0.jpg").read_bytes()[:500])
-    (images / "notes.txt").write_text("no image either")
+    (images / "notes.txt").write_text("no image either", encoding="utf-8")
     command = ["--adapter", str(finished), "--images", str(images), "--output", str(tmp_path / "out.csv")]
     predict.main([*command, "--batch_size", "7", "--top_k", "5"])
     rows = predictions(tmp_path / "out.csv")

@@ -240,7 +240,10 @@ def test_an_upload_that_was_cut_once_succeeds_by_itself(hub, adapter):
 
 def test_a_base_that_nobody_else_has_is_refused(hub, adapter, tmp_path):
     file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "vit")}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(tmp_path / "vit")}),
+        encoding="utf-8",
+    )
     message = f"`base_model_name_or_path` must be the id of a model on the Hub, but got '{tmp_path}/vit'"
     with pytest.raises(ValueError, match=message):
         push(adapter, 1)

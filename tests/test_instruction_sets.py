@@ -25,6 +25,8 @@ def heap_checks():
 @pytest.mark.parametrize("instructions", ["SSE41", "AVX2", "ALL"])
 def test_gradients_are_those_of_float64_and_memory_stays_intact(instructions):
     environment = os.environ | heap_checks() | {"ONEDNN_MAX_CPU_ISA": instructions}
-    run = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert ", 0 wrong:" in run.stdout

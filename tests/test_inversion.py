@@ -84,7 +84,7 @@ def test_prompts_that_do_not_fill_a_row_are_refused_early_and_late():
         PGNConfig(prompt_layout="canvas")
 
 
-def test_a_projection_of_low_rank_is_refused_unless_asked_for(images):
+def test_a_projection_of_low_rank_is_refused(images):
     # 3 * 4 * 4 = 48 pixels a patch for 64 dimensions, as with ViT-L/14 (588 for 1,024).
     sizes = {"hidden_size": 64, "patch_size": 4, "num_attention_heads": 4}
     model = move_adapter(get_peft_model(tiny_vit(**sizes), tiny_config(num_virtual_tokens=8, head="frozen"))).eval()
@@ -92,10 +92,6 @@ def test_a_projection_of_low_rank_is_refused_unless_asked_for(images):
         ValueError, match=r"rank 64 .* but got rank 48 \(48 pixels a patch\), which leaves up to \d+% of"
     ):
         make_prompter(model, processor())
-    report = make_prompter(model, processor(), approximate=True).report
-    assert report.rank == 48
-    assert report.hidden_size == 64
-    assert 0.01 < report.mean_token_error < 1
 
 
 def test_tokens_do_not_go_onto_a_canvas():

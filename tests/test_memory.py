@@ -245,7 +245,11 @@ def test_a_quantised_backbone_in_half_precision_and_checkpointed(folder, pixel_v
 def test_the_formula_predicts_what_was_measured():
     rows = [
         json.loads(line)
-        for line in Path(memory.__file__).with_name("results").joinpath("memory.jsonl").read_text().splitlines()
+        for line in Path(memory.__file__)
+        .with_name("results")
+        .joinpath("memory.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
     ]
     rows = [row for row in rows if row["settings"]["method"] in (*memory.LARGEST, memory.REFERENCE)]
     rows = [row for row in rows if "peak_mib" in row]

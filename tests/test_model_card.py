@@ -87,7 +87,9 @@ def test_its_code_runs_and_imports_pgn_peft_first(tmp_path, monkeypatch):
     Classifier(model, ViTImageProcessor(size={"height": 48, "width": 48})).save_pretrained("adapter", FACTS)
     image = Image.new("RGB", (50, 40), "red")
     image.save("image.jpg")
-    blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "adapter/README.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (tmp_path / "adapter/README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     assert len(blocks) == 2
     assert len(blocks[0].strip().splitlines()) == 5
     for block in blocks:

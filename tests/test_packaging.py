@@ -36,6 +36,11 @@ def test_the_wheel_builds_and_imports(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[1]); import pgn_peft; print(pgn_peft.__file__, pgn_peft.PGNConfig())"
     )
     outcome = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "site")], check=True, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", code, str(tmp_path / "site")],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        encoding="utf-8",
     )
     assert outcome.stdout.startswith(str(tmp_path / "site"))

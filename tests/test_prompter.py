@@ -202,9 +202,9 @@ def test_exact_prompts_and_heads_are_saved_too(tmp_path):
 
 def edit(folder, change):
     file = folder / "prompter_config.json"
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     change(config)
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             ImagePrompter.from_pretrained(tmp_path)
     file.write_bytes(whole)
-    (tmp_path / "prompter_config.json").write_text("[1, 2")
+    (tmp_path / "prompter_config.json").write_text("[1, 2", encoding="utf-8")
     with pytest.raises(ValueError, match="must be JSON, but got"):
         ImagePrompter.from_pretrained(tmp_path)
     file.unlink()
@@ -314,6 +314,7 @@ def test_it_works_in_an_environment_of_torch_safetensors_numpy_and_pillow(tmp_pa
         capture_output=True,
         text=True,
         env=environment,
+        encoding="utf-8",
     )
     assert outcome.returncode == 0, outcome.stderr
     found = [Image.open(tmp_path / f"{index}-prompted.png") for index in range(2)]

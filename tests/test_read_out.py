@@ -120,7 +120,7 @@ def test_a_pipeline_takes_another_size_than_the_checkpoints(side, tmp_path):
     model = adapt(base, id2label={0: "cat", 1: "dog"})
     processor = ViTImageProcessor(size={"height": side, "width": side})
     Classifier(model, processor).save_pretrained(tmp_path / "adapter")
-    assert "interpolate_pos_encoding" not in (tmp_path / "adapter" / "README.md").read_text()
+    assert "interpolate_pos_encoding" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     image = Image.new("RGB", (40, 30), "red")
     answers = load_classifier(tmp_path / "adapter").pipeline()(image)
     expected = answer(model, processor(image, return_tensors="pt")["pixel_values"]).softmax(-1)[0]

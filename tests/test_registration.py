@@ -55,7 +55,9 @@ vit = ViTForImageClassification(ViTConfig(image_size=32, hidden_size=32, num_hid
 model = peft.get_peft_model(vit, pgn_peft.PGNConfig(num_labels=3))
 print(type(model.base_model).__name__, model.config.num_labels)
 """
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert outcome.stdout.strip() == "PGNModel 3"
 
 
@@ -92,7 +94,9 @@ importlib.util.find_spec = lambda name, package=None: None if name == "peft" els
 import sys, pgn_peft, pgn_peft.nn.generator, pgn_peft.nn.library
 print(pgn_peft.__version__, "peft" in sys.modules, "transformers" in sys.modules)
 """
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert outcome.stdout.split() == [pgn_peft.__version__, "False", "False"]
 
 

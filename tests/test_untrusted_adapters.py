@@ -45,7 +45,7 @@ def on_the_hub(saved, tmp_path, monkeypatch):
         blobs, snapshot = repository / "blobs", repository / "snapshots" / ("0" * 40)
         for folder in (blobs, snapshot, repository / "refs"):
             folder.mkdir(parents=True)
-        repository.joinpath("refs/main").write_text("0" * 40)
+        repository.joinpath("refs/main").write_text("0" * 40, encoding="utf-8")
         for file in saved.iterdir():
             shutil.copy(file, blobs / file.name)
             snapshot.joinpath(file.name).symlink_to(os.path.relpath(blobs / file.name, snapshot))
@@ -56,7 +56,7 @@ def on_the_hub(saved, tmp_path, monkeypatch):
 
 def edit_config(folder, **fields):
     file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | fields), encoding="utf-8")
 
 
 def edit_weights(folder, **tensors):
@@ -192,7 +192,7 @@ def test_integers_in_place_of_weights_are_refused(saved):
 
 
 def test_no_module_is_imported_because_a_file_names_it(saved, tmp_path, monkeypatch):
-    tmp_path.joinpath("planted.py").write_text("raise SystemExit('imported')\n")
+    tmp_path.joinpath("planted.py").write_text("raise SystemExit('imported')\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     edit_config(saved, auto_mapping={"base_model_class": "Model", "parent_library": "planted"})
     with pytest.raises(ValueError, match="'planted' which is not in the import allowlist"):
@@ -202,7 +202,7 @@ def test_no_module_is_imported_because_a_file_names_it(saved, tmp_path, monkeypa
 
 def test_text_in_a_field_is_never_evaluated(saved, tmp_path):
     trick = f"__import__('os').mkdir({str(tmp_path / 'evaluated')!r})"
-    config = json.loads(saved.joinpath("adapter_config.json").read_text())
+    config = json.loads(saved.joinpath("adapter_config.json").read_text(encoding="utf-8"))
     config |= {"prompt_space": "pixel", "slot_prompts": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     for field in ("generator", "mixing", "library_size", "target_modules", "image_mean", "label_mapping", "head"):
         with pytest.raises((ValueError, TypeError), match="__import__"):
@@ -218,7 +218,7 @@ def test_what_is_no_file_of_tensors_is_refused(kind, saved, tmp_path):
     file = saved / WEIGHTS
     file.unlink()
     secret = tmp_path / "secret.txt"
-    secret.write_text("the user's own words")
+    secret.write_text("the user's own words", encoding="utf-8")
     {"directory": file.mkdir, "pipe": lambda: os.mkfifo(file), "text": lambda: file.symlink_to(secret)}[kind]()
     message = "must be a complete safetensors file|got no adapter_model.safetensors"
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:

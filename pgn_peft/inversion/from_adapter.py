@@ -27,7 +27,6 @@ def make_prompter(
     processor: Any,
     adapter_name: str = "default",
     in_range: bool = False,
-    approximate: bool = False,
 ) -> ImagePrompter:
     """Make the client of a trained adapter.
 
@@ -39,7 +38,6 @@ def make_prompter(
         processor: the image processor that the adapter was trained with, and that the server uses.
         adapter_name: the adapter.
         in_range: invert into valid images, at the price of an error. Pixel space needs no inversion.
-        approximate: accept a patch projection of too low a rank.
 
     Returns:
         The client, on the CPU in float32, with `report` where it was inverted. The unmodified model's scores for the
@@ -77,7 +75,7 @@ def make_prompter(
                 "coefficients that sum to 1 mix valid patches into a valid patch. Train with mixing='softmax'."
             )
         scale = (preprocessing.image_mean, preprocessing.image_std)
-        options = {"in_range": in_range, "approximate": approximate}
+        options = {"in_range": in_range}
         if generator is None:
             prompts = invert_static_prompts(layer.get_base_layer(), library.tokens, layout, *scale, **options)
         else:

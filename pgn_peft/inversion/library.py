@@ -32,7 +32,6 @@ def invert_library(
     image_mean: Sequence[float],
     image_std: Sequence[float],
     in_range: bool = False,
-    approximate: bool = False,
     slot_prompts: Tensor | None = None,
 ) -> PixelPrompts:
     """Turn a trained library of tokens into pixels for the "append" layout.
@@ -46,7 +45,6 @@ def invert_library(
         in_range: look for pixels of valid images, at the price of an error, instead of the exact ones, which lie far
             outside. Each slot gets a library of its own then, and the image stays as it is: its patches keep the small
             shift of the interpolated position embeddings. Valid only for coefficients that sum to 1.
-        approximate: accept a projection whose rank is below D, which cannot express all of a token.
         slot_prompts: (P, D), the static prompt of each slot, to which the mixture is added; or None.
 
     Returns:
@@ -55,7 +53,7 @@ def invert_library(
     Raises:
         ValueError: the layout is not "append", or the projection has too low a rank.
     """
-    return _invert(embeddings, tokens[None], layout, image_mean, image_std, in_range, approximate, slot_prompts)
+    return _invert(embeddings, tokens[None], layout, image_mean, image_std, in_range, slot_prompts)
 
 
 def invert_static_prompts(
@@ -65,10 +63,9 @@ def invert_static_prompts(
     image_mean: Sequence[float],
     image_std: Sequence[float],
     in_range: bool = False,
-    approximate: bool = False,
 ) -> PixelPrompts:
     """Turn trained static prompts, tokens (P, D), into pixels, one entry for each slot; see `invert_library`."""
-    prompts = _invert(embeddings, tokens[:, None], layout, image_mean, image_std, in_range, approximate)
+    prompts = _invert(embeddings, tokens[:, None], layout, image_mean, image_std, in_range)
     return dataclasses.replace(prompts, library=prompts.library[:, 0]) if in_range else prompts
 
 
@@ -79,7 +76,6 @@ def _invert(
     image_mean: Sequence[float],
     image_std: Sequence[float],
     in_range: bool,
-    approximate: bool,
     slot_prompts: Tensor | None = None,
 ) -> PixelPrompts:
     """Invert tokens (1, L, D), the same for all slots, or (P, 1, D), one for each."""
@@ -96,12 +92,12 @@ def _invert(
     if slot_prompts is not None:
         slots = slots - slot_prompts.detach().to(slots)
     targets = tokens - slots[:, None]  # (P, L, D): what the projection must say in each slot
-    if inverse.rank < hidden_size and not approximate:
+    if inverse.rank < hidden_size:
         lost = (targets - (targets @ inverse.left) @ inverse.left.mT).norm(dim=-1) / targets.norm(dim=-1)
         raise ValueError(
             f"`embeddings` must have a patch projection of rank {hidden_size} to be inverted exactly, but got rank "
             f"{inverse.rank} ({inverse.weight.shape[1]} pixels a patch), which leaves up to {lost.max().item():.0%} "
-            "of a prompt out. Pass approximate=True to go on without that, or train with prompt_space='pixel'."
+            "of a prompt out. Train with prompt_space='pixel' instead."
         )
     std = torch.tensor(image_std, dtype=torch.float64, device=tokens.device)[:, None, None]
     if in_range:

@@ -2,7 +2,7 @@
 
 from pgn_peft.training.checkpoints import last_complete_checkpoint
 from pgn_peft.training.collator import ImageCollator
-from pgn_peft.training.distributed import EqualStatistics, SameSteps, broadcast_statistics, synchronise_batch_norm
+from pgn_peft.training.distributed import EqualStatistics, SameSteps, broadcast_statistics
 from pgn_peft.training.initialization import start_library_from_images
 from pgn_peft.training.parameter_groups import parameter_groups
 from pgn_peft.training.trainer import AdapterTrainer
@@ -16,5 +16,4 @@ __all__ = [
     "last_complete_checkpoint",
     "parameter_groups",
     "start_library_from_images",
-    "synchronise_batch_norm",
 ]

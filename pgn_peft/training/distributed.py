@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, distributed, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pgn_peft.nn.generator import BatchNorm2d, PromptGenerator
 from pgn_peft.tuner.layer import PGNTunerLayer
 
 
@@ -93,75 +91,6 @@ class SameSteps(TrainerCallback):
                 f"it has {steps} in {args.world_size} process(es). Keep processes x per_device_train_batch_size x "
                 "gradient_accumulation_steps as it was."
             )
-
-
-class SyncBatchNorm2d(nn.SyncBatchNorm):
-    """`BatchNorm2d` over the images of all processes.
-
-    Where its weight is frozen it keeps `BatchNorm2d`'s promise: running statistics are used, and left alone.
-
-    Differs from `BatchNorm2d` where a channel has a single value in this process, which is normalised together with
-    the other processes' values: these wait for it.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise (B, C, H, W), channel by channel."""
-        if self.training and not self.weight.requires_grad:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-            )
-        return super().forward(input)
-
-
-def convert_batch_norms(model: nn.Module) -> int:
-    """Replace the batch norms of trainable generators by `SyncBatchNorm2d`, with the same parameters and buffers.
-
-    Args:
-        model: a model with PGN adapters. Frozen adapters, and the backbone, keep what they have.
-
-    Returns:
-        How many were replaced.
-    """
-    replaced = 0
-    generators = [module for module in model.modules() if isinstance(module, PromptGenerator)]
-    for parent in [module for generator in generators for module in generator.modules()]:
-        for name, norm in parent.named_children():
-            if isinstance(norm, BatchNorm2d) and norm.weight.requires_grad:
-                synchronised = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum)
-                synchronised._parameters, synchronised._buffers = norm._parameters, norm._buffers
-                setattr(parent, name, synchronised.train(norm.training))
-                replaced += 1
-    return replaced
-
-
-def synchronise_batch_norm(model: nn.Module) -> None:
-    """Let the batch norms of trainable generators see the images of all processes: torch's SyncBatchNorm, on GPUs.
-
-    Names and tensors stay, so the saved adapter is the same as without, and an optimizer that has the parameters keeps
-    them. Call it after the model is on its GPU and before DistributedDataParallel wraps it.
-
-    Args:
-        model: a model with PGN adapters.
-
-    Raises:
-        ValueError: there is one process, the model is on a CPU, or no trainable generator has batch norms.
-    """
-    if not _several_processes():
-        raise ValueError(
-            "`sync_batch_norm` must be used with several processes, but got one, whose batch norms see all images. "
-            "Leave it out, or start more with accelerate launch."
-        )
-    device = next(model.parameters()).device
-    if device.type == "cpu":
-        raise ValueError(
-            f"`sync_batch_norm` must be used on GPUs, but got a model on {device}: torch has no other SyncBatchNorm. "
-            "Use generator_norm='group', which needs no statistics, or EqualStatistics, which keeps them equal."
-        )
-    if convert_batch_norms(model) == 0:
-        raise ValueError(
-            "`sync_batch_norm` must be used with generator_norm='batch', but got a model whose trainable adapters "
-            "have no batch norms. Leave it out."
-        )
 
 
 def check_processes_meet(args: TrainingArguments) -> None:

@@ -1,11 +1,10 @@
-"""Which adapter each image of a batch belongs to, and how a batch is taken apart by it. Plain torch."""
+"""Which adapter each image of a mixed batch has, and how a batch is taken apart by it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -13,52 +12,34 @@ from torch import Tensor
 # PEFT's name for the model without an adapter.
 BASE = "__base__"
 
-# One name an image while a mixed batch runs, else None. A context variable rather than an attribute of the layers, so
-# that threads do not see each other's batches.
-ROWS: ContextVar[tuple[str, ...] | None] = ContextVar("pgn_peft_rows", default=None)
-
-_LOCK = threading.Lock()
-_running = 0
-# Whether one runs in any thread. Plain, because torch 2.11 cannot compile a look at a context variable.
-_any_running = False
+# For each thread that runs a mixed batch, the adapter's name for each image. Empty at all other times, which is what a
+# compiled model is specialised on.
+_NAMES: dict[int, tuple[str, ...]] = {}
 
 
-def current_rows() -> tuple[str, ...] | None:
-    """Return for each image the name of its adapter if a mixed batch runs in this thread, else None."""
-    return ROWS.get() if _any_running else None
+def adapters_of_batch() -> tuple[str, ...] | None:
+    """Return for each image the name of its adapter if this thread runs a mixed batch, else None."""
+    return _NAMES.get(threading.get_ident()) if _NAMES else None
 
 
 @contextmanager
-def running_rows(names: tuple[str, ...]) -> Iterator[None]:
-    """Let `current_rows` return these names within the context, in this thread."""
-    _count(1)
-    token = ROWS.set(names)
+def running_batch(names: tuple[str, ...]) -> Iterator[None]:
+    """Let `adapters_of_batch` return these names in this thread, within the context."""
+    thread = threading.get_ident()
+    _NAMES[thread] = names
     try:
         yield
     finally:
-        ROWS.reset(token)
-        _count(-1)
+        del _NAMES[thread]
 
 
-def _count(change: int) -> None:
-    global _running, _any_running
-    with _LOCK:
-        _running += change
-        _any_running = _running > 0
-
-
-def restore_order(places: Sequence[int], device: torch.device) -> Tensor:
-    """Return the index (B,) that puts rows back which were taken from `places`, a permutation of 0..B-1."""
-    return torch.tensor(places, device=device).argsort()
-
-
-def map_rows(names: Sequence[str], batch: Tensor, function: Callable[[str, Tensor], Tensor]) -> Tensor:
+def map_by_adapter(names: Sequence[str], batch: Tensor, function: Callable[[str, Tensor], Tensor]) -> Tensor:
     """Apply a function adapter by adapter.
 
     Args:
-        names: for each row its adapter.
+        names: the adapter of each image.
         batch: (B, ...).
-        function: called once for each adapter with its name and its rows (b, ...), returns (b, ...).
+        function: called once for each adapter with its name and its images (b, ...), returns (b, ...).
 
     Returns:
         What it returned, (B, ...), in the order of `batch`.
@@ -69,4 +50,4 @@ def map_rows(names: Sequence[str], batch: Tensor, function: Callable[[str, Tenso
         rows = [row for row, other in enumerate(names) if other == name]
         parts.append(function(name, batch[rows]))
         places += rows
-    return torch.cat(parts)[restore_order(places, batch.device)]
+    return torch.cat(parts)[torch.tensor(places, device=batch.device).argsort()]

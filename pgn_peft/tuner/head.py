@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.tuner.batch_adapters import BASE, current_rows, map_rows
+from pgn_peft.tuner.batch_adapters import adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.layer import PGNTunerLayer
 from pgn_peft.utils.labels import Labels
@@ -72,12 +72,11 @@ class PGNHead(PGNTunerLayer, nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Answer with logits (B, number of the active adapter's labels).
 
-        In a mixed batch each image has the head of the adapter that `current_rows` names for it; all have the same
-        labels.
+        In a mixed batch each image has the head of its own adapter; all have the same labels.
         """
-        rows = current_rows()
-        if rows:
-            return map_rows(rows, features, lambda name, part: self._classify(None if name == BASE else name, part))
+        names = adapters_of_batch()
+        if names:
+            return map_by_adapter(names, features, self._classify)
         return self._classify(None if self.disable_adapters else next(iter(self.active_adapters), None), features)
 
     def _classify(self, adapter_name: str | None, features: Tensor) -> Tensor:

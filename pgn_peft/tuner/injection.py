@@ -1,6 +1,9 @@
-"""What is checked before an adapter is made, so that a refusal leaves the model as it was."""
+"""Everything that is checked and settled before an adapter is made, so that a refusal leaves the model as it was."""
 
 from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -10,12 +13,81 @@ from torch import nn
 
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import TokenLibrary
-from pgn_peft.tuner.backbones import SUPPORTED, Backbone, architecture_of
+from pgn_peft.tuner.backbones import SUPPORTED, Backbone, architecture_of, find_backbone, find_layers
 from pgn_peft.tuner.batch_adapters import BASE
 from pgn_peft.tuner.config import PGNConfig, refuse_head_in_modules_to_save
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.recorded_fields import record_base, record_depth, record_labels
+from pgn_peft.tuner.saved_weights import check_size
+
+
+@dataclass(frozen=True)
+class Injection:
+    """An adapter that is about to be made: what it is, and which modules of the model it wraps.
+
+    Args:
+        config: the adapter's, complete, with everything that it records of the model.
+        backbone: where the model's embeddings and its head are.
+        layers: names of the encoder layers after which prompts change or are cut off.
+        is_loaded: the config was saved with an adapter, whose tensors are loaded next.
+    """
+
+    config: PGNConfig
+    backbone: Backbone
+    layers: tuple[str, ...]
+    is_loaded: bool
+
+    @property
+    def targets(self) -> set[str | None]:
+        """Names of the modules to wrap."""
+        return {self.backbone.embeddings, self.backbone.head, *self.layers}
+
+    def cuts_prompts_after(self, layer: str) -> bool:
+        """Whether the prompts end after this layer, because the classifier reads all tokens."""
+        return self.backbone.reads_all and layer == self.layers[-1]
+
+
+def plan_injection(model: nn.Module, config: PGNConfig, adapter_name: str) -> Injection:
+    """Check an adapter against a model, and settle what its config leaves open.
+
+    Args:
+        model: the model that is adapted, which is left as it is.
+        config: the adapter's, which is left as it is if the adapter is new: it can serve several models. A config
+            that an adapter is loaded with (`inference_mode`), or that has nothing left to record, is completed in
+            place and stays the caller's object, as PEFT's loaders promise.
+        adapter_name: the adapter's name.
+
+    Raises:
+        TypeError: the architecture is not supported, or a field has the wrong type.
+        ValueError: the config does not fit the model, or the name cannot be used.
+    """
+    completed = copy.deepcopy(config)
+    completed.validate()
+    is_loaded = completed.inference_mode and completed.hidden_size is not None
+    check_origin(completed, model)
+    backbone = find_backbone(model, completed.target_modules)
+    check_adapter_name(adapter_name, model)
+    layers = _find_wrapped_layers(model, completed, backbone)
+    check_modules_to_save(completed, model, backbone, layers)
+    record_base(completed, model, backbone)
+    if completed.prompt_depth != 1:
+        record_depth(completed, model, layers)
+    record_labels(completed, model, backbone)
+    check_size(completed)
+    if config.inference_mode or config == completed:
+        vars(config).update(vars(completed))
+        completed = config
+    return Injection(completed, backbone, tuple(layers), is_loaded)
+
+
+def _find_wrapped_layers(model: nn.Module, config: PGNConfig, backbone: Backbone) -> list[str]:
+    """Name the layers after which the adapter's prompts change or are cut off."""
+    if config.prompt_depth == 1 and not backbone.reads_all:
+        return []
+    layers = find_layers(model, backbone.embeddings)
+    return layers[-1:] if config.prompt_depth == 1 else layers
 
 
 def refuse_other_adapters(model: nn.Module) -> None:

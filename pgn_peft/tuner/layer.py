@@ -13,7 +13,7 @@ from pgn_peft.nn.layout import PromptLayout, compose, make_layout
 from pgn_peft.nn.patch_inverse import PatchInverse
 from pgn_peft.nn.preprocessing import denormalize, normalize
 from pgn_peft.tuner.backbones import own_image_size, patch_projection, takes_any_size
-from pgn_peft.tuner.batch_adapters import BASE, current_rows, map_rows
+from pgn_peft.tuner.batch_adapters import BASE, adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.checks import check_pixel_values, check_together
 from pgn_peft.tuner.config import PGNConfig
@@ -226,12 +226,12 @@ class PGNLayer(PGNTunerLayer, nn.Module):
 
         Tokens of adapters in latent space are appended in order; they are generated from the image without patches.
         One with prompts in several layers appends all of them, and each `PGNBlock` takes its layer's away. In a mixed
-        batch each image has the adapter that `current_rows` names for it.
+        batch each image has the adapter that `adapters_of_batch` names for it.
         """
-        rows = current_rows()
-        if rows:
-            return map_rows(
-                rows,
+        names = adapters_of_batch()
+        if names:
+            return map_by_adapter(
+                names,
                 pixel_values,
                 lambda name, images: self._embed([] if name == BASE else [name], images, *args, **kwargs),
             )
@@ -268,9 +268,9 @@ class PGNLayer(PGNTunerLayer, nn.Module):
 
     def running_prompts(self) -> tuple[int, int]:
         """Return the prompts P behind the tokens, and how many layers have their own, in the call that runs now."""
-        rows = current_rows()
-        if rows:
-            return self._count_prompts(rows[0])  # alike in all rows: `token_counts`
+        names = adapters_of_batch()
+        if names:
+            return self._count_prompts(names[0])  # alike in all rows: `token_counts`
         active = () if self.disable_adapters else self.active_adapters
         counts = [self._count_prompts(name) for name in active if name in self.configs]
         # One with prompts in several layers is active alone: `check_together`.
@@ -281,6 +281,14 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             return 0, 1
         config = self.configs[adapter_name]
         return config.num_virtual_tokens, config.prompt_depth
+
+    def check_calls_of(self, backbone: nn.Module) -> None:
+        """Run `check_inputs` before each forward pass of the backbone, until `release`."""
+        self._input_check = backbone.register_forward_pre_hook(self.check_inputs, with_kwargs=True)
+
+    def release(self) -> None:
+        """Check calls of the backbone no longer."""
+        self._input_check.remove()
 
     def check_inputs(
         self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

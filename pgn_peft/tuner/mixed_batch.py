@@ -1,26 +1,18 @@
-"""Mixed batches: a different adapter for each image, `model(pixel_values, adapter_names=[...])`.
-
-A ViT lets every token see every other, so images share a pass through it only if they have equally many tokens. The
-batch is cut into groups that do; inside a group each image gets its own adapter's prompts and head in one pass.
-"""
+"""Mixed batches: a different adapter for each image, `model(pixel_values, adapter_names=[...])`."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor, nn
+from torch import Tensor
 
 from pgn_peft.tuner.adapters import prompt_layer
-from pgn_peft.tuner.batch_adapters import BASE, current_rows, restore_order, running_rows
+from pgn_peft.tuner.batch_adapters import BASE, running_batch
 from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.layer import PGNLayer
-
-_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -40,18 +32,17 @@ def mixed_batch(
     Raises:
         TypeError: `adapter_names` is no list of strings, or `pixel_values` no tensor.
         ValueError: the model is in training mode; a name is unknown; there are more or fewer names than images; the
-            adapters have different labels or modules of their own; or another argument would have to be cut too.
+            adapters have different labels, other numbers of tokens, or modules of their own; or another argument is a
+            tensor.
     """
     names = _check_names(tuner, adapter_names)
     layer = prompt_layer(tuner)
     layer.check_inputs(tuner.model, args, dict(kwargs))
     _check_arguments(names, args, kwargs)
-    _install(tuner.model, layer)
-    try:
-        with running_rows(names):
-            yield
-    finally:
-        _remove(tuner.model)
+    pixel_values = args[0] if args else kwargs["pixel_values"]
+    _check_token_counts(layer, names, tuple(pixel_values.shape[-2:]))
+    with running_batch(names):
+        yield
 
 
 def _check_names(tuner: BaseTuner, adapter_names: Any) -> tuple[str, ...]:
@@ -114,64 +105,18 @@ def _check_arguments(names: Sequence[str], args: tuple[Any, ...], kwargs: Mappin
             )
 
 
-class _GroupedForward:
-    """Stands in for a model's `forward`: by groups where this thread runs a mixed batch, as it was in all others."""
-
-    def __init__(self, model: nn.Module, layer: PGNLayer) -> None:
-        self.before = vars(model).get("forward")
-        self.plain: Callable[..., Any] = model.forward
-        self.layer = layer
-        self.users = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        names = current_rows()
-        if names is None:
-            return self.plain(*args, **kwargs)
-        pixel_values = args[0] if args else kwargs.pop("pixel_values")
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for row, name in enumerate(names):
-            groups.setdefault(self.layer.token_counts(name, tuple(pixel_values.shape[-2:])), []).append(row)
-        if len(groups) < 2:
-            return self.plain(pixel_values, *args[1:], **kwargs)
-        outputs = []
-        for rows in groups.values():
-            with running_rows(tuple(names[row] for row in rows)):
-                outputs.append(self.plain(pixel_values[rows], *args[1:], **kwargs))
-        places = [row for rows in groups.values() for row in rows]
-        return _join(outputs, places, "outputs")
+def _check_token_counts(layer: PGNLayer, names: Sequence[str], image_size: tuple[int, int]) -> None:
+    counts = {name: layer.token_counts(name, image_size) for name in names}
+    first, *others = counts or [BASE]
+    for name in others:
+        if counts[name] != counts[first]:
+            described = " and ".join(f"{key!r} ({_describe_tokens(*counts[key])})" for key in (first, name))
+            raise ValueError(
+                f"`adapter_names` must name adapters with equally many tokens in one batch, but got {described}. "
+                "A ViT lets every token see every other, so they cannot share a pass; use a batch for each."
+            )
 
 
-def _install(model: nn.Module, layer: PGNLayer) -> None:
-    with _LOCK:
-        forward = vars(model).get("forward")
-        if not isinstance(forward, _GroupedForward):
-            forward = model.forward = _GroupedForward(model, layer)
-        forward.users += 1
-
-
-def _remove(model: nn.Module) -> None:
-    with _LOCK:
-        forward = model.forward
-        forward.users -= 1
-        if forward.users == 0:
-            del model.forward
-            if forward.before is not None:
-                model.forward = forward.before
-
-
-def _join(parts: Sequence[Any], places: Sequence[int], name: str) -> Any:
-    """Put the groups' outputs together, whatever they are nested in, and their rows in order."""
-    first = parts[0]
-    if isinstance(first, Mapping):
-        return type(first)(**{key: _join([part[key] for part in parts], places, key) for key in first})
-    if isinstance(first, (tuple, list)):
-        return type(first)(_join(entries, places, name) for entries in zip(*parts, strict=True))
-    if not isinstance(first, Tensor):
-        return first
-    if len({part.shape[1:] for part in parts}) > 1:
-        shapes = " and ".join(str(tuple(part.shape[1:])) for part in parts)
-        raise ValueError(
-            f"`adapter_names` must name adapters with equally many prompts where `{name}` is returned, but got "
-            f"{shapes} for one image. Leave that output out, or use a batch for each number of prompts."
-        )
-    return torch.cat(list(parts))[restore_order(places, first.device)]
+def _describe_tokens(height: int, width: int, num_prompts: int, depth: int) -> str:
+    layers = "" if depth == 1 else f" in each of {depth} layers"
+    return f"images of {height} x {width} pixels, {num_prompts} prompts{layers}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 from peft import PeftConfig
@@ -12,21 +12,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from pgn_peft.tuner.backbones import find_backbone, find_layers
+from pgn_peft.tuner.backbones import Backbone
 from pgn_peft.tuner.checks import check_together
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.head import PGNHead
-from pgn_peft.tuner.injection import (
-    check_adapter_name,
-    check_modules_to_save,
-    check_origin,
-    refuse_other_adapters,
-)
+from pgn_peft.tuner.injection import Injection, plan_injection, refuse_other_adapters
 from pgn_peft.tuner.layer import NO_MERGE, PGNLayer, PGNTunerLayer
 from pgn_peft.tuner.mixed_batch import mixed_batch
-from pgn_peft.tuner.recorded_fields import record_base, record_depth, record_labels
-from pgn_peft.tuner.saved_weights import check_size
 from pgn_peft.utils.tensors import compare_tensors
 
 
@@ -71,6 +64,7 @@ class PGNModel(BaseTuner):
     prefix: str = "pgn_"
     tuner_layer_cls = PGNTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
+    injections: Mapping[str, Injection] = MappingProxyType({})  # by adapter name
 
     def __init__(
         self,
@@ -98,34 +92,14 @@ class PGNModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Add an adapter to the model; see `BaseTuner.inject_adapter`.
-
-        A new adapter keeps a copy of its config, so that one config can serve several models. A config that an adapter
-        is loaded with (`inference_mode`), or that has nothing left to record, stays the caller's object.
-        """
+        """Add an adapter to the model; see `BaseTuner.inject_adapter` and `plan_injection`."""
         try:
-            given = self.peft_config[adapter_name]
-            config = copy.deepcopy(given)
-            config.validate()
-            saved = config.inference_mode and config.hidden_size is not None
-            check_origin(config, model)
-            self._backbone = find_backbone(model, config.target_modules)
-            check_adapter_name(adapter_name, model)
-            self._layers = layers = self._find_wrapped_layers(model, config)
-            check_modules_to_save(config, model, self._backbone, layers)
-            record_base(config, model, self._backbone)
-            if config.prompt_depth != 1:
-                record_depth(config, model, layers)
-            record_labels(config, model, self._backbone)
-            check_size(config)
-            self._targets = {self._backbone.embeddings, self._backbone.head, *layers}
-            if given.inference_mode or given == config:
-                vars(given).update(vars(config))
-                config = given
-            self.peft_config[adapter_name] = config
+            injection = plan_injection(model, self.peft_config[adapter_name], adapter_name)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
+        self.peft_config[adapter_name] = injection.config
+        self.injections = {**self.injections, adapter_name: injection}
         super().inject_adapter(
             model,
             adapter_name,
@@ -133,7 +107,7 @@ class PGNModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
-        if saved:
+        if injection.is_loaded:
             for layer in model.modules():
                 if isinstance(layer, PGNTunerLayer):
                     layer.expect_tensors(adapter_name)
@@ -142,7 +116,8 @@ class PGNModel(BaseTuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: PGNConfig, key: str) -> bool:
-        return key in self._targets
+        injection = next(injection for injection in self.injections.values() if injection.config is peft_config)
+        return key in injection.targets
 
     def _create_and_replace(
         self,
@@ -154,34 +129,35 @@ class PGNModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if current_key == self._backbone.head:
+        injection = self.injections[adapter_name]
+        if current_key == injection.backbone.head:
             if not isinstance(target, PGNHead):
                 target = PGNHead(target, getattr(self.model, "config", None))
                 setattr(parent, target_name, target)
             target.update_layer(adapter_name, peft_config)
-        elif current_key == self._backbone.embeddings:
-            self._prompt_layer().update_layer(adapter_name, peft_config)
+            return
+        layer = self._prompt_layer(injection.backbone)
+        if current_key == injection.backbone.embeddings:
+            layer.update_layer(adapter_name, peft_config)
         elif not isinstance(target, PGNBlock):
-            ends = self._backbone.reads_all and current_key == self._layers[-1]
-            setattr(parent, target_name, PGNBlock(target, self._prompt_layer(), int(target_name), ends))
+            ends = injection.cuts_prompts_after(current_key)
+            setattr(parent, target_name, PGNBlock(target, layer, int(target_name), ends))
 
-    def _find_wrapped_layers(self, model: nn.Module, config: PGNConfig) -> list[str]:
-        """Name the layers behind which the adapter's prompts change or are cut off."""
-        if config.prompt_depth == 1 and not self._backbone.reads_all:
-            return []
-        layers = find_layers(model, self._backbone.embeddings)
-        return layers[-1:] if config.prompt_depth == 1 else layers
-
-    def _prompt_layer(self) -> PGNLayer:
-        """Return the layer that makes the prompts, put around the embeddings if it is not there yet."""
-        above, _, name = self._backbone.embeddings.rpartition(".")
+    def _prompt_layer(self, backbone: Backbone) -> PGNLayer:
+        """Return the layer that makes the prompts, which is put around the embeddings where it is not yet."""
+        above, _, name = backbone.embeddings.rpartition(".")
         parent = self.model.get_submodule(above)
         layer = getattr(parent, name)
         if not isinstance(layer, PGNLayer):
             layer = PGNLayer(layer)
-            layer.input_check = parent.register_forward_pre_hook(layer.check_inputs, with_kwargs=True)
+            layer.check_calls_of(parent)
             setattr(parent, name, layer)
         return layer
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; see `BaseTuner.delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        self.injections = {name: injection for name, injection in self.injections.items() if name != adapter_name}
 
     # Using it.
 
@@ -218,7 +194,7 @@ class PGNModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would copy `.weight`, which embeddings have not.
         if isinstance(child, PGNLayer):
-            child.input_check.remove()
+            child.release()
         elif isinstance(child, PGNHead):
             child.show_base_labels()
         elif isinstance(child, ModulesToSaveWrapper):
