@@ -16,6 +16,8 @@ from pgn_peft import PGNConfig
 # Tiny models gain nothing from threads, and lose much where the machine is busy.
 torch.set_num_threads(1)
 
+HANG = 1800  # seconds after which a process that hangs is ended; no test may fail because a machine is slow
+
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 # architecture -> its config class

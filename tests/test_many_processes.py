@@ -12,7 +12,7 @@ import torch
 import transformers
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import tiny_config, tiny_vit
+from conftest import HANG, tiny_config, tiny_vit
 from packaging.version import Version
 from peft import AutoPeftModel, get_peft_model
 from recorded_runs import recorded_run, several_labels
@@ -71,7 +71,7 @@ def runs(tmp_path_factory):
         [*map(str, launch)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         cwd=folder,
         encoding="utf-8",
