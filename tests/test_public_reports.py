@@ -32,3 +32,18 @@ def test_adapters_that_were_off_for_a_while_are_as_frozen_as_before(pixel_values
     frozen.train()(pixel_values)
     for name, tensor in tensors.items():
         assert torch.equal(frozen.state_dict()[name], tensor), name
+
+
+def test_an_adapter_that_follows_a_deleted_one_has_its_own_modules(pixel_values):
+    """huggingface/peft#3716: it had the base's in their place, frozen, if the deleted adapter had none."""
+    model = get_peft_model(tiny_vit(), tiny_config(id2label=NAMES, modules_to_save=["vit.layernorm"]))
+    move_adapter(model).eval()
+    with torch.no_grad():
+        model.get_base_model().vit.layernorm.modules_to_save["default"].weight.mul_(2)
+    expected, before = answer(model, pixel_values), trainable(model)
+    model.add_adapter("second", tiny_config(id2label=NAMES))
+    model.set_adapter("second")
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        model.delete_adapter("second")
+    assert torch.equal(answer(model, pixel_values), expected)
+    assert trainable(model) == before
