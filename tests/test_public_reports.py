@@ -4,6 +4,10 @@ import pytest
 import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import TrainingArguments
+
+from pgn_peft import AdapterTrainer, ImageCollator
 
 NAMES = {0: "cat", 1: "dog"}
 
@@ -47,3 +51,39 @@ def test_an_adapter_that_follows_a_deleted_one_has_its_own_modules(pixel_values)
         model.delete_adapter("second")
     assert torch.equal(answer(model, pixel_values), expected)
     assert trainable(model) == before
+
+
+def first_gradient_norm(folder, batch_size, accumulated, labels, **overrides):
+    """Train for one step on eight images, and return the norm of its gradient."""
+    torch.manual_seed(0)
+    config = tiny_config(num_labels=len(labels[0]), generator_norm="group")
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulated, max_steps=1,
+        logging_steps=1, max_grad_norm=1e9, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = AdapterTrainer(
+        get_peft_model(tiny_vit(), config),
+        arguments,
+        train_dataset=[{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)],
+        data_collator=ImageCollator(num_labels=len(labels[0])),
+        **overrides,
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["grad_norm"]
+
+
+def test_a_loss_function_of_the_users_is_told_the_number_of_labels(tmp_path):
+    """huggingface/transformers#34198: without it accumulated gradients are too large."""
+
+    def loss_function(outputs, labels, num_items_in_batch):
+        loss = binary_cross_entropy_with_logits(outputs["logits"], labels, reduction="sum")
+        return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+    labels = [[float(n % 2), float(n % 3 == 0)] for n in range(8)]
+    at_once, accumulated = (
+        first_gradient_norm(tmp_path, batch_size, 8 // batch_size, labels, compute_loss_func=loss_function)
+        for batch_size in (8, 2)
+    )
+    assert accumulated == pytest.approx(at_once, rel=1e-4)
