@@ -53,6 +53,13 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
     def unmerge(self) -> None:
         """Do nothing: an adapter is never merged."""
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn adapters on or off, and leave it as it is which of them are trained.
+
+        PEFT would make a frozen adapter trainable when it is turned on again, as `disable_adapter()` does on leaving.
+        """
+        self._disable_adapters = not enabled
+
     def adapter_modules(self, adapter_name: str) -> list[nn.Module]:
         """List the modules of an adapter in this layer."""
         containers = [getattr(self, name) for name in self.adapter_layer_names]
