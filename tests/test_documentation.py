@@ -87,7 +87,11 @@ def test_the_readmes_code_runs(run):
     assert "load_classifier" in source
     names = run("README.md")
     assert names["label"] in {"cat", "dog", "owl"}
-    assert {entry["label"] for entry in names["prompter"].answer(names["answer"])} == {"mountain", "valley", "bridge"}
+    assert {entry["label"] for entry in names["prompter"].read_answer(names["answer"])} == {
+        "mountain",
+        "valley",
+        "bridge",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)

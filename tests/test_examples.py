@@ -351,7 +351,7 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     assert figures["agreement with the model at hand"] == figures["accuracy prompted"] == 1
     assert "the server sees what it is sent" in capsys.readouterr().out
 
-    with pytest.raises(OSError, match="must be the folder of a prompter, but got one without prompter_config.json"):
+    with pytest.raises(OSError, match="must be a prompter, but got a folder without prompter_config.json"):
         deploy_input_only.main([*deploy, str(folder)])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit, match="`HF_HUB_OFFLINE` must not be set for this example"):
