@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from recipes import RECIPES, Recipe
 from transformers import AutoImageProcessor
 
-from pgn_peft.tuner.positions import made_size
+from pgn_peft.hub.image_size import made_size
 
 Rows = Dataset | IterableDataset
 

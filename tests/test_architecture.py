@@ -21,7 +21,7 @@ ALLOWED = {
     "hub": {"nn", "tuner", "utils"},
     "training": {"hub", "nn", "tuner"},
     "official": {"nn", "tuner", "utils"},
-    "inspection": {"tuner"},
+    "inspection": {"nn", "tuner"},
     "plotting": set(),
 }
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from conftest import ENVIRONMENT, ROOT, tiny_vit
+from conftest import ENVIRONMENT, HANG, ROOT, tiny_vit
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -525,7 +525,7 @@ with open({str(tmp_path)!r} + "/seen-" + os.environ["RANK"], "w") as file:
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"  # 0: one that is free
     options = f"--output_dir {tmp_path / 'adapter'} --streaming true --max_steps 4 --shuffle_buffer 8"
     words = [sys.executable, *launch.split(), str(wrapper), *command, *options.split()]
-    subprocess.run(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=300)
+    subprocess.run(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=HANG)
     shares = [set((tmp_path / f"seen-{rank}").read_text(encoding="utf-8").split()) for rank in range(2)]
     assert [len(share) for share in shares] == [16, 16]
     assert shares[0].isdisjoint(shares[1])

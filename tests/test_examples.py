@@ -68,6 +68,8 @@ def test_every_script_has_a_figure():
 @pytest.mark.parametrize("name", FIGURES)
 def test_smoke_mode_ends_with_its_figure(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    # Offline the Hub's client calls nobody, not even the server that a script starts on this machine.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     script = importlib.import_module(name)
     if name == "memory":  # which measures each model in a process of its own
         monkeypatch.setattr(script, "in_own_process", script.measure)
@@ -321,6 +323,7 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     """The two commands of the README, typed as there, on a folder of JPEGs, for a server that is running."""
     import deploy_input_only
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     _, command = material
     folder = tmp_path / "input-only"
     more = "--prompt_space pixel --head frozen --label_mapping true --num_virtual_tokens 12 --learning_rate 0.03"
@@ -337,7 +340,7 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     assert figures["agreement with the model at hand"] == figures["accuracy prompted"] == 1
     assert "the server sees what it is sent" in capsys.readouterr().out
 
-    with pytest.raises(OSError, match="must be the folder of a prompter, but got one without prompter_config.json"):
+    with pytest.raises(OSError, match="must be a prompter, but got a folder without prompter_config.json"):
         deploy_input_only.main([*deploy, str(folder)])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit, match="`HF_HUB_OFFLINE` must not be set for this example"):

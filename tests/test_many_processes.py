@@ -12,7 +12,7 @@ import torch
 import transformers
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ENVIRONMENT, ROOT, tiny_config, tiny_vit, with_output
+from conftest import ENVIRONMENT, HANG, ROOT, tiny_config, tiny_vit, with_output
 from packaging.version import Version
 from peft import AutoPeftModel, get_peft_model
 from recorded_runs import recorded_run, several_labels
@@ -69,7 +69,7 @@ def runs(tmp_path_factory):
         [*map(str, launch)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
         env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])},
         cwd=folder,
         encoding="utf-8",

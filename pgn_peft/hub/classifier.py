@@ -25,11 +25,11 @@ from pgn_peft.hub.downloads import (
     has_processor,
     read_adapter_config,
 )
+from pgn_peft.hub.image_size import interpolate_if_needed, made_of_square
 from pgn_peft.hub.model_card import CardFacts
 from pgn_peft.tuner.adapters import prompt_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.positions import interpolate_if_needed, made_of_square
 from pgn_peft.utils.sources import find_folder
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.nn.modes import evaluating
 from pgn_peft.utils.onnx import export_module
 
 
@@ -32,16 +33,6 @@ def export_model(model: nn.Module, image_size: tuple[int, int], path: Path) -> N
     """
     weight = next(model.parameters())
     example = torch.zeros(2, model.config.num_channels, *image_size, device=weight.device)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        export_module(
-            _Logits(model).eval(),
-            example,
-            path,
-            "pixel_values",
-            "logits",
-            {"id2label": json.dumps(model.config.id2label)},
-        )
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model):
+        metadata = {"id2label": json.dumps(model.config.id2label)}
+        export_module(_Logits(model).eval(), example, path, "pixel_values", "logits", metadata)

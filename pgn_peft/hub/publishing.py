@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pgn_peft.hub.downloads import ADAPTER_FILES
+from pgn_peft.hub.image_size import makes_another_size
 from pgn_peft.hub.model_card import CardFacts, make_card
 from pgn_peft.tuner.adapters import active_adapter, adapter_tensors, prompt_layer
-from pgn_peft.tuner.positions import makes_another_size
 from pgn_peft.utils.sources import is_repo_id, one_line
 
 CARD_FILE = "README.md"

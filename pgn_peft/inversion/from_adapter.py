@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pgn_peft.inversion.library import invert_library, invert_static_prompts
 from pgn_peft.nn.layout import PromptLayout, make_layout
+from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import Preprocessing, normalize, to_pixels
 from pgn_peft.prompter.image_prompter import ImagePrompter
@@ -133,9 +134,8 @@ def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) ->
     pixels = pixels[None].to(weight.device).float() / 255
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
     pixel_values = normalize(pixels, mean, std).to(weight.dtype)
-    interpolate = prompter.layout.size != layer.fixed_size
     with _unmodified(model), torch.inference_mode():
-        logits = model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate).logits
+        logits = model(pixel_values=pixel_values, **layer.size_options(prompter.layout.size)).logits
     return logits[0].float().softmax(-1).cpu().clone()
 
 
@@ -143,15 +143,12 @@ def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) ->
 def _unmodified(model: nn.Module) -> Iterator[None]:
     """Turn adapters off, and dropout; what is trainable stays so, which PEFT's own switch would change."""
     layers = [module for module in model.modules() if isinstance(module, PGNTunerLayer)]
-    modes = [(module, module.training) for module in model.modules()]
     before = [layer._disable_adapters for layer in layers]
-    try:
-        model.eval()
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
-        for module, training in modes:
-            module.training = training
+    with evaluating(model):
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled

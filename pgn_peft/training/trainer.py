@@ -96,9 +96,10 @@ class AdapterTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         # Trainer lets a loss divide by the number of labels in all processes and accumulated batches. Cross-entropy
         # does; the losses of numbers (regression, several labels an image) are means whatever they are told, and were
-        # multiplied by the number of processes and of accumulated batches.
+        # multiplied by the number of processes and of accumulated batches. A loss function of the user's divides by
+        # the number itself, as for `Trainer`.
         labels = batch_samples[0].get("labels") if batch_samples else None
-        if isinstance(labels, Tensor) and labels.is_floating_point():
+        if self.compute_loss_func is None and isinstance(labels, Tensor) and labels.is_floating_point():
             return None
         return super()._get_num_items_in_batch(batch_samples, device)
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from pgn_peft.nn.layout import PromptLayout, compose, make_layout
 from pgn_peft.nn.patch_inverse import PatchInverse
 from pgn_peft.nn.preprocessing import denormalize, normalize
-from pgn_peft.tuner.backbones import own_image_size, patch_projection, takes_any_size
+from pgn_peft.tuner.backbones import patch_projection
 from pgn_peft.tuner.batch_adapters import BASE, adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.checks import check_pixel_values, check_together
 from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.positions import fixed_size, size_options
 
 NO_MERGE = (
     "A PGN adapter cannot be merged into the model's weights: its prompts depend on the image. Call `unload()` to get "
@@ -51,6 +52,13 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Do nothing: an adapter is never merged."""
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn adapters on or off, and leave it as it is which of them are trained.
+
+        PEFT would make a frozen adapter trainable when it is turned on again, as `disable_adapter()` does on leaving.
+        """
+        self._disable_adapters = not enabled
 
     def adapter_modules(self, adapter_name: str) -> list[nn.Module]:
         """List the modules of an adapter in this layer."""
@@ -147,7 +155,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         self.layouts: dict[str, PromptLayout] = {}  # of adapters in pixel space
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
-        self._any_size = takes_any_size(base_layer)
+        self.fixed_size = fixed_size(base_layer)  # height and width of its images, in pixels; None: any
         self.training = base_layer.training
 
     @property
@@ -164,11 +172,6 @@ class PGNLayer(PGNTunerLayer, nn.Module):
     def num_channels(self) -> int:
         """The channels C of the backbone's images."""
         return self.projection.in_channels
-
-    @property
-    def fixed_size(self) -> tuple[int, int] | None:
-        """Height and width of the backbone's images in pixels; None where it takes any without being told."""
-        return None if self._any_size else own_image_size(self.base_layer)
 
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
         """Create the generator and the library of an adapter."""
@@ -244,17 +247,15 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         for name in active:
             if name in self.layouts:  # one at most: PGNModel.set_adapter
                 images = self.prompted_images(name, pixel_values)
-                kwargs = self._with_positions(name, kwargs)
+                kwargs = kwargs | self.size_options(self.layouts[name].size)
         tokens = self.base_layer(images, *args, **kwargs)  # (B, N, D)
         # Appended after the position embeddings were added: a prompt has no place in the image.
         prompts = [self.prompts(name, pixel_values).to(tokens.dtype) for name in active if name not in self.layouts]
         return torch.cat([tokens, *prompts], dim=1) if prompts else tokens
 
-    def _with_positions(self, adapter_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Have the position embeddings interpolated where the prompted image is not of the backbone's own size."""
-        if self.fixed_size in (None, self.layouts[adapter_name].size):
-            return kwargs
-        return kwargs | {"interpolate_pos_encoding": True}
+    def size_options(self, size: tuple[int, int]) -> dict[str, bool]:
+        """Return the options that the backbone must be called with for images of this height and width, in pixels."""
+        return size_options(self.fixed_size, size)
 
     def token_counts(self, adapter_name: str, image_size: tuple[int, int]) -> tuple[int, ...]:
         """Return what decides how many tokens an image becomes: the size that is embedded, prompts, and their depth.
@@ -306,7 +307,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             ValueError: it has the wrong number of axes, channels or pixels; or `adapter_names` came past PEFT.
         """
         interpolate = kwargs.get("interpolate_pos_encoding")
-        if self._any_size:
+        if self.fixed_size is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "interpolate_pos_encoding"}
         if self.disable_adapters:
             return args, kwargs

@@ -154,11 +154,6 @@ class PGNModel(BaseTuner):
             setattr(parent, name, layer)
         return layer
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; see `BaseTuner.delete_adapter`."""
-        super().delete_adapter(adapter_name)
-        self.injections = {name: injection for name, injection in self.injections.items() if name != adapter_name}
-
     # Using it.
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -176,6 +171,15 @@ class PGNModel(BaseTuner):
                 )
         check_together(names, self.peft_config)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active, another one becomes it, with its `modules_to_save`."""
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        self.injections = {name: injection for name, injection in self.injections.items() if name != adapter_name}
+        if was_active and self.active_adapters:
+            # Where the deleted adapter had none, PEFT would leave the base's modules in their place.
+            self.set_adapter(self.active_adapters)
 
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: Any = None, **kwargs: Any
