@@ -23,7 +23,7 @@ CARD_FILE = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE)
 
 # What can be done about an answer of the Hub.
-REMEDIES = {
+REMEDIES: dict[int | None, str] = {
     401: "Log in with `hf auth login`, or pass a token",
     403: "Use a token with write access, or a repository of your own",
     404: "Look for a misspelt name or branch",
@@ -39,7 +39,7 @@ class Upload:
     private: bool | None = None
     token: str | bool | None = None
     revision: str | None = None
-    commit_message: str = "Upload adapter"
+    commit_message: str | None = "Upload adapter"
     create_pr: bool = False
 
 

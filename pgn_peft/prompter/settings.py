@@ -63,14 +63,15 @@ def read_parts(settings: dict[str, Any]) -> dict[str, Any]:
             num_labels, width = (read_integer("head", size, 1, 1_000_000) for size in settings["head"])
             head = nn.Linear(width, num_labels)
         server_labels = _read_labels(settings["server_labels"])
-        probe_scores = torch.empty(len(server_labels)) if settings["probe"] else None
+        probe_scores = torch.empty(len(server_labels or {})) if settings["probe"] else None
     id2label, label_mapping = _read_labels(settings["id2label"]), settings["label_mapping"]
     if label_mapping is not None:
         label_mapping = read_indices("label_mapping", label_mapping)
-        if len(label_mapping) != len(id2label) or max(label_mapping) >= len(server_labels):
+        own, others = len(id2label or {}), len(server_labels or {})
+        if len(label_mapping) != own or max(label_mapping) >= others:
             raise ValueError(
-                f"`label_mapping` must map the {len(id2label)} classes to the server's {len(server_labels)}, but got "
-                f"{label_mapping}. Save or fetch the prompter again."
+                f"`label_mapping` must map the {own} classes to the server's {others}, but got {label_mapping}. "
+                "Save or fetch the prompter again."
             )
     return {
         "layout": layout,
