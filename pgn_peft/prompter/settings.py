@@ -13,7 +13,7 @@ from pgn_peft.nn.layout import LAYOUTS, PromptLayout, make_layout
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import RESAMPLING, Preprocessing
 from pgn_peft.utils.labels import normalize_id2label
-from pgn_peft.utils.values import check_choice, read_channel_values, read_indices, read_integer
+from pgn_peft.utils.values import check_choice, filled, read_channel_values, read_indices, read_integer
 
 # Upper bounds, far beyond what is used, so that no file can make the client allocate large tensors.
 LARGEST_SIDE, LARGEST_LIBRARY, LARGEST_WIDTH = 4096, 65_536, 1024
@@ -63,11 +63,11 @@ def read_parts(settings: dict[str, Any]) -> dict[str, Any]:
             num_labels, width = (read_integer("head", size, 1, 1_000_000) for size in settings["head"])
             head = nn.Linear(width, num_labels)
         server_labels = _read_labels(settings["server_labels"])
-        probe_scores = torch.empty(len(server_labels or {})) if settings["probe"] else None
+        probe_scores = torch.empty(len(filled(server_labels))) if settings["probe"] else None
     id2label, label_mapping = _read_labels(settings["id2label"]), settings["label_mapping"]
     if label_mapping is not None:
         label_mapping = read_indices("label_mapping", label_mapping)
-        own, others = len(id2label or {}), len(server_labels or {})
+        own, others = len(filled(id2label)), len(filled(server_labels))  # TypeError for None
         if len(label_mapping) != own or max(label_mapping) >= others:
             raise ValueError(
                 f"`label_mapping` must map the {own} classes to the server's {others}, but got {label_mapping}. "
