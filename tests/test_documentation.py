@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -127,3 +129,8 @@ def test_the_floor_of_peft_is_the_same_everywhere():
     floor = next(line for line in project["dependencies"] if line.startswith("peft"))
     assert PEFT_FLOOR.startswith(floor.removeprefix("peft>="))
     assert (ROOT / "pgn_peft/py.typed").exists()
+
+
+def test_the_table_of_fields_is_up_to_date():
+    check = subprocess.run([sys.executable, ROOT / "docs/field_table.py", "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
