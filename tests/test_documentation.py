@@ -66,7 +66,8 @@ OUTCOMES = {
         names["logits"].shape == (3, 2) and names["classifier"].model.config.id2label[2] == "owl"
     ),
     "docs/training.md": lambda names: (
-        names["trainer"].state.global_step == 1 and {group["lr"] for group in names["groups"]} == {1e-3, 1e-2, 3e-3}
+        names["trainer"].state.epoch == names["trainer"].args.num_train_epochs
+        and {group["lr"] for group in names["groups"]} == {1e-3, 1e-2, 3e-3}
     ),
 }
 
