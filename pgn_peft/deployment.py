@@ -17,6 +17,7 @@ from pgn_peft.inspection import find_layer
 from pgn_peft.inversion import PixelPrompts, invert_library, invert_static_prompts
 from pgn_peft.layer import PGNLayer, PGNTunerLayer
 from pgn_peft.layout import PromptLayout, make_layout
+from pgn_peft.offloading import loaded, loaded_copy
 from pgn_peft.preprocessing import Preprocessing, normalize, to_pixels
 from pgn_peft.prompter import ImagePrompter
 
@@ -70,6 +71,7 @@ def make_prompter(
         offset = None if library.image_offset is None else library.image_offset.detach().float().cpu().clone()
         prompts = PixelPrompts(library.patches.detach().float().cpu(), image_offset=offset)
     else:
+        embeddings = loaded_copy(layer.get_base_layer())
         if in_range and config.mixing != "softmax" and generator is not None:
             raise ValueError(
                 f"`in_range` must be False for an adapter with mixing={config.mixing!r}, but got True: only "
@@ -78,10 +80,10 @@ def make_prompter(
         scale = (preprocessing.image_mean, preprocessing.image_std)
         options = {"in_range": in_range, "approximate": approximate}
         if generator is None:
-            prompts = invert_static_prompts(layer.get_base_layer(), library.tokens, layout, *scale, **options)
+            prompts = invert_static_prompts(embeddings, library.tokens, layout, *scale, **options)
         else:
             options["slot_prompts"] = library.slot_prompts
-            prompts = invert_library(layer.get_base_layer(), library.tokens, layout, *scale, **options)
+            prompts = invert_library(embeddings, library.tokens, layout, *scale, **options)
     head = next((module for module in model.modules() if isinstance(module, PGNHead)), None)
     own_head = None if head is None else dict(head.pgn_head).get(adapter_name)
     prompter = ImagePrompter(
@@ -127,13 +129,14 @@ def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) ->
 
 def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) -> Tensor:
     """Compute the unmodified model's scores for the prompter's probe: (M,)."""
-    weight = layer.projection.weight
+    with loaded(layer.projection):
+        device, dtype = layer.projection.weight.device, layer.projection.weight.dtype
     pixels = to_pixels(prompter.probe(), prompter.num_channels)
     if prompter.layout.name == "canvas":
         pixels = prompter.preprocessing.apply(pixels)  # cuts its margins off
-    pixels = pixels[None].to(weight.device).float() / 255
+    pixels = pixels[None].to(device).float() / 255
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
-    pixel_values = normalize(pixels, mean, std).to(weight.dtype)
+    pixel_values = normalize(pixels, mean, std).to(dtype)
     interpolate = prompter.layout.size != layer.fixed_size
     with _unmodified(model), torch.inference_mode():
         logits = model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate).logits

@@ -20,6 +20,7 @@ from pgn_peft.head import PGNHead
 from pgn_peft.injection import (
     check_adapter_name,
     check_modules_to_save,
+    check_offloading,
     check_origin,
     refuse_other_adapters,
 )
@@ -107,6 +108,7 @@ class PGNModel(BaseTuner):
             config.validate()
             check_origin(config, model)
             self._backbone = find_backbone(model, config.target_modules)
+            check_offloading(config, model, self._backbone)
             check_adapter_name(adapter_name, model)
             self._layers = layers = self._find_wrapped_layers(model, config)
             check_modules_to_save(config, model, self._backbone, layers)
