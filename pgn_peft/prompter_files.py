@@ -39,7 +39,7 @@ def save(prompter: ImagePrompter, folder: Path) -> None:
     """Write both files into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in prompter.state_dict().items()}, folder / WEIGHTS_FILE)
-    folder.joinpath(CONFIG_FILE).write_text(json.dumps(_describe(prompter), indent=2) + "\n")
+    folder.joinpath(CONFIG_FILE).write_text(json.dumps(_describe(prompter), indent=2) + "\n", encoding="utf-8")
 
 
 def _describe(prompter: ImagePrompter) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def load(cls: type[ImagePrompter], folder: Path) -> ImagePrompter:
         ValueError: one is damaged, or they do not belong together.
     """
     try:
-        prompter = _build(cls, json.loads(folder.joinpath(CONFIG_FILE).read_text()))
+        prompter = _build(cls, json.loads(folder.joinpath(CONFIG_FILE).read_text(encoding="utf-8")))
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"`{folder / CONFIG_FILE}` must be the configuration of a prompter, but got {type(error).__name__}: "
