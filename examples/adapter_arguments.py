@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from pgn_peft import PGNConfig, frequency_mapping
-from pgn_peft.preprocessing import denormalize
+from pgn_peft.nn.preprocessing import denormalize
 from pgn_peft.training import start_library_from_images
 
 # Images that the library of an adapter in pixel space starts from.

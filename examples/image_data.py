@@ -15,8 +15,8 @@ from image_folder import METADATA, SPLIT_NAMES, UprightImage, check_images, coun
 from recipes import RECIPES, Recipe
 from transformers import AutoImageProcessor
 
-from pgn_peft.image_files import list_files
-from pgn_peft.image_size import made_size
+from pgn_peft.hub.image_size import made_size
+from pgn_peft.nn.image_files import list_files
 
 Rows = Dataset | IterableDataset
 

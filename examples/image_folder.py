@@ -15,8 +15,8 @@ from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from datasets.features.features import register_feature
 from tqdm import tqdm
 
-from pgn_peft.image_files import check_image, is_image_file, list_files, open_image
-from pgn_peft.preprocessing import convert_image
+from pgn_peft.nn.image_files import check_image, is_image_file, list_files, open_image
+from pgn_peft.nn.preprocessing import convert_image
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -31,7 +31,7 @@ LISTED = 10
 
 @dataclass
 class UprightImage(Image):
-    """A column of images, read as upright RGB ones of 8-bit pixels: see `pgn_peft.preprocessing.convert_image`.
+    """A column of images, read as upright RGB ones of 8-bit pixels: see `pgn_peft.nn.preprocessing.convert_image`.
 
     `datasets.Image(mode="RGB")` clips wider pixels at 255, and its errors do not name the image.
     """

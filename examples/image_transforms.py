@@ -16,7 +16,7 @@ from image_folder import UprightImage
 from torch import Tensor
 from torchvision.transforms import v2
 
-from pgn_peft.preprocessing import Preprocessing, to_pixels
+from pgn_peft.nn.preprocessing import Preprocessing, to_pixels
 from pgn_peft.version import __version__
 
 AUGMENTATIONS = {

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pgn_peft import load_classifier
-from pgn_peft.image_files import is_image_file, list_files, open_image
+from pgn_peft.nn.image_files import is_image_file, list_files, open_image
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -62,10 +62,10 @@ from transformers import (
     set_seed,
 )
 
-from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, ImagePrompter, PGNConfig
-from pgn_peft.backbones import find_backbone, own_image_size
-from pgn_peft.processes import EqualStatistics, SameSteps, synchronise_batch_norm
+from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_prompter
 from pgn_peft.training import last_complete_checkpoint, parameter_groups
+from pgn_peft.training.distributed import EqualStatistics, SameSteps
+from pgn_peft.tuner.backbones import find_backbone, own_image_size
 
 
 @dataclass
@@ -90,9 +90,6 @@ class Arguments(LoaderArguments):
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "By default three times the generator's; with 'sgd' the same."}
-    )
-    sync_batch_norm: bool = field(
-        default=False, metadata={"help": "Batch norms of the generator see the images of all processes; GPUs only."}
     )
     num_train_epochs: float = 12
     per_device_train_batch_size: int = 25
@@ -254,8 +251,6 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     trainer = make_trainer(
         model, splits, arguments, parameters, len(labels), interpolate, processor, describe_data(data.dataset)
     )
-    if arguments.sync_batch_norm:
-        synchronise_batch_norm(model)
     images.attach(trainer)
     if resume:
         if checkpoint is not None:
@@ -280,7 +275,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         trainer.facts = add_results(trainer.card_facts(), results)
         trainer.classifier.save_pretrained(folder, trainer.facts)
         if config.prompt_space == "pixel":
-            ImagePrompter.from_adapter(model, processor).save_pretrained(folder / "prompter")
+            make_prompter(model, processor).save_pretrained(folder / "prompter")
         folder.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         model.print_trainable_parameters()
         print(f"validation accuracy {results['validation_accuracy']:.3f}")

@@ -94,11 +94,11 @@ def several_labels(steps_to_accumulate):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    runs = json.loads((folder / "runs.json").read_text())
+    runs = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
     records = {name: recorded_run(command) for name, command in runs.items()} | {"several_labels": several_labels(2)}
     from torch import distributed
 
     for name, record in records.items():
         stem = f"{name}-{distributed.get_rank()}"
         save_file(record.pop("tensors"), folder / f"{stem}.safetensors")
-        (folder / f"{stem}.json").write_text(json.dumps(record))
+        (folder / f"{stem}.json").write_text(json.dumps(record), encoding="utf-8")

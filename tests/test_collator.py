@@ -78,8 +78,9 @@ def test_a_target_that_is_not_a_number_is_found():
 
 
 def test_integer_targets_of_several_labels_or_of_a_regression_become_floats():
-    assert ImageCollator(num_labels=2)(examples([[1, 0], [0, 1], [1, 1]]))["labels"].dtype == torch.float32
-    assert ImageCollator(num_labels=1)(examples([3, 7, 2]))["labels"].tolist() == [3.0, 7.0, 2.0]
+    for number, labels in ((2, [[1, 0], [0, 1], [1, 1]]), (1, [3, 7, 2])):
+        stacked = ImageCollator(num_labels=number)(examples(labels))["labels"]
+        assert torch.equal(stacked, torch.tensor(labels, dtype=torch.float32))
 
 
 def test_a_target_with_another_number_of_labels_is_found():

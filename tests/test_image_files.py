@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pgn_peft.image_files import check_image, is_image_file, list_files, open_image
+from pgn_peft.nn.image_files import check_image, is_image_file, list_files, open_image
 
 GREY = np.arange(256, dtype=np.uint16).reshape(16, 16)  # of 8 bits, stored with more
 
