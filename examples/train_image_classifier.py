@@ -192,6 +192,22 @@ def make_trainer(
     )
 
 
+def find_checkpoint(arguments: Arguments) -> Path | None:
+    """Return the checkpoint to go on from: the one that is named, or else the last complete one; None without one."""
+    if arguments.resume_from_checkpoint in ("true", "True", True):
+        try:
+            return last_complete_checkpoint(arguments.output_dir, arguments.world_size)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+    checkpoint = Path(arguments.resume_from_checkpoint).expanduser()
+    if not (checkpoint / "optimizer.pt").is_file():
+        raise SystemExit(
+            f"`resume_from_checkpoint` must be a checkpoint with the optimizer's state, but got {str(checkpoint)!r} "
+            "without optimizer.pt. Name another one; --save_only_model true saves none that a run can go on from."
+        )
+    return checkpoint
+
+
 def check_same_adapter(wanted: PGNConfig, found: PGNConfig) -> None:
     """Stop rather than go on with an adapter for other classes, or of another kind."""
     made_elsewhere = {"inference_mode", "peft_version", "pgn_peft_version", "base_model_name_or_path"}
@@ -208,6 +224,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     prepare_streaming(data, arguments)
     resume = arguments.resume_from_checkpoint not in (None, "", "false", "False")
     check_output_dir(arguments.output_dir, resume)
+    checkpoint = find_checkpoint(arguments) if resume else None
     set_seed(arguments.seed)
     with arguments.main_process_first(desc="loading the data"):
         splits = load_images(data, seed=0, shuffle_seed=arguments.seed)
@@ -235,14 +252,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         model, splits, arguments, parameters, len(labels), interpolate, processor, describe_data(data.dataset)
     )
     images.attach(trainer)
-    checkpoint = None
     if resume:
-        named = arguments.resume_from_checkpoint not in ("true", "True", True)
-        checkpoint = (
-            arguments.resume_from_checkpoint
-            if named
-            else last_complete_checkpoint(arguments.output_dir, arguments.world_size)
-        )
         if checkpoint is not None:
             check_same_adapter(model.peft_config["default"], PGNConfig.from_pretrained(str(checkpoint)))
         print(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint, starting from the beginning")

@@ -412,3 +412,20 @@ def test_pushed_to_a_hub_and_loaded_from_it(tmp_path, monkeypatch):
         files = {"prompter.safetensors", "prompter_config.json", "README.md"}
         assert set(hub.repositories["someone/prompter"]) == files
         assert same_tensors(ImagePrompter.from_pretrained("someone/prompter"), prompter)
+
+
+def test_wide_pixels_and_exif_orientations_are_what_a_server_would_see():
+    _, prompter = prompter_of("canvas")
+    upright = photos()[1]
+    expected = np.array(prompter(upright))
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    sent = prompter(Image.open(file))
+    assert np.array_equal(np.array(sent), expected)
+    assert sent.getexif().get(0x0112) is None
+    assert np.array_equal(prompter(np.array(upright).astype(np.uint16) * 257), expected)
+    grey = upright.convert("L")
+    wide = Image.fromarray(np.array(grey).astype(np.uint16) * 257)
+    assert np.array_equal(np.array(prompter(wide)), np.array(prompter(grey)))

@@ -122,15 +122,16 @@ class ImagePrompter(nn.Module):
 
         Args:
             images: Pillow images of any mode, arrays (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), one
-                or a list of them; 8-bit integers, or floats in [0, 1]; of any size.
+                or a list of them; unsigned integers of 8 or 16 bits, or floats in [0, 1]; of any size. The EXIF
+                orientation of Pillow images is applied, as servers apply it.
 
         Returns:
-            The same kind, one or several, with 8-bit pixels (also for floats), prompted. Save them as PNG: JPEG
-            changes what they say. With a processor that crops they carry a margin for it to cut off.
+            The same kind, one or several, upright, with 8-bit pixels (also for wider ones), prompted. Save them as
+            PNG: JPEG changes what they say. With a processor that crops they carry a margin for it to cut off.
 
         Raises:
             TypeError: an image is of another kind.
-            ValueError: its values are impossible, or the prompts are no valid images.
+            ValueError: its values are impossible or of an unknown range, or the prompts are no valid images.
         """
         if not self.in_range:
             raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pgn_peft.tuner.batch_adapters import adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.layer import PGNTunerLayer
+from pgn_peft.tuner.offloading import loaded
 from pgn_peft.utils.labels import Labels
 
 
@@ -56,8 +57,9 @@ class PGNHead(PGNTunerLayer, nn.Module):
         head = nn.Linear(config.head_features or config.hidden_size, config.num_labels)
         with torch.no_grad():
             if self.base_labels.id2label == config.id2label:
-                head.weight.copy_(plain_weight(self.base_layer))
-                head.bias.copy_(self.base_layer.bias if self.base_layer.bias is not None else torch.zeros(()))
+                with loaded(self.base_layer):
+                    head.weight.copy_(plain_weight(self.base_layer))
+                    head.bias.copy_(self.base_layer.bias if self.base_layer.bias is not None else torch.zeros(()))
             else:
                 # What Transformers' ViTs start a new head from.
                 head.weight.normal_(std=0.02)

@@ -69,6 +69,7 @@ def plan_injection(model: nn.Module, config: PGNConfig, adapter_name: str) -> In
     is_loaded = completed.inference_mode and completed.hidden_size is not None
     check_origin(completed, model)
     backbone = find_backbone(model, completed.target_modules)
+    check_offloading(completed, model, backbone)
     check_adapter_name(adapter_name, model)
     layers = _find_wrapped_layers(model, completed, backbone)
     check_modules_to_save(completed, model, backbone, layers)
@@ -148,6 +149,26 @@ def check_origin(config: PGNConfig, model: nn.Module) -> None:
             f"`model` must be a {made_for}, which the adapter was made for, but got a {type(model).__name__}. Load "
             f"the checkpoint as {made_for}."
         )
+
+
+def check_offloading(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    """Refuse a saved adapter where the modules that it wraps lie on a disk.
+
+    Transformers would leave its weights as they were initialised, and PEFT would put them on the meta device. A new
+    adapter is made in memory.
+
+    Raises:
+        ValueError: `device_map` has the embeddings or the head on "disk".
+    """
+    if config.hidden_size is None:  # recorded in what was saved
+        return
+    for part, device in (getattr(model, "hf_device_map", None) or {}).items():
+        for name in (backbone.embeddings, backbone.head):
+            if device == "disk" and name is not None and (part == "" or _overlap(part, name)):
+                raise ValueError(
+                    f"`device_map` must keep {name!r} in memory for a saved adapter, whose weights lie beside it, but "
+                    f"got {{{part!r}: 'disk'}}. Put the embeddings and the head on a device, and other parts on disk."
+                )
 
 
 def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbone, layers: list[str]) -> None:

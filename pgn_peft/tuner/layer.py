@@ -17,6 +17,7 @@ from pgn_peft.tuner.batch_adapters import BASE, adapters_of_batch, map_by_adapte
 from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.checks import check_pixel_values, check_together
 from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.offloading import loaded
 from pgn_peft.tuner.positions import fixed_size, size_options
 
 NO_MERGE = (
@@ -120,9 +121,11 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
 
         Without this, an adapter added to a model in eval mode would update its BatchNorm during inference.
         """
-        weight = next(self.base_layer.parameters(), None)
-        if weight is not None and not any(parameter.is_meta for parameter in module.parameters()):
-            module.to(weight.device)
+        with loaded(self.base_layer):
+            weight = next(self.base_layer.parameters(), None)
+            device = None if weight is None else weight.device
+        if device is not None and not any(parameter.is_meta for parameter in module.parameters()):
+            module.to(device)
         return module.train(self.base_layer.training)
 
 
@@ -182,7 +185,8 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             self.layouts[adapter_name] = make_layout(
                 config.prompt_layout, (config.image_size,) * 2, config.patch_size, config.num_virtual_tokens
             )
-            directions = PatchInverse(self.projection.weight).directions(config.image_std)
+            with loaded(self.projection):
+                directions = PatchInverse(self.projection.weight).directions(config.image_std)
         library = make_library(config, self.hidden_size, self.num_channels, directions)
         self.pgn_library[adapter_name] = self._settle(library)
         generator = make_generator(config, self.num_channels)

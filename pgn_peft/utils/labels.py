@@ -61,8 +61,9 @@ class Labels:
         id2label = getattr(model_config, "id2label", None)
         if id2label is None:
             return None
-        # Transformers writes no labels as {}: a backbone for features.
-        return cls(normalize_id2label(id2label) if id2label else {}, getattr(model_config, "problem_type", None))
+        # Names can be numbers there. Transformers writes no labels as {}: a backbone for features.
+        id2label = normalize_id2label({key: str(name) for key, name in id2label.items()}) if id2label else {}
+        return cls(id2label, getattr(model_config, "problem_type", None))
 
     def show_in(self, model_config: Any) -> None:
         """Make `model_config` show these labels: `id2label`, `label2id`, hence `num_labels`, and `problem_type`."""
