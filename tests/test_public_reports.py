@@ -87,3 +87,11 @@ def test_a_loss_function_of_the_users_is_told_the_number_of_labels(tmp_path):
         for batch_size in (8, 2)
     )
     assert accumulated == pytest.approx(at_once, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluations_that_would_round_the_weights_are_refused(name, tmp_path):
+    """huggingface/transformers#10268: the weights stay rounded afterwards, the frozen ones too, and are saved so."""
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **{name: True})
+    with pytest.raises(ValueError, match=f"`{name}` must be False, but got True.* rounds the weights.*Use .*16=True"):
+        AdapterTrainer(adapted(), arguments)
