@@ -256,7 +256,7 @@ def test_a_subclass_counts_as_its_architecture(pixel_values):
     assert isinstance(model.get_base_model().vit, ViTModel)
 
 
-@pytest.mark.parametrize("door", ["PEFT", "Transformers", "Classifier"])
+@pytest.mark.parametrize("door", ["PEFT", pytest.param("Transformers", marks=own_adapter_methods), "Classifier"])
 @pytest.mark.parametrize(
     ("num_labels", "labels", "inferred"),
     [
