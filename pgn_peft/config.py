@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from pgn_peft import checks
+from pgn_peft.checksums import compare_file, record, with_checksums
+from pgn_peft.files import finish_save, read_settings, replacing
 from pgn_peft.generator import MIXINGS, NORMS, TRUNKS
 from pgn_peft.labels import PROBLEM_TYPES, normalize_id2label
 from pgn_peft.layout import LAYOUTS
 from pgn_peft.newer import check_version, name_newer, reads_newer
 from pgn_peft.version import __version__
-from pgn_peft.weights import check_saved_weights, find_weights
+from pgn_peft.weights import check_saved_weights, checksums_of_parts, find_weights
 
 GENERATORS = (*TRUNKS, "static")
 HEADS = ("trained", "frozen")
 PROMPT_SPACES = ("latent", "pixel")
 HEAD_NAMES = ("classifier",)
+PARTS = ("pgn_generator", "pgn_library", "pgn_head")
 
 # field -> smallest and largest value, and whether None is one. The upper bounds keep a file that cannot be meant from
 # taking all memory; they are far beyond what the method is used with.
@@ -45,6 +50,7 @@ class PGNPeftType(str, enum.Enum):  # noqa: UP042  (PEFT reads the name off str(
     PGN = "PGN"
 
 
+@with_checksums(CONFIG_NAME)
 @reads_newer
 @dataclass
 class PGNConfig(PeftConfig):
@@ -162,7 +168,9 @@ class PGNConfig(PeftConfig):
     pgn_peft_version: str | None = field(default=None, metadata={"help": "Recorded: version of pgn_peft."})
 
     def __post_init__(self) -> None:
+        task_type, self.task_type = self.task_type, None  # `validate` says more than PEFT's check
         super().__post_init__()
+        self.task_type = task_type
         self.peft_type = PGNPeftType.PGN
         if self.pgn_peft_version is None:
             self.pgn_peft_version = __version__
@@ -182,6 +190,10 @@ class PGNConfig(PeftConfig):
                 f"`task_type` must be None, but got {self.task_type!r}. PEFT has no image task, and its task classes "
                 "pass `input_ids`; leave it out."
             )
+        for name in ("base_model_name_or_path", "revision"):
+            checks.check_text(name, getattr(self, name))
+        checks.check_boolean("inference_mode", self.inference_mode)
+        checks.check_texts("auto_mapping", self.auto_mapping)
         for name, (minimum, maximum, optional) in INTEGERS.items():
             setattr(self, name, checks.check_integer(name, getattr(self, name), minimum, maximum, optional))
         check_version("pgn_peft_version", self.pgn_peft_version)
@@ -280,6 +292,25 @@ class PGNConfig(PeftConfig):
                 "'single_label_classification'. Use two labels for a yes-or-no question."
             )
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, with checksums; see `PeftConfig.save_pretrained`.
+
+        Called by a `PeftModel` it records the checksum of the weights too, which are there already.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        # PEFT's models pass this argument, after the weights are written. Transformers' models write them afterwards,
+        # so that what lies there now may be those of an earlier save.
+        weights_are_written = "auto_mapping_dict" in kwargs
+        weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        with replacing(Path(save_directory)) as folder:
+            super().save_pretrained(str(folder), **kwargs)
+            if weights_are_written and weights.is_file():
+                record(folder / CONFIG_NAME, [weights], checksums_of_parts(weights))
+            else:
+                record(folder / CONFIG_NAME)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
@@ -289,9 +320,12 @@ class PGNConfig(PeftConfig):
         From the Hub this fetches the weights too, which a loader would do next.
 
         Raises:
+            OSError: a save was interrupted, and its files cannot be moved to their places.
             ValueError: there is no configuration, or the weights that belong beside it are not there, cannot be read,
-                or are not what it describes. PEFT would find that out after it had changed the model, or not at all.
+                or are not what it describes, or one of the two was changed after it was saved. PEFT would find that
+                out after it had changed the model, or not at all.
         """
+        finish_save(Path(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         # The width is recorded when an adapter is made; without it this is a bare configuration.
         if config.hidden_size is not None:
@@ -299,4 +333,22 @@ class PGNConfig(PeftConfig):
             with name_newer(config.pgn_peft_version):
                 folder = find_weights(str(pretrained_model_name_or_path), subfolder, download_kwargs)
                 check_saved_weights(folder, config)
+            compare_file(folder / SAFETENSORS_WEIGHTS_NAME, config.saved_checksums, CONFIG_NAME)
+            for part in PARTS:  # which the file's checksum includes
+                config.saved_checksums.pop(part, None)
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the fields of a configuration's file.
+
+        Raises:
+            ValueError: it is no JSON object, or one of another method.
+        """
+        settings = read_settings(Path(path_json_file))
+        if settings.get("peft_type") != PGNPeftType.PGN.value:
+            raise ValueError(
+                f"`peft_type` must be {PGNPeftType.PGN.value!r}, but got {settings.get('peft_type')!r} in "
+                f"{str(path_json_file)!r}. Load adapters of other methods with PEFT."
+            )
+        return super().from_json_file(path_json_file, **kwargs)

@@ -33,6 +33,7 @@ class PGNHead(PGNTunerLayer, nn.Module):
         self.pgn_head = nn.ModuleDict()
         self.labels: dict[str, Labels] = {}
         self.label_mapping: dict[str, list[int]] = {}
+        self.uncompared: dict[tuple[str, str], str] = {}
         self.base_labels = labels_of(base_layer, model_config)
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
@@ -51,6 +52,7 @@ class PGNHead(PGNTunerLayer, nn.Module):
             self.label_mapping[adapter_name] = config.label_mapping
         if config.head == "frozen":
             self._forget(self.pgn_head, adapter_name)
+            self._compare_later(adapter_name, config)
             return
         head = nn.Linear(config.head_features or config.hidden_size, config.num_labels)
         with torch.no_grad():
@@ -62,6 +64,7 @@ class PGNHead(PGNTunerLayer, nn.Module):
                 head.weight.normal_(std=0.02)
                 head.bias.zero_()
         self.pgn_head[adapter_name] = self._settle(head)
+        self._compare_later(adapter_name, config)
 
     def forward(self, features: Tensor) -> Tensor:
         """Answer with logits (B, number of the active adapter's labels).

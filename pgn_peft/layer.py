@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from pgn_peft.backbones import own_image_size, patch_projection, takes_any_size
 from pgn_peft.checks import check_pixel_values, check_together
+from pgn_peft.checksums import compare_part
 from pgn_peft.config import PGNConfig
 from pgn_peft.layout import PromptLayout, compose, make_layout
 from pgn_peft.preprocessing import denormalize, normalize
@@ -48,6 +50,30 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Do nothing: an adapter is never merged."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> PGNTunerLayer:
+        """Freeze or unfreeze. Freezing compares weights that Transformers has loaded with their checksums.
+
+        Its `load_adapter` shows a tuner neither the file nor the tensors, but freezes each tuner layer afterwards.
+
+        Raises:
+            ValueError: they are not the weights that were saved.
+        """
+        if not requires_grad:
+            for (container, adapter_name), checksum in self.uncompared.items():
+                modules = getattr(self, container)
+                if adapter_name in modules:
+                    compare_part(container, modules[adapter_name].state_dict(), checksum, CONFIG_NAME)
+            self.uncompared.clear()
+        return super().requires_grad_(requires_grad)
+
+    def _compare_later(self, adapter_name: str, config: PGNConfig) -> None:
+        """Note checksums to compare weights with that are loaded next, where nobody has compared the file."""
+        for container in self.adapter_layer_names:
+            checksum = config.saved_checksums.get(container) if config.inference_mode else None
+            self.uncompared.pop((container, adapter_name), None)
+            if checksum is not None:
+                self.uncompared[container, adapter_name] = checksum
 
     @staticmethod
     def _forget(modules: nn.ModuleDict, adapter_name: str) -> None:
@@ -88,6 +114,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         self.pgn_library = nn.ModuleDict()
         self.configs: dict[str, PGNConfig] = {}
         self.layouts: dict[str, PromptLayout] = {}  # of adapters in pixel space
+        self.uncompared: dict[tuple[str, str], str] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._any_size = takes_any_size(base_layer)
@@ -130,6 +157,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             self._forget(self.pgn_generator, adapter_name)
         else:
             self.pgn_generator[adapter_name] = self._settle(generator)
+        self._compare_later(adapter_name, config)
 
     def prompts(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
         """Generate the prompts of one adapter for a batch of images.

@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pgn_peft.checks import check_channel_values, check_choice, check_indices, check_integer
+from pgn_peft.checks import check_channel_values, check_choice, check_indices, check_integer, check_pair
+from pgn_peft.checksums import FIELD, compare_file, compare_settings, record
+from pgn_peft.files import finish_save, is_folder, read_settings, replacing
 from pgn_peft.generator import MIXINGS, NORMS, TRUNKS, PromptGenerator
 from pgn_peft.inversion import PixelPrompts
 from pgn_peft.labels import normalize_id2label
@@ -36,10 +38,16 @@ LARGEST_SIDE, LARGEST_LIBRARY, LARGEST_WIDTH = 4096, 65_536, 1024
 
 
 def save(prompter: ImagePrompter, folder: Path) -> None:
-    """Write both files into a folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in prompter.state_dict().items()}, folder / WEIGHTS_FILE)
-    folder.joinpath(CONFIG_FILE).write_text(json.dumps(_describe(prompter), indent=2) + "\n")
+    """Write both files into a folder, which is made.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in prompter.state_dict().items()}
+    with replacing(folder) as staged:
+        save_file(tensors, staged / WEIGHTS_FILE)
+        staged.joinpath(CONFIG_FILE).write_text(json.dumps(_describe(prompter)), encoding="utf-8")
+        record(staged / CONFIG_FILE, [staged / WEIGHTS_FILE])
 
 
 def _describe(prompter: ImagePrompter) -> dict[str, Any]:
@@ -72,13 +80,15 @@ def load(cls: type[ImagePrompter], folder: Path) -> ImagePrompter:
         OSError: a file is not there.
         ValueError: one is damaged, or they do not belong together.
     """
+    settings = read_settings(folder / CONFIG_FILE)
     try:
-        prompter = _build(cls, json.loads(folder.joinpath(CONFIG_FILE).read_text()))
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        prompter = _build(cls, settings)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"`{folder / CONFIG_FILE}` must be the configuration of a prompter, but got {type(error).__name__}: "
             f"{error}. Save or fetch the prompter again."
         ) from error
+    compare_settings(settings, CONFIG_FILE)
     file = folder / WEIGHTS_FILE
     try:
         tensors = load_file(file)
@@ -93,6 +103,7 @@ def load(cls: type[ImagePrompter], folder: Path) -> ImagePrompter:
                 f"`{file}` must hold {name} as {expected.dtype}, but got {tensors[name].dtype}. Save the prompter "
                 "again."
             )
+    compare_file(file, settings.get(FIELD), CONFIG_FILE)
     prompter.load_state_dict(tensors, assign=True)
     return prompter.requires_grad_(False).eval()
 
@@ -117,7 +128,7 @@ def _build(cls: type[ImagePrompter], config: dict[str, Any]) -> ImagePrompter:
         image_offset = torch.empty(channels, *size) if config["image_offset"] else None
         head = None
         if config["head"] is not None:
-            labels, width = (check_integer("head", size, 1, 1_000_000) for size in config["head"])
+            labels, width = check_pair("head", config["head"], 1_000_000)
             head = nn.Linear(width, labels)
         server_labels = _labels(config["server_labels"])
         probe_scores = torch.empty(len(server_labels)) if config["probe"] else None
@@ -148,18 +159,15 @@ def _labels(labels: dict[str, str] | None) -> dict[int, str] | None:
 
 def _layout(settings: dict[str, Any]) -> PromptLayout:
     check_choice("prompt_layout", settings["name"], LAYOUTS)
-    height, width = (check_integer("image_size", side, 1, LARGEST_SIDE) for side in settings["image_size"])
+    image_size = check_pair("image_size", settings["image_size"], LARGEST_SIDE)
     patch_size = check_integer("patch_size", settings["patch_size"], 1, LARGEST_SIDE)
     prompts = check_integer("num_virtual_tokens", settings["num_virtual_tokens"], 1, LARGEST_LIBRARY)
-    return make_layout(settings["name"], (height, width), patch_size, prompts)
+    return make_layout(settings["name"], image_size, patch_size, prompts)
 
 
 def _preprocessing(settings: dict[str, Any]) -> Preprocessing:
     def size(name: str) -> tuple[int, int] | None:
-        if settings[name] is None:
-            return None
-        height, width = (check_integer(name, side, 1, LARGEST_SIDE) for side in settings[name])
-        return height, width
+        return None if settings[name] is None else check_pair(name, settings[name], LARGEST_SIDE)
 
     check_choice("resample", settings["resample"], tuple(RESAMPLING.values()))
     return Preprocessing(
@@ -201,7 +209,8 @@ def find(name_or_path: str | Path, revision: str | None, token: str | None) -> P
         OSError: there is none.
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
+    if is_folder(folder):
+        finish_save(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not folder.joinpath(name).is_file():
                 raise OSError(
@@ -216,7 +225,7 @@ def find(name_or_path: str | Path, revision: str | None, token: str | None) -> P
             hub.hf_hub_download(str(name_or_path), name, revision=revision, token=token)
             for name in (CONFIG_FILE, WEIGHTS_FILE)
         ]
-    except ValueError as error:  # no possible id
+    except (OSError, ValueError) as error:  # not there, or no possible id
         raise OSError(f"{problem}, but got neither: {error} Look for a misspelt path.") from error
     return Path(files[0]).parent
 

@@ -10,12 +10,13 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pgn_peft.config import PGNConfig
 from pgn_peft.layer import PGNLayer
 from pgn_peft.processes import EqualStatistics, SameSteps, broadcast_statistics, synchronise_batch_norm
 
@@ -119,6 +120,8 @@ def _read_checkpoint(path: Path, world_size: int) -> int:
         raise FileNotFoundError(f"no {SAFETENSORS_WEIGHTS_NAME}")
     for file in weights:
         load_file(file)
+        if file.with_name(CONFIG_NAME).is_file():
+            PGNConfig.from_pretrained(str(file.parent))  # compares both with their checksums
     random_states = _random_states(path, world_size)
     for name in ("optimizer.pt", "scheduler.pt", *random_states):
         # torch.save writes zip archives. Their checksums are enough here, and nothing is unpickled.

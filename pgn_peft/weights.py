@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pgn_peft.checksums import of_tensors
 from pgn_peft.generator import PromptGenerator
 from pgn_peft.library import PatchLibrary, TokenLibrary
 from pgn_peft.tensors import compare_tensors
@@ -146,6 +147,16 @@ def check_saved_weights(folder: Path, config: PGNConfig) -> None:
         ) from error
 
 
+def checksums_of_parts(file: Path) -> dict[str, str]:
+    """Return checksums of generator, library and head in an adapter's file, by the names of their containers."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file).items():
+        part, _, own_name = _own_name(name).partition(".")
+        if own_name:
+            parts.setdefault(part, {})[own_name] = tensor
+    return {part: of_tensors(tensors) for part, tensors in parts.items() if part.startswith("pgn_")}
+
+
 def describe_weights(config: PGNConfig) -> dict[str, Tensor]:
     """Return the tensors of an adapter by name, on the meta device: all of them but those of `modules_to_save`.
 
@@ -174,13 +185,18 @@ def _empty(tensor: Any) -> Tensor:
     return torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
 
 
+def _own_name(name: str) -> str:
+    """Return a tensor's name within the adapter, "pgn_head.weight", wherever in the model that lies."""
+    return "pgn_" + name.partition(".pgn_")[2] if ".pgn_" in name else name
+
+
 def _compare(expected: dict[str, Tensor], tensors: dict[str, Tensor], config: PGNConfig, source: str) -> None:
     wanted = {module: [name for name in tensors if f"{module}." in name] for module in config.modules_to_save or ()}
     allowed = {name for names in wanted.values() for name in names}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         # Where in the model a part lies is PEFT's business; here it is enough that each is there once.
-        own = "pgn_" + name.partition(".pgn_")[2] if ".pgn_" in name else name
+        own = _own_name(name)
         if own != name or name not in allowed:
             # PEFT would load a tensor that is none of the adapter's over the frozen base's own.
             found[name if own in found else own] = tensor

@@ -250,7 +250,8 @@ def test_an_upload_that_was_cut_once_succeeds_by_itself(hub, adapter, run):
 
 def test_a_base_that_nobody_else_has_is_refused(hub, adapter, run, tmp_path):
     file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "vit")}))
+    edited = {"base_model_name_or_path": str(tmp_path / "vit"), "checksums": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | edited))
     outcome = run(PUSHES, adapter, 1, check=False)
     assert (
         f"`base_model_name_or_path` must be the id of a model on the Hub, but got '{tmp_path}/vit'" in outcome.stderr
