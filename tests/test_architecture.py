@@ -19,7 +19,7 @@ ALLOWED = {
     "tuner": {"nn", "utils", "version"},
     "inversion": {"nn", "prompter", "tuner"},
     "hub": {"nn", "tuner", "utils"},
-    "training": {"hub", "nn", "tuner"},
+    "training": {"hub", "nn", "tuner", "utils"},
     "official": {"nn", "tuner", "utils"},
     "inspection": {"nn", "tuner"},
     "plotting": set(),

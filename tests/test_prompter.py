@@ -202,7 +202,7 @@ def test_exact_prompts_and_heads_are_saved_too(tmp_path):
 
 def edit(folder, change):
     file = folder / "prompter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None}
     change(config)
     file.write_text(json.dumps(config), encoding="utf-8")
 
@@ -256,7 +256,7 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
             ImagePrompter.from_pretrained(tmp_path)
     file.write_bytes(whole)
     (tmp_path / "prompter_config.json").write_text("[1, 2", encoding="utf-8")
-    with pytest.raises(ValueError, match="must be JSON, but got"):
+    with pytest.raises(ValueError, match="`prompter_config.json` must be a JSON object, but got"):
         ImagePrompter.from_pretrained(tmp_path)
     file.unlink()
     with pytest.raises(OSError, match="a folder without prompter.safetensors"):

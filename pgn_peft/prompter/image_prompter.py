@@ -22,6 +22,8 @@ from pgn_peft.nn.preprocessing import Preprocessing, normalize, read_images, to_
 from pgn_peft.prompter import files, settings
 from pgn_peft.prompter.answers import compare_with_probe, map_scores, read_scores
 from pgn_peft.prompter.card import make_prompter_card
+from pgn_peft.utils.checksums import compare_settings
+from pgn_peft.utils.files import read_settings
 from pgn_peft.utils.markdown import list_names
 from pgn_peft.utils.onnx import export_module
 from pgn_peft.version import __version__
@@ -249,7 +251,7 @@ class ImagePrompter(nn.Module):
             ValueError: a file is damaged, or does not hold what the configuration declares.
         """
         folder = files.find_files(pretrained_model_name_or_path, revision, token)
-        described = files.read_settings(folder)
+        described = read_settings(folder / files.CONFIG_FILE)
         try:
             prompter = cls(**settings.read_parts(described))
         except (KeyError, TypeError, AttributeError) as error:
@@ -257,7 +259,8 @@ class ImagePrompter(nn.Module):
                 f"`{folder / files.CONFIG_FILE}` must be the configuration of a prompter, but got "
                 f"{type(error).__name__}: {error}. Save or fetch the prompter again."
             ) from error
-        prompter.load_state_dict(files.read_tensors(folder, prompter.state_dict()), assign=True)
+        compare_settings(described, files.CONFIG_FILE)
+        prompter.load_state_dict(files.read_tensors(folder, described, prompter.state_dict()), assign=True)
         return prompter.requires_grad_(False).eval()
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:

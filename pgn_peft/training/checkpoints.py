@@ -8,10 +8,12 @@ import re
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pgn_peft.tuner.config import PGNConfig
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,8 @@ def _read_checkpoint(path: Path, world_size: int) -> int:
         raise FileNotFoundError(f"no {SAFETENSORS_WEIGHTS_NAME}")
     for file in weights:
         load_file(file)
+        if file.with_name(CONFIG_NAME).is_file():
+            PGNConfig.from_pretrained(str(file.parent))  # compares both with their checksums
     random_states = _random_states(path, world_size)
     for name in ("optimizer.pt", "scheduler.pt", *random_states):
         # torch.save writes zip archives. Their checksums are enough here, and nothing is unpickled.

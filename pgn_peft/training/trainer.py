@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer, parse_log_history
@@ -23,6 +24,7 @@ from pgn_peft.hub.classifier import Classifier
 from pgn_peft.hub.model_card import CardFacts
 from pgn_peft.training.distributed import check_processes_meet
 from pgn_peft.tuner.adapters import unwrap
+from pgn_peft.utils.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +139,21 @@ class AdapterTrainer(Trainer):
         }
         return dataclasses.replace(facts, metrics=metrics, split="validation")
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            raise OSError(
+                f"`output_dir` must take the checkpoint of step {self.state.global_step}, but got "
+                f"{self.args.output_dir!r}: {error}. Free space, and go on from the last complete checkpoint."
+            ) from error
+
     def create_model_card(self, model_name: str | None = None) -> None:
         """Write the adapter's card into the output folder, where `Trainer` would write its own."""
         if self.is_world_process_zero():
             name = model_name or self.hub_model_id or Path(self.args.output_dir).name
-            publishing.write_card(*self.classifier, Path(self.args.output_dir), self.card_facts(), name)
+            with replacing(Path(self.args.output_dir)) as folder:
+                publishing.write_card(*self.classifier, folder, self.card_facts(), name)
 
     def push_to_hub(
         self,

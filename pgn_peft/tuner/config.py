@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pgn_peft.tuner.fields import PGNFields, own_fields
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from pgn_peft.tuner.fields import PGNFields, PGNPeftType, own_fields
 from pgn_peft.tuner.forward_compatibility import name_newer, reads_newer
-from pgn_peft.tuner.saved_weights import check_saved_weights, find_weights
+from pgn_peft.tuner.saved_weights import check_saved_weights, checksums_of_parts, find_weights
+from pgn_peft.utils.checksums import compare_file, record, with_checksums
+from pgn_peft.utils.files import finish_save, read_settings, replacing
+
+# Containers of an adapter's modules, which have checksums of their own.
+PARTS = ("pgn_generator", "pgn_library", "pgn_head")
 
 
+@with_checksums(CONFIG_NAME)
 @reads_newer
 @dataclass
 class PGNConfig(PGNFields):
@@ -29,6 +38,25 @@ class PGNConfig(PGNFields):
     (its released checkpoints saw 224 px), `slot_prompts=False` and `initial_logit_std=0`.
     """
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, with checksums; see `PeftConfig.save_pretrained`.
+
+        Called by a `PeftModel` it records the checksum of the weights too, which are there already.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        # PEFT's models pass this argument, after the weights are written. Transformers' models write them afterwards,
+        # so that what lies there now may be those of an earlier save.
+        weights_are_written = "auto_mapping_dict" in kwargs
+        weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        with replacing(Path(save_directory)) as folder:
+            super().save_pretrained(str(folder), **kwargs)
+            if weights_are_written and weights.is_file():
+                record(folder / CONFIG_NAME, [weights], checksums_of_parts(weights))
+            else:
+                record(folder / CONFIG_NAME)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
@@ -39,9 +67,12 @@ class PGNConfig(PGNFields):
 
         Raises:
             FileNotFoundError: there are no weights beside the configuration.
-            ValueError: there is no configuration, or the weights cannot be read or are not what it describes. PEFT
-                would find that out after it had changed the model, or not at all.
+            OSError: a save was interrupted, and its files cannot be moved to their places.
+            ValueError: there is no configuration; the weights cannot be read or are not what it describes; or one of
+                the two was changed after it was saved. PEFT would find that out after it had changed the model, or
+                not at all.
         """
+        finish_save(Path(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         # The width is recorded when an adapter is made; without it this is a bare configuration.
         if config.hidden_size is not None:
@@ -49,7 +80,25 @@ class PGNConfig(PGNFields):
             with name_newer(config.pgn_peft_version):
                 folder = find_weights(str(pretrained_model_name_or_path), subfolder, download_kwargs)
                 check_saved_weights(folder, config)
+            compare_file(folder / SAFETENSORS_WEIGHTS_NAME, config.saved_checksums, CONFIG_NAME)
+            for part in PARTS:  # the file's checksum includes them
+                config.saved_checksums.pop(part, None)
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the fields of a configuration's file.
+
+        Raises:
+            ValueError: it is no JSON object, or one of another method.
+        """
+        settings = read_settings(Path(path_json_file))
+        if settings.get("peft_type") != PGNPeftType.PGN.value:
+            raise ValueError(
+                f"`peft_type` must be {PGNPeftType.PGN.value!r}, but got {settings.get('peft_type')!r} in "
+                f"{str(path_json_file)!r}. Load adapters of other methods with PEFT."
+            )
+        return super().from_json_file(path_json_file, **kwargs)
 
 
 def _describe_fields() -> str:

@@ -190,7 +190,9 @@ class PGNFields(PeftConfig):
     pgn_peft_version: str | None = _field(None, "Recorded: the version of pgn_peft that made the adapter.")
 
     def __post_init__(self) -> None:
+        task_type, self.task_type = self.task_type, None  # `validate` says more than PEFT's check
         super().__post_init__()
+        self.task_type = task_type
         self.peft_type = PGNPeftType.PGN
         if self.pgn_peft_version is None:
             self.pgn_peft_version = __version__
@@ -211,6 +213,10 @@ class PGNFields(PeftConfig):
                 "pass `input_ids`; leave it out."
             )
         check_version("pgn_peft_version", self.pgn_peft_version)
+        for name in ("base_model_name_or_path", "revision"):
+            checks.check_text(name, getattr(self, name))
+        checks.check_boolean("inference_mode", self.inference_mode)
+        checks.check_texts("auto_mapping", self.auto_mapping)
         for field in own_fields():
             value, limits = getattr(self, field.name), field.metadata
             if limits["integers"] is not None:

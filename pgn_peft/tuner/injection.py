@@ -112,11 +112,17 @@ def refuse_other_adapters(model: nn.Module) -> None:
 
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
-    """Refuse a name that could be mistaken for a part of a tensor's name.
+    """Refuse a name that is no name of a folder, or that could be mistaken for a part of a tensor's name.
 
     Raises:
-        ValueError: it could.
+        ValueError: it is one of these.
     """
+    # PEFT saves an adapter in a folder of its name, which "../other" would put elsewhere.
+    if len(adapter_name) > 100 or not adapter_name.isprintable() or set(adapter_name) & set('/\\:*?"<>|'):
+        raise ValueError(
+            f"`adapter_name` must be a name for a folder, but got {adapter_name!r}: PEFT saves the adapter there. "
+            "Use letters and digits."
+        )
     # PEFT tells adapters apart by looking for their names between the dots of tensor names.
     with torch.device("meta"):
         own = (

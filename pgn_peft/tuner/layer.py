@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from pgn_peft.nn.layout import PromptLayout, compose, make_layout
@@ -19,6 +20,7 @@ from pgn_peft.tuner.checks import check_pixel_values, check_together
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.offloading import loaded
 from pgn_peft.tuner.positions import fixed_size, size_options
+from pgn_peft.utils.checksums import compare_part
 
 NO_MERGE = (
     "A PGN adapter cannot be merged into the model's weights: its prompts depend on the image. Call `unload()` to get "
@@ -70,7 +72,6 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
         """Fill the new tensors of a saved adapter with NaN, until its file is loaded.
 
         Transformers' `load_adapter` only reports the tensors that it did not find, and initialises them at random.
-        `train` and `eval`, which every loader calls at its end, raise if one was left out.
         """
         for module in self.adapter_modules(adapter_name):
             for part in module.modules():
@@ -79,23 +80,34 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
                 tensor.fill_(math.nan)
         self._expected |= {adapter_name}
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, as in torch.
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze. Freezing checks the tensors of saved adapters that Transformers has loaded.
+
+        Its `load_adapter` shows a tuner neither the file nor the tensors, but freezes each tuner layer afterwards.
 
         Raises:
-            ValueError: a tensor of a saved adapter was not loaded.
+            ValueError: a tensor was not loaded, or differs from the one that was saved.
         """
-        for adapter_name in self._expected:
-            tensors = [tensor for module in self.adapter_modules(adapter_name) for tensor in _floating_tensors(module)]
-            if any(tensor.is_meta for tensor in tensors):
-                continue  # still being loaded
-            self._expected -= {adapter_name}
-            if any(bool(tensor.isnan().any()) for tensor in tensors):
+        if not requires_grad:
+            for adapter_name in self._expected:
+                self._check_loaded(adapter_name)
+            self._expected = frozenset()
+        return super().requires_grad_(requires_grad)
+
+    def _check_loaded(self, adapter_name: str) -> None:
+        for container in self.adapter_layer_names:
+            if adapter_name not in getattr(self, container):
+                continue
+            module = getattr(self, container)[adapter_name]
+            if any(bool(tensor.isnan().any()) for tensor in _floating_tensors(module)):
                 raise ValueError(
                     f"`{adapter_name}` must be loaded from a file with all tensors of the adapter, but got one "
-                    "without some of them; `PGNConfig.from_pretrained` names these. Save or fetch the adapter again."
+                    f"without some of {container}; `PGNConfig.from_pretrained` names these. Save or fetch the adapter "
+                    "again."
                 )
-        return super().train(mode)
+            checksum = self.configs[adapter_name].saved_checksums.get(container)
+            if checksum is not None:
+                compare_part(container, module.state_dict(), checksum, CONFIG_NAME)
 
     def cast_adapter(self, adapter_name: str, upcast: bool) -> None:
         """Cast an adapter's part of this layer, buffers included; PEFT's own function leaves BatchNorm's as they are.

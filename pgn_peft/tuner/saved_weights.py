@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pgn_peft.tuner.backbones import HEAD
 from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.fields import PGNFields
+from pgn_peft.utils.checksums import of_tensors
 from pgn_peft.utils.tensors import compare_tensors
 
 # What PEFT puts before the names of tensors in a file; and torch.compile's part of a name, which no file may have.
@@ -108,6 +109,16 @@ def check_saved_weights(folder: Path, config: PGNFields) -> None:
             f"`{file}` must be a complete safetensors file, but reading it failed: {error}. Copy or download the "
             "adapter again."
         ) from error
+
+
+def checksums_of_parts(file: Path) -> dict[str, str]:
+    """Return checksums of generator, library and head in an adapter's file, by the names of their containers."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file).items():
+        part, _, own_name = name.rpartition(".pgn_")[2].partition(".")
+        if ".pgn_" in name:
+            parts.setdefault(f"pgn_{part}", {})[own_name] = tensor
+    return {part: of_tensors(tensors) for part, tensors in parts.items()}
 
 
 def describe_weights(config: PGNFields) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
     for key, name in id2label.items():
         if not isinstance(name, str):
             raise TypeError(f"`id2label` must hold strings, but got {name!r} for class {key!r}. Use str(name).")
+        if not name.isascii():
+            _check_encodable(name)
         try:
             index = int(key)
         except (TypeError, ValueError):
@@ -46,6 +48,16 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
             "Number the classes as the data set's labels do."
         )
     return dict(sorted(labels.items()))
+
+
+def _check_encodable(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        # Python reads names of files, and so of classes, into such text where their encoding is another.
+        raise ValueError(
+            f"`id2label` must hold text that can be written to a file, but got {name!r}: {error}. Rename the class."
+        ) from error
 
 
 @dataclass(frozen=True)
