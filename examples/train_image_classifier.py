@@ -42,6 +42,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +53,7 @@ import torch
 from adapter_arguments import AdapterArguments, find_label_mapping, start_library
 from card_facts import add_results, describe_data
 from datasets import DatasetDict, Features, Value
+from filelock import FileLock, Timeout
 from image_data import DataArguments, load_processor, made_side
 from image_loading import LoaderArguments, prepare_images
 from image_stream import load_images, prepare_streaming
@@ -66,6 +69,7 @@ from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_p
 from pgn_peft.training import last_complete_checkpoint, parameter_groups
 from pgn_peft.training.distributed import EqualStatistics, SameSteps
 from pgn_peft.tuner.backbones import find_backbone, own_image_size
+from pgn_peft.utils.files import replacing
 
 
 @dataclass
@@ -107,6 +111,11 @@ class Arguments(LoaderArguments):
     logging_steps: float = 10
 
     def __post_init__(self) -> None:
+        if self.dataloader_drop_last:
+            raise SystemExit(
+                "`dataloader_drop_last` must be False, but got True: evaluations would leave images out too. Leave it "
+                "out; a last batch of one image can be trained on."
+            )
         if self.learning_rate is None:
             self.learning_rate = 0.1 if self.recipe == "sgd" else 1e-3
         if self.recipe == "sgd":
@@ -144,19 +153,44 @@ class Accuracy(evaluate.Metric):
         return {"accuracy": float(accuracy_score(references, predictions))}
 
 
-def check_output_dir(output_dir: str, resume: bool) -> None:
-    """Find out before training whether results can be written, and whether they would mix with an earlier run's."""
+@contextmanager
+def writing_to(output_dir: str, resume: bool, is_main_process: bool) -> Iterator[None]:
+    """Find out before training whether results can be written, and keep other runs from writing there meanwhile.
+
+    The lock is released when the process ends, also when it is killed.
+
+    Raises:
+        SystemExit: the folder cannot be written to, another run is writing there, or results would mix with those of
+            an earlier run.
+    """
     folder = Path(output_dir)
+    lock = FileLock(folder / ".training.lock", blocking=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if is_main_process:
+            lock.acquire()
+    except Timeout as error:
+        raise SystemExit(
+            f"`output_dir` must be written to by one run at a time, but got {output_dir!r}, which another process "
+            "writes to. Wait until it has ended, or choose another folder."
+        ) from error
     except OSError as error:
         raise SystemExit(f"`output_dir` must be writable, but got {output_dir!r}: {error}. Choose another.") from error
-    if not resume and any(folder.glob("checkpoint-*")):
-        raise SystemExit(
-            f"`output_dir` must hold no checkpoints of another run, but got {output_dir!r}. Pass "
-            "--resume_from_checkpoint true to go on with that run, or choose another folder."
-        )
+    except NotImplementedError as error:
+        print(f"`output_dir` cannot be locked here ({error}): let one run at a time write to it")
+    try:
+        if not resume and any(folder.glob("checkpoint-*")):
+            raise SystemExit(
+                f"`output_dir` must hold no checkpoints of another run, but got {output_dir!r}. Pass "
+                "--resume_from_checkpoint true to go on with that run, or choose another folder."
+            )
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes it on release
+                folder.joinpath(".training.lock").unlink()
+            lock.release()
 
 
 def make_trainer(
@@ -192,6 +226,22 @@ def make_trainer(
     )
 
 
+def find_checkpoint(arguments: Arguments) -> Path | None:
+    """Return the checkpoint to go on from: the one that is named, or else the last complete one; None without one."""
+    if arguments.resume_from_checkpoint in ("true", "True", True):
+        try:
+            return last_complete_checkpoint(arguments.output_dir, arguments.world_size)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+    checkpoint = Path(arguments.resume_from_checkpoint).expanduser()
+    if not (checkpoint / "optimizer.pt").is_file():
+        raise SystemExit(
+            f"`resume_from_checkpoint` must be a checkpoint with the optimizer's state, but got {str(checkpoint)!r} "
+            "without optimizer.pt. Name another one; --save_only_model true saves none that a run can go on from."
+        )
+    return checkpoint
+
+
 def check_same_adapter(wanted: PGNConfig, found: PGNConfig) -> None:
     """Stop rather than go on with an adapter for other classes, or of another kind."""
     made_elsewhere = {"inference_mode", "peft_version", "pgn_peft_version", "base_model_name_or_path"}
@@ -207,7 +257,12 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     """Train, evaluate and save; return what results.json holds."""
     prepare_streaming(data, arguments)
     resume = arguments.resume_from_checkpoint not in (None, "", "false", "False")
-    check_output_dir(arguments.output_dir, resume)
+    with writing_to(arguments.output_dir, resume, arguments.process_index == 0):
+        return _train(adapter, data, arguments, resume)
+
+
+def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments, resume: bool) -> dict:
+    checkpoint = find_checkpoint(arguments) if resume else None
     set_seed(arguments.seed)
     with arguments.main_process_first(desc="loading the data"):
         splits = load_images(data, seed=0, shuffle_seed=arguments.seed)
@@ -235,14 +290,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         model, splits, arguments, parameters, len(labels), interpolate, processor, describe_data(data.dataset)
     )
     images.attach(trainer)
-    checkpoint = None
     if resume:
-        named = arguments.resume_from_checkpoint not in ("true", "True", True)
-        checkpoint = (
-            arguments.resume_from_checkpoint
-            if named
-            else last_complete_checkpoint(arguments.output_dir, arguments.world_size)
-        )
         if checkpoint is not None:
             check_same_adapter(model.peft_config["default"], PGNConfig.from_pretrained(str(checkpoint)))
         print(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint, starting from the beginning")
@@ -266,7 +314,8 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         trainer.classifier.save_pretrained(folder, trainer.facts)
         if config.prompt_space == "pixel":
             make_prompter(model, processor).save_pretrained(folder / "prompter")
-        folder.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        with replacing(folder) as staged:
+            staged.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         model.print_trainable_parameters()
         print(f"validation accuracy {results['validation_accuracy']:.3f}")
         print(f"training images per second {results['train_images_per_second']:.1f}")

@@ -1,5 +1,6 @@
 """Tiny seeded models, random images, and the real files in ../shared where a machine has them."""
 
+import json
 import os
 import socket
 import tempfile
@@ -129,6 +130,12 @@ def assert_nearly_equal(found, expected, valid_pixels=False):
     # Of the largest value, since sums of large terms can come out small.
     tolerance = (5e-3 if valid_pixels else 1e-5) * max(1.0, expected.abs().max().item())
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def edit_json(file, **fields):
+    """Change fields of a saved configuration, which has no checksums afterwards."""
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None} | fields
+    file.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def move_adapter(model, seed=1):

@@ -264,7 +264,7 @@ def test_sources_that_are_none_are_named(material, tmp_path):
         split_sizes("./nowhere")
     flat = tmp_path / "flat"
     shutil.copytree(material[0] / "images/red", flat)
-    with pytest.raises(SystemExit, match="but got 'label'. It has: image.*one subfolder a class"):
+    with pytest.raises(SystemExit, match="one subfolder a class, .* but got .*flat' with 40 images and no subfolders"):
         split_sizes(flat)
 
 

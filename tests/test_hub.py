@@ -227,8 +227,9 @@ def test_an_upload_that_was_cut_once_succeeds_by_itself(hub, adapter):
 
 def test_a_base_that_nobody_else_has_is_refused(hub, adapter, tmp_path):
     file = adapter / "adapter_config.json"
+    edited = {"base_model_name_or_path": str(tmp_path / "vit"), "checksums": None}
     file.write_text(
-        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(tmp_path / "vit")}),
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | edited),
         encoding="utf-8",
     )
     message = f"`base_model_name_or_path` must be the id of a model on the Hub, but got {str(tmp_path / 'vit')!r}"

@@ -22,6 +22,7 @@ from pgn_peft.tuner.backbones import AVERAGES_PATCHES
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.offloading import loaded, loaded_copy
 
 
 def make_prompter(
@@ -76,7 +77,7 @@ def make_prompter(
                 "coefficients that sum to 1 mix valid patches into a valid patch. Train with mixing='softmax'."
             )
         scale = (preprocessing.image_mean, preprocessing.image_std)
-        embeddings, tokens = layer.base_layer, library.tokens
+        embeddings, tokens = loaded_copy(layer.base_layer), library.tokens
         if generator is None:
             prompts = invert_static_prompts(embeddings, tokens, layout, *scale, in_range=in_range)
         else:
@@ -127,13 +128,14 @@ def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) ->
 
 def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) -> Tensor:
     """Compute the unmodified model's scores for the prompter's probe: (M,)."""
-    weight = layer.projection.weight
+    with loaded(layer.projection):
+        device, dtype = layer.projection.weight.device, layer.projection.weight.dtype
     pixels = to_pixels(prompter.probe(), prompter.num_channels)
     if prompter.layout.name == "canvas":
         pixels = prompter.preprocessing.apply(pixels)  # cuts its margins off
-    pixels = pixels[None].to(weight.device).float() / 255
+    pixels = pixels[None].to(device).float() / 255
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
-    pixel_values = normalize(pixels, mean, std).to(weight.dtype)
+    pixel_values = normalize(pixels, mean, std).to(dtype)
     with _unmodified(model), torch.inference_mode():
         logits = model(pixel_values=pixel_values, **layer.size_options(prompter.layout.size)).logits
     return logits[0].float().softmax(-1).cpu().clone()

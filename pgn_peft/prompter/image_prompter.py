@@ -22,6 +22,8 @@ from pgn_peft.nn.preprocessing import Preprocessing, normalize, read_images, to_
 from pgn_peft.prompter import files, settings
 from pgn_peft.prompter.answers import compare_with_probe, map_scores, read_scores
 from pgn_peft.prompter.card import make_prompter_card
+from pgn_peft.utils.checksums import compare_settings
+from pgn_peft.utils.files import read_settings
 from pgn_peft.utils.markdown import list_names
 from pgn_peft.utils.onnx import export_module
 from pgn_peft.utils.values import filled
@@ -128,15 +130,16 @@ class ImagePrompter(nn.Module):
 
         Args:
             images: Pillow images of any mode, arrays (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), one
-                or a list of them; 8-bit integers, or floats in [0, 1]; of any size.
+                or a list of them; unsigned integers of 8 or 16 bits, or floats in [0, 1]; of any size. The EXIF
+                orientation of Pillow images is applied, as servers apply it.
 
         Returns:
-            The same kind, one or several, with 8-bit pixels (also for floats), prompted. Save them as PNG: JPEG
-            changes what they say. With a processor that crops they carry a margin for it to cut off.
+            The same kind, one or several, upright, with 8-bit pixels (also for wider ones), prompted. Save them as
+            PNG: JPEG changes what they say. With a processor that crops they carry a margin for it to cut off.
 
         Raises:
             TypeError: an image is of another kind.
-            ValueError: its values are impossible, or the prompts are no valid images.
+            ValueError: its values are impossible or of an unknown range, or the prompts are no valid images.
         """
         if not self.in_range:
             raise ValueError(
@@ -254,7 +257,7 @@ class ImagePrompter(nn.Module):
             ValueError: a file is damaged, or does not hold what the configuration declares.
         """
         folder = files.find_files(pretrained_model_name_or_path, revision, token)
-        described = files.read_settings(folder)
+        described = read_settings(folder / files.CONFIG_FILE)
         try:
             prompter = cls(**settings.read_parts(described))
         except (KeyError, TypeError, AttributeError) as error:
@@ -262,7 +265,8 @@ class ImagePrompter(nn.Module):
                 f"`{folder / files.CONFIG_FILE}` must be the configuration of a prompter, but got "
                 f"{type(error).__name__}: {error}. Save or fetch the prompter again."
             ) from error
-        prompter.load_state_dict(files.read_tensors(folder, prompter.state_dict()), assign=True)
+        compare_settings(described, files.CONFIG_FILE)
+        prompter.load_state_dict(files.read_tensors(folder, described, prompter.state_dict()), assign=True)
         return prompter.requires_grad_(False).eval()
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer, parse_log_history
@@ -23,6 +24,7 @@ from pgn_peft.hub.classifier import Classifier
 from pgn_peft.hub.model_card import CardFacts
 from pgn_peft.training.distributed import check_processes_meet
 from pgn_peft.tuner.adapters import unwrap
+from pgn_peft.utils.files import replacing
 from pgn_peft.utils.values import filled
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,8 @@ class AdapterTrainer(Trainer):
     Raises:
         TypeError: there is something to push and no image processor.
         ValueError: `hub_strategy` is one that publishes whole checkpoints, the base model is a folder that nobody
-            else has, or processes were started together that do not know each other.
+            else has, evaluations would round the weights (`bf16_full_eval`, `fp16_full_eval`), or processes were
+            started together that do not know each other.
     """
 
     hub_model_id: Any  # Trainer annotates neither, and begins with None
@@ -71,6 +74,13 @@ class AdapterTrainer(Trainer):
                 "True: Transformers cannot load its checkpoints again. Make the model with "
                 "peft.get_peft_model(model, config)."
             )
+        for name in ("fp16_full_eval", "bf16_full_eval"):
+            if getattr(self.args, name):
+                raise ValueError(
+                    f"`{name}` must be False, but got True: an evaluation rounds the weights of the adapter and of "
+                    "the frozen model for good, and what is saved afterwards has lost precision. Use "
+                    f"{name.removesuffix('_full_eval')}=True, which computes in half precision and leaves them alone."
+                )
         check_processes_meet(self.args)
         self.facts = facts or CardFacts()
         if self.args.push_to_hub and self.args.hub_strategy not in STRATEGIES:
@@ -135,11 +145,21 @@ class AdapterTrainer(Trainer):
         }
         return dataclasses.replace(facts, metrics=metrics, split="validation")
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            raise OSError(
+                f"`output_dir` must take the checkpoint of step {self.state.global_step}, but got "
+                f"{self.args.output_dir!r}: {error}. Free space, and go on from the last complete checkpoint."
+            ) from error
+
     def create_model_card(self, model_name: str | None = None) -> None:  # type: ignore[override]  # rest: `facts`
         """Write the adapter's card into the output folder, where `Trainer` would write its own."""
         if self.is_world_process_zero():
             name = model_name or self.hub_model_id or Path(filled(self.args.output_dir)).name
-            publishing.write_card(*self.classifier, Path(filled(self.args.output_dir)), self.card_facts(), name)
+            with replacing(Path(filled(self.args.output_dir))) as folder:
+                publishing.write_card(*self.classifier, folder, self.card_facts(), name)
 
     def push_to_hub(  # type: ignore[override]  # no options for a card, None in all processes but the first
         self,

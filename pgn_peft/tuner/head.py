@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pgn_peft.tuner.batch_adapters import adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.layer import PGNTunerLayer
+from pgn_peft.tuner.offloading import loaded
 from pgn_peft.utils.labels import Labels
 from pgn_peft.utils.values import filled
 
@@ -58,8 +59,9 @@ class PGNHead(PGNTunerLayer):
         head = nn.Linear(config.head_features or filled(config.hidden_size), filled(config.num_labels))
         with torch.no_grad():
             if self.base_labels.id2label == config.id2label:
-                head.weight.copy_(plain_weight(base))
-                head.bias.copy_(base.bias if base.bias is not None else torch.zeros(()))
+                with loaded(base):
+                    head.weight.copy_(plain_weight(base))
+                    head.bias.copy_(base.bias if base.bias is not None else torch.zeros(()))
             else:
                 # What Transformers' ViTs start a new head from.
                 head.weight.normal_(std=0.02)

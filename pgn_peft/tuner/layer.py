@@ -7,6 +7,7 @@ from typing import Any, Self, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from pgn_peft.nn.generator import PromptGenerator
@@ -19,7 +20,9 @@ from pgn_peft.tuner.batch_adapters import BASE, adapters_of_batch, map_by_adapte
 from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.checks import check_pixel_values, check_together
 from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.offloading import loaded
 from pgn_peft.tuner.positions import fixed_size, size_options
+from pgn_peft.utils.checksums import compare_part
 from pgn_peft.utils.values import filled
 
 NO_MERGE = (
@@ -69,7 +72,6 @@ class PGNTunerLayer(BaseTunerLayer, nn.Module):
         """Fill the new tensors of a saved adapter with NaN, until its file is loaded.
 
         Transformers' `load_adapter` only reports the tensors that it did not find, and initialises them at random.
-        `train` and `eval`, which every loader calls at its end, raise if one was left out.
         """
         for module in self.adapter_modules(adapter_name):
             for part in module.modules():
@@ -79,23 +81,34 @@ class PGNTunerLayer(BaseTunerLayer, nn.Module):
                 tensor.fill_(math.nan)
         self._expected |= {adapter_name}
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, as in torch.
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze. Freezing checks the tensors of saved adapters that Transformers has loaded.
+
+        Its `load_adapter` shows a tuner neither the file nor the tensors, but freezes each tuner layer afterwards.
 
         Raises:
-            ValueError: a tensor of a saved adapter was not loaded.
+            ValueError: a tensor was not loaded, or differs from the one that was saved.
         """
-        for adapter_name in self._expected:
-            tensors = [tensor for module in self.adapter_modules(adapter_name) for tensor in _floating_tensors(module)]
-            if any(tensor.is_meta for tensor in tensors):
-                continue  # still being loaded
-            self._expected -= {adapter_name}
-            if any(bool(tensor.isnan().any()) for tensor in tensors):
+        if not requires_grad:
+            for adapter_name in self._expected:
+                self._check_loaded(adapter_name)
+            self._expected = frozenset()
+        return super().requires_grad_(requires_grad)
+
+    def _check_loaded(self, adapter_name: str) -> None:
+        for container in self.adapter_layer_names:
+            if adapter_name not in getattr(self, container):
+                continue
+            module = getattr(self, container)[adapter_name]
+            if any(bool(tensor.isnan().any()) for tensor in _floating_tensors(module)):
                 raise ValueError(
                     f"`{adapter_name}` must be loaded from a file with all tensors of the adapter, but got one "
-                    "without some of them; `PGNConfig.from_pretrained` names these. Save or fetch the adapter again."
+                    f"without some of {container}; `PGNConfig.from_pretrained` names these. Save or fetch the adapter "
+                    "again."
                 )
-        return super().train(mode)
+            checksum = self.configs[adapter_name].saved_checksums.get(container)
+            if checksum is not None:
+                compare_part(container, module.state_dict(), checksum, CONFIG_NAME)
 
     def cast_adapter(self, adapter_name: str, upcast: bool) -> None:
         """Cast an adapter's part of this layer, buffers included; PEFT's own function leaves BatchNorm's as they are.
@@ -121,9 +134,11 @@ class PGNTunerLayer(BaseTunerLayer, nn.Module):
 
         Without this, an adapter added to a model in eval mode would update its BatchNorm during inference.
         """
-        weight = next(self.base_layer.parameters(), None)
-        if weight is not None and not any(parameter.is_meta for parameter in module.parameters()):
-            module.to(weight.device)
+        with loaded(self.base_layer):
+            weight = next(self.base_layer.parameters(), None)
+            device = None if weight is None else weight.device
+        if device is not None and not any(parameter.is_meta for parameter in module.parameters()):
+            module.to(device)
         return module.train(self.base_layer.training)
 
 
@@ -186,7 +201,8 @@ class PGNLayer(PGNTunerLayer):
                 filled(config.patch_size),
                 config.num_virtual_tokens,
             )
-            directions = PatchInverse(self.projection.weight).directions(filled(config.image_std))
+            with loaded(self.projection):
+                directions = PatchInverse(self.projection.weight).directions(filled(config.image_std))
         library = make_library(config, self.hidden_size, self.num_channels, directions)
         self.pgn_library[adapter_name] = self._settle(library)
         generator = make_generator(config, self.num_channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, cast, overload
 
@@ -51,6 +52,22 @@ def check_boolean(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be True or False, but got {value!r}. Write one of these.")
 
 
+def check_text(name: str, value: Any) -> None:
+    """Raise unless `value` is a string or None."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a string, but got {value!r}. Leave it out if there is none.")
+
+
+def check_texts(name: str, value: Any) -> None:
+    """Raise unless `value` is a dictionary of strings, or None."""
+    if value is not None and not (
+        isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
+    ):
+        raise TypeError(
+            f"`{name}` must be a dictionary of strings, but got {value!r}. It is recorded when an adapter is made."
+        )
+
+
 def check_scale(name: str, value: Any, official: str, zero: bool = False) -> None:
     """Raise unless `value` is a number above 0, or 0 where `zero`, and at most 1000."""
     remedy = f"The official code uses {official}."
@@ -59,6 +76,41 @@ def check_scale(name: str, value: Any, official: str, zero: bool = False) -> Non
     if not (0 < value <= 1000 or (zero and value == 0)):
         bound = "" if zero else ", above 0"
         raise ValueError(f"`{name}` must lie in 0..1000{bound}, but got {value!r}. {remedy}")
+
+
+def check_processor(settings: Mapping[str, Any]) -> None:
+    """Check the fields of an image processor's file. Transformers takes any text for True, and True for a number.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has an impossible value.
+    """
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if name.startswith("do_"):
+            check_boolean(name, value)
+        elif name in ("image_mean", "image_std"):
+            read_channel_values(name, value if isinstance(value, list) else [value], positive=name == "image_std")
+        elif name == "rescale_factor":
+            check_scale(name, value, "1/255")
+        elif name == "resample":
+            read_integer(name, value, 0, 5)
+        elif name in ("size", "crop_size"):
+            for side in value.values() if isinstance(value, Mapping) else [value]:
+                read_integer(name, side, 1, 65_536, optional=True)
+
+
+def read_pair(name: str, value: Any, maximum: int) -> tuple[int, int]:
+    """Return a list of two integers in 1..maximum as a tuple.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: one lies outside.
+    """
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise TypeError(f"`{name}` must be a list of two integers, but got {value!r}. Write both.")
+    return read_integer(name, value[0], 1, maximum), read_integer(name, value[1], 1, maximum)
 
 
 def read_channel_values(name: str, value: Any, positive: bool) -> list[float]:
