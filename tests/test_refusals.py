@@ -32,7 +32,10 @@ def model():
     ("make", "reason"),
     [
         (lambda: Dinov2Backbone(Dinov2Config(**SMALL)), "maps of the tokens"),
-        (lambda: BeitForImageClassification(BeitConfig(**SMALL)), "adds positions to every token and counts them"),
+        (
+            lambda: BeitForImageClassification(BeitConfig(**SMALL)),
+            "needs a position for every token, and a prompt has none",
+        ),
         (lambda: CLIPModel(CLIPConfig(vision_config=SMALL, text_config=SMALL)), "a tower for texts too"),
         (lambda: ViTForMaskedImageModeling(ViTConfig(**SMALL)), "rebuilds the image"),
         (lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)), "two heads"),

@@ -74,7 +74,7 @@ def check_shareable(model: nn.Module, repo_id: str) -> None:
     """Refuse, before anything is written, what would be of no use to others.
 
     Raises:
-        ValueError: `repo_id` is no id, or the base model is a folder.
+        ValueError: `repo_id` is not a valid id, or the base model is a folder.
     """
     # With the owner, because the card tells others what to load.
     if not is_repo_id(repo_id) or "/" not in repo_id:
@@ -109,7 +109,7 @@ def push_folder(folder: Path, upload: Upload) -> CommitInfo:
     """Upload the files of a saved adapter in one commit.
 
     Raises:
-        OSError: it failed; the message says how to go on.
+        OSError: the upload failed; the message names a remedy.
     """
     api = HfApi(token=upload.token)
     try:

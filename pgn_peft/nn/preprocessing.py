@@ -66,8 +66,8 @@ class Preprocessing:
         """Read the steps off a Transformers image processor.
 
         Raises:
-            TypeError: it is no image processor.
-            ValueError: it does something else: another filter, another scale, no normalisation, or padding.
+            TypeError: `processor` is not an image processor.
+            ValueError: `processor` has another filter or scale, does not normalise, or pads.
         """
         if not hasattr(processor, "rescale_factor"):
             raise TypeError(

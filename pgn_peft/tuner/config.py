@@ -92,7 +92,7 @@ class PGNConfig(PGNFields):
         """Read the fields of a configuration's file.
 
         Raises:
-            ValueError: it is no JSON object, or one of another method.
+            ValueError: the file does not hold a JSON object, or the config is of another method.
         """
         settings = read_settings(Path(path_json_file))
         if settings.get("peft_type") != PGNPeftType.PGN.value:

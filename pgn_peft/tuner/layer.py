@@ -1,4 +1,4 @@
-"""`PGNLayer`: wraps a backbone's embeddings and adds the prompts, as tokens behind them or as pixels before them."""
+"""`PGNLayer`: wraps a backbone's embeddings and adds prompts, to their tokens or to the image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NO_MERGE = (
 
 
 class PGNTunerLayer(BaseTunerLayer, nn.Module):
-    """What PGN's tuner layers have in common: those of the prompts, of the head and around the backbone's layers."""
+    """Base class of PGN's tuner layers, around embeddings, encoder layers and head."""
 
     # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
     adapter_layer_names: tuple[str, ...] = ()
@@ -111,7 +111,7 @@ class PGNTunerLayer(BaseTunerLayer, nn.Module):
                 compare_part(container, module.state_dict(), checksum, CONFIG_NAME)
 
     def cast_adapter(self, adapter_name: str, upcast: bool) -> None:
-        """Cast an adapter's part of this layer, buffers included; PEFT's own function leaves BatchNorm's as they are.
+        """Cast an adapter's part of this layer, with its buffers, which PEFT's own function does not cast.
 
         Args:
             adapter_name: a loaded adapter.
@@ -125,12 +125,12 @@ class PGNTunerLayer(BaseTunerLayer, nn.Module):
 
     @staticmethod
     def _forget(modules: nn.ModuleDict, adapter_name: str) -> None:
-        """Drop what an earlier adapter of the same name has left where the new one has nothing."""
+        """Remove the module of an earlier adapter of the same name, if there is one."""
         if adapter_name in modules:
             del modules[adapter_name]
 
     def _settle(self, module: nn.Module) -> nn.Module:
-        """Put a new adapter's module where the base layer is and into the base layer's mode.
+        """Move a new adapter's module to the base layer's device, and set the base layer's mode.
 
         Without this, an adapter added to a model in eval mode would update its BatchNorm during inference.
         """
@@ -150,8 +150,8 @@ def _floating_tensors(module: nn.Module) -> list[Tensor]:
 class PGNLayer(PGNTunerLayer):
     """The backbone's embeddings, with the prompts of the active adapters.
 
-    Prompts in latent space are appended to the tokens. Prompts in pixel space are laid into the image, which the
-    backbone's own embeddings then read: what a model behind an interface will do with the same image.
+    Prompts in latent space are appended to the tokens. Prompts in pixel space become part of the image, which the
+    backbone's own embeddings then read, as a hosted model does.
 
     Args:
         base_layer: the embeddings: pixels (B, C, H, W) to tokens (B, N, D), position embeddings included.
@@ -238,7 +238,7 @@ class PGNLayer(PGNTunerLayer):
         return library(generator(pixel_values))
 
     def prompted_images(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
-        """Lay the prompts of an adapter in pixel space into a batch of images.
+        """Add the prompts of an adapter in pixel space to a batch of images.
 
         Args:
             adapter_name: an adapter in pixel space.
@@ -256,11 +256,11 @@ class PGNLayer(PGNTunerLayer):
         return normalize(prompted, mean, std).to(pixel_values.dtype)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Make the tokens of the image and the prompts of the active adapters: (B, N + P, D).
+        """Compute the tokens of the images and the prompts of the active adapters: (B, N + P, D).
 
-        Tokens of adapters in latent space are appended in order; they are generated from the image without patches.
-        One with prompts in several layers appends all of them, and each `PGNBlock` takes its layer's away. In a mixed
-        batch each image has the adapter that `adapters_of_batch` names for it.
+        Prompts in latent space are generated from the image without patches and appended in order. An adapter with
+        prompts in several layers appends all of them; each `PGNBlock` removes its layer's. In a mixed batch each image
+        has the adapter that `adapters_of_batch` names for it.
         """
         names = adapters_of_batch()
         if names:
@@ -280,7 +280,7 @@ class PGNLayer(PGNTunerLayer):
                 images = self.prompted_images(name, pixel_values)
                 kwargs = kwargs | self.size_options(self.layouts[name].size)
         tokens = self.base_layer(images, *args, **kwargs)  # (B, N, D)
-        # Appended after the position embeddings were added: a prompt has no place in the image.
+        # Appended after the position embeddings were added: a prompt has no position in the image.
         prompts = [self.prompts(name, pixel_values).to(tokens.dtype) for name in active if name not in self.layouts]
         return torch.cat([tokens, *prompts], dim=1) if prompts else tokens
 
@@ -289,7 +289,7 @@ class PGNLayer(PGNTunerLayer):
         return size_options(self.fixed_size, size)
 
     def token_counts(self, adapter_name: str, image_size: tuple[int, int]) -> tuple[int, ...]:
-        """Return what decides how many tokens an image becomes: the size that is embedded, prompts, and their depth.
+        """Return what determines an image's number of tokens: the embedded size, number of prompts, and depth.
 
         Args:
             adapter_name: a loaded adapter, or "__base__".
@@ -299,10 +299,10 @@ class PGNLayer(PGNTunerLayer):
         return (*size, *self._count_prompts(adapter_name))
 
     def running_prompts(self) -> tuple[int, int]:
-        """Return the prompts P behind the tokens, and how many layers have their own, in the call that runs now."""
+        """Return the number of prompts P after the tokens, and of layers with their own, in the current call."""
         names = adapters_of_batch()
         if names:
-            return self._count_prompts(names[0])  # alike in all rows: `token_counts`
+            return self._count_prompts(names[0])  # the same for all images: `token_counts`
         active = () if self.disable_adapters else self.active_adapters
         counts = [self._count_prompts(name) for name in active if name in self.configs]
         # One with prompts in several layers is active alone: `check_together`.
@@ -319,23 +319,24 @@ class PGNLayer(PGNTunerLayer):
         self._input_check = backbone.register_forward_pre_hook(self.check_inputs, with_kwargs=True)
 
     def release(self) -> None:
-        """Check calls of the backbone no longer."""
+        """Remove the hook of `check_calls_of`."""
         self._input_check.remove()
 
     def check_inputs(
         self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Check what the backbone is called with, before it casts and embeds it; a forward pre-hook of the backbone.
+        """Check the backbone's input before it is cast and embedded; a forward pre-hook of the backbone.
 
-        Checks shapes and dtypes only, so that the compiled graph stays whole; values are `ImageCollator`'s business.
+        Checks shapes and dtypes only, so that the model compiles to one graph; `ImageCollator` checks values.
 
         Returns:
-            The arguments, without `interpolate_pos_encoding` for a backbone that does so by itself and has no such
+            The arguments; without `interpolate_pos_encoding` for a backbone that always interpolates and has no such
             option, so that all backbones can be called alike.
 
         Raises:
             TypeError: `pixel_values` is not a floating-point tensor.
-            ValueError: it has the wrong number of axes, channels or pixels; or `adapter_names` came past PEFT.
+            ValueError: `pixel_values` has the wrong number of axes, channels or pixels; or `adapter_names` was passed
+                to the model inside a `PeftModel`.
         """
         interpolate = kwargs.get("interpolate_pos_encoding")
         if self.fixed_size is None:
