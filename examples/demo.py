@@ -204,7 +204,7 @@ def main(command_line: list[str] | None = None) -> float:
     parser.add_argument("--output_dir", type=Path, default=Path("demo-output"))
     parser.add_argument("--smoke", action="store_true", help="train for a moment only")
     options = parser.parse_args(command_line)
-    epochs = 2 if options.smoke else 25
+    epochs = 4 if options.smoke else 25
     folder = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
 
