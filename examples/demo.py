@@ -219,7 +219,7 @@ def main(command_line: list[str] | None = None) -> float:
     ]
     for method, rates in METHODS.items():
         runs = []
-        for rate in rates[: 1 if options.smoke else None]:
+        for rate in rates[-1:] if options.smoke else rates:
             model, trained = adapt(method, base, digits, rate, epochs)
             runs.append((accuracy(model, digits.turned["validation"]), rate, model))
         validation, rate, model = max(runs, key=lambda run: run[0])
