@@ -107,6 +107,11 @@ class Arguments(LoaderArguments):
     logging_steps: float = 10
 
     def __post_init__(self) -> None:
+        if self.dataloader_drop_last:
+            raise SystemExit(
+                "`dataloader_drop_last` must be False, but got True: evaluations would leave images out too. Leave it "
+                "out; a last batch of one image can be trained on."
+            )
         if self.learning_rate is None:
             self.learning_rate = 0.1 if self.recipe == "sgd" else 1e-3
         if self.recipe == "sgd":

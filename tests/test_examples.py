@@ -11,12 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub
+import image_data
 import pytest
 import torch
-from conftest import answer, tiny_vit
+import train_image_classifier
+from conftest import ENVIRONMENT, ROOT, answer, tiny_vit, with_output
 from huggingface_hub import ModelCard
 from peft import AutoPeftModel
 from PIL import Image
@@ -25,14 +26,8 @@ from transformers import AutoImageProcessor, BitImageProcessor
 
 from pgn_peft import PGNConfig, load_classifier
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-import image_data  # noqa: E402
-import train_image_classifier  # noqa: E402
-
 pytestmark = pytest.mark.slow
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 NUMBER = r"(\d+\.\d+)"
 ANY = (1e-9, 1e9)  # what depends on the machine: a time, or a ratio of times
 
@@ -100,12 +95,6 @@ def material(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("material")
     return folder, [*smoke_arguments(folder), "--disable_tqdm", "true"]
-
-
-def with_output(command, folder, *more):
-    command = list(command)
-    command[command.index("--output_dir") + 1] = str(folder)
-    return [*command, *more]
 
 
 @pytest.fixture(scope="module")

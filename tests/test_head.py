@@ -295,7 +295,7 @@ def test_a_saved_adapter_is_refused_where_its_weights_would_not_be_loaded(part, 
             load()
 
 
-@pytest.mark.parametrize("door", ["PEFT", "Transformers", "Classifier"])
+@pytest.mark.parametrize("door", ["PEFT", pytest.param("Transformers", marks=own_adapter_methods), "Classifier"])
 @pytest.mark.parametrize(
     ("num_labels", "labels", "inferred"),
     [

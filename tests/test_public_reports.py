@@ -1,5 +1,8 @@
 """Faults that users of PEFT, Transformers and datasets have reported, tried here; each test names its report."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
@@ -9,7 +12,10 @@ from transformers import TrainingArguments
 
 from pgn_peft import AdapterTrainer, ImageCollator
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
 NAMES = {0: "cat", 1: "dog"}
+SCRIPT_ARGUMENTS = ["--model_name_or_path", "path/to/vit", "--output_dir", "path/to/adapter", "--use_cpu"]
 
 
 def adapted(**overrides):
@@ -87,3 +93,19 @@ def test_a_loss_function_of_the_users_is_told_the_number_of_labels(tmp_path):
         for batch_size in (8, 2)
     )
     assert accumulated == pytest.approx(at_once, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluations_that_would_round_the_weights_are_refused(name, tmp_path):
+    """huggingface/transformers#10268: the weights stay rounded afterwards, the frozen ones too, and are saved so."""
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **{name: True})
+    with pytest.raises(ValueError, match=f"`{name}` must be False, but got True.* rounds the weights.*Use .*16=True"):
+        AdapterTrainer(adapted(), arguments)
+
+
+def test_the_script_evaluates_all_images():
+    """huggingface/transformers#9662: `dataloader_drop_last` leaves images out of evaluations too."""
+    from train_image_classifier import main
+
+    with pytest.raises(SystemExit, match="`dataloader_drop_last` must be False, but got True"):
+        main([*SCRIPT_ARGUMENTS, "--dataset", "path/to/images", "--dataloader_drop_last", "true"])

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from pgn_peft.tuner.config import PGNConfig, PGNPeftType
+from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.fields import PGNPeftType
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)

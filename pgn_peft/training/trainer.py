@@ -46,7 +46,8 @@ class AdapterTrainer(Trainer):
     Raises:
         TypeError: there is something to push and no image processor.
         ValueError: `hub_strategy` is one that publishes whole checkpoints, the base model is a folder that nobody
-            else has, or processes were started together that do not know each other.
+            else has, evaluations would round the weights (`bf16_full_eval`, `fp16_full_eval`), or processes were
+            started together that do not know each other.
     """
 
     def __init__(
@@ -67,6 +68,13 @@ class AdapterTrainer(Trainer):
                 "True: Transformers cannot load its checkpoints again. Make the model with "
                 "peft.get_peft_model(model, config)."
             )
+        for name in ("fp16_full_eval", "bf16_full_eval"):
+            if getattr(self.args, name):
+                raise ValueError(
+                    f"`{name}` must be False, but got True: an evaluation rounds the weights of the adapter and of "
+                    "the frozen model for good, and what is saved afterwards has lost precision. Use "
+                    f"{name.removesuffix('_full_eval')}=True, which computes in half precision and leaves them alone."
+                )
         check_processes_meet(self.args)
         self.facts = facts or CardFacts()
         if self.args.push_to_hub and self.args.hub_strategy not in STRATEGIES:

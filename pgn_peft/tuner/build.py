@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import PatchLibrary, TokenLibrary
-
-if TYPE_CHECKING:
-    from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.fields import PGNFields
 
 
 def make_library(
-    config: PGNConfig, hidden_size: int, num_channels: int, directions: Tensor | None = None
+    config: PGNFields, hidden_size: int, num_channels: int, directions: Tensor | None = None
 ) -> TokenLibrary | PatchLibrary:
     """Create the library that a config describes; for the "static" generator it is the prompts themselves."""
     size = config.num_virtual_tokens if config.generator == "static" else config.library_size
@@ -38,7 +34,7 @@ def make_library(
     )
 
 
-def make_generator(config: PGNConfig, num_channels: int) -> PromptGenerator | None:
+def make_generator(config: PGNFields, num_channels: int) -> PromptGenerator | None:
     """Create the generator that a config describes; None for "static"."""
     if config.generator == "static":
         return None

@@ -15,8 +15,9 @@ from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.tuner.backbones import SUPPORTED, Backbone, architecture_of, find_backbone, find_layers
 from pgn_peft.tuner.batch_adapters import BASE
-from pgn_peft.tuner.config import PGNConfig, refuse_head_in_modules_to_save
+from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.encoder_layer import PGNBlock
+from pgn_peft.tuner.fields import refuse_head_in_modules_to_save
 from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
 from pgn_peft.tuner.recorded_fields import record_base, record_depth, record_labels

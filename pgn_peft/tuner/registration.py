@@ -32,7 +32,8 @@ def register() -> None:
     from peft import mapping
     from peft.utils import peft_types
 
-    from pgn_peft.tuner.config import PGNConfig, PGNPeftType
+    from pgn_peft.tuner.config import PGNConfig
+    from pgn_peft.tuner.fields import PGNPeftType
     from pgn_peft.tuner.model import PGNModel
 
     name = PGNPeftType.PGN.value

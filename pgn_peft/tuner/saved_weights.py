@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from pgn_peft.tuner.backbones import HEAD
 from pgn_peft.tuner.build import make_generator, make_library
+from pgn_peft.tuner.fields import PGNFields
 from pgn_peft.utils.tensors import compare_tensors
-
-if TYPE_CHECKING:
-    from pgn_peft.tuner.config import PGNConfig
 
 # What PEFT puts before the names of tensors in a file; and torch.compile's part of a name, which no file may have.
 PREFIX = "base_model.model."
@@ -27,7 +25,7 @@ WRAPPED = "_orig_mod."
 LARGEST_ADAPTER = 2**28
 
 
-def check_size(config: PGNConfig) -> None:
+def check_size(config: PGNFields) -> None:
     """Refuse an adapter that cannot be meant, before memory is taken for it.
 
     Args:
@@ -71,7 +69,7 @@ def find_weights(name_or_path: str, subfolder: str | None, download_kwargs: dict
     return Path(file).parent
 
 
-def check_saved_weights(folder: Path, config: PGNConfig) -> None:
+def check_saved_weights(folder: Path, config: PGNFields) -> None:
     """Check the weights in an adapter's folder against its config, before a model is touched or memory is taken.
 
     Args:
@@ -112,7 +110,7 @@ def check_saved_weights(folder: Path, config: PGNConfig) -> None:
         ) from error
 
 
-def describe_weights(config: PGNConfig) -> dict[str, Tensor]:
+def describe_weights(config: PGNFields) -> dict[str, Tensor]:
     """Return the tensors of an adapter by name, on the meta device: all of them but those of `modules_to_save`.
 
     Args:
@@ -142,7 +140,7 @@ def _empty(tensor: Any) -> Tensor:
     return torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
 
 
-def _compare(expected: dict[str, Tensor], tensors: dict[str, Tensor], config: PGNConfig, source: str) -> None:
+def _compare(expected: dict[str, Tensor], tensors: dict[str, Tensor], config: PGNFields, source: str) -> None:
     saved = [name for name in tensors if name.startswith(PREFIX) and WRAPPED not in name]
     wanted = {module: [name for name in saved if f"{module}." in name] for module in config.modules_to_save or ()}
     allowed = {name for names in wanted.values() for name in names}
