@@ -108,7 +108,7 @@ def read_folder(folder: Path) -> dict[str, Dataset]:
         )
     if unnamed := [str(file) for file in images if not _is_utf_8(str(file))]:
         raise SystemExit(
-            f"`dataset` must have names of files in UTF-8, but got {ascii(unnamed[0])} in {str(folder)!r}. Rename it."
+            f"`dataset` must have names of files in UTF-8, but got {unnamed[0]!a} in {str(folder)!r}. Rename it."
         )
     images = [file for file in images if len(file.parts) > 1]
     _say_what_is_left_out(folder, images, others, loose)
