@@ -129,6 +129,13 @@ def test_any_path_will_do(kind, tmp_path, monkeypatch):
         assert splits["train"].features["label"].names == ["a", "b[1]", "c*d"]
 
 
+def test_names_that_cannot_be_written_down_are_refused(tmp_path):
+    make(tmp_path, "cat")
+    os.rename(tmp_path / "cat/0.png", os.fsencode(tmp_path) + b"/cat/caf\xe9.png")
+    with pytest.raises(SystemExit, match=r"`dataset` must have names of files in UTF-8, but got 'cat/caf.udce9.png'"):
+        read(tmp_path)
+
+
 def test_images_that_change_are_not_taken_from_a_cache(tmp_path):
     folder = make(tmp_path, "cat", "dog", count=1)
     first, again = (image_folder.read_folder(folder)["train"] for _ in range(2))
