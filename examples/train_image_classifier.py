@@ -220,6 +220,11 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     with arguments.main_process_first(desc="loading the data"):
         splits = load_images(data, seed=0, shuffle_seed=arguments.seed)
     labels = splits["train"].features["label"].names
+    if len(labels) < 2:
+        raise SystemExit(
+            f"`dataset` must have at least two classes, but got {labels}: a head of one label would learn to "
+            "predict a number. Add images of another class."
+        )
     processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
     side = made_side(processor)
     adapter.config(labels, processor, side, None if adapter.head == "trained" else [*range(len(labels))])

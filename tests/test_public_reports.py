@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
+from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import TrainingArguments
 
@@ -109,3 +110,18 @@ def test_the_script_evaluates_all_images():
 
     with pytest.raises(SystemExit, match="`dataloader_drop_last` must be False, but got True"):
         main([*SCRIPT_ARGUMENTS, "--dataset", "path/to/images", "--dataloader_drop_last", "true"])
+
+
+def test_a_data_set_of_one_class_is_refused(tmp_path, monkeypatch):
+    """huggingface/transformers#45611: one label is no classification; here it became a regression, 100 % accurate."""
+    from datasets import ClassLabel, Dataset, Features, config
+    from datasets import Image as ImageColumn
+    from train_image_classifier import main
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = Features({"image": ImageColumn(), "label": ClassLabel(names=["cat"])})
+    tmp_path.joinpath("images").mkdir()
+    rows = {"image": [Image.new("RGB", (8, 8))] * 20, "label": [0] * 20}
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "images" / "train.parquet"))
+    with pytest.raises(SystemExit, match=r"`dataset` must have at least two classes, but got \['cat'\]"):
+        main([*SCRIPT_ARGUMENTS, "--dataset", str(tmp_path / "images"), "--output_dir", str(tmp_path / "adapter")])
