@@ -211,6 +211,19 @@ def check_same_adapter(wanted: PGNConfig, found: PGNConfig) -> None:
             )
 
 
+def check_same_optimizer(wanted: torch.optim.Optimizer, checkpoint: str | Path) -> None:
+    """Stop rather than go on with the optimizer of the checkpoint, which `Trainer` restores whatever was asked for."""
+    found = torch.load(Path(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True)["param_groups"]
+    for group, saved in zip(wanted.param_groups, found, strict=True):
+        for name, stored in (("lr", "initial_lr"), ("weight_decay", "weight_decay"), ("momentum", "momentum")):
+            if group.get(name) != saved.get(stored):
+                raise SystemExit(
+                    f"`resume_from_checkpoint` must name a run with the same optimizer, {name}={group.get(name)} for "
+                    f"{group['name']}, but got one with {saved.get(stored)}. Give the learning rates, the weight "
+                    "decay and the recipe of that run, or another output_dir."
+                )
+
+
 def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict:
     """Train, evaluate and save; return what results.json holds."""
     prepare_streaming(data, arguments)
@@ -260,6 +273,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         )
         if checkpoint is not None:
             check_same_adapter(model.peft_config["default"], PGNConfig.from_pretrained(str(checkpoint)))
+            check_same_optimizer(trainer.optimizer, checkpoint)
         print(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint, starting from the beginning")
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 

@@ -125,3 +125,32 @@ def test_a_data_set_of_one_class_is_refused(tmp_path, monkeypatch):
     Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "images" / "train.parquet"))
     with pytest.raises(SystemExit, match=r"`dataset` must have at least two classes, but got \['cat'\]"):
         main([*SCRIPT_ARGUMENTS, "--dataset", str(tmp_path / "images"), "--output_dir", str(tmp_path / "adapter")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"lr": 0.2}, "lr=0.2 for generator, but got one with 0.1"),
+        ({"weight_decay": 0.5}, "weight_decay=0.5 for generator, but got one with 0.0"),
+        ({"kind": torch.optim.SGD}, "momentum=0 for generator, but got one with None"),
+    ],
+)
+def test_a_resumed_run_has_the_optimizer_that_is_asked_for(change, message, tmp_path):
+    """huggingface/transformers#9099: the checkpoint's is restored, and another learning rate was recorded."""
+    from train_image_classifier import check_same_optimizer
+
+    def make(lr=0.1, weight_decay=0.0, kind=torch.optim.AdamW):
+        groups = [{"name": "generator", "params": [torch.nn.Parameter(torch.zeros(2))]}]
+        optimizer = kind(groups, lr=lr, weight_decay=weight_decay)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+
+    torch.save(make()[0].state_dict(), tmp_path / "optimizer.pt")
+    wanted = make(**change)[0]
+    for group in wanted.param_groups:
+        group["lr"] = group.pop("initial_lr")  # as before training, when there is no schedule
+    if message is None:
+        check_same_optimizer(wanted, tmp_path)
+    else:
+        with pytest.raises(SystemExit, match=f"`resume_from_checkpoint` must name a run .* {message}"):
+            check_same_optimizer(wanted, tmp_path)
