@@ -9,9 +9,9 @@ from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import TrainingArguments
+from transformers import TrainingArguments, ViTImageProcessor
 
-from pgn_peft import AdapterTrainer, ImageCollator
+from pgn_peft import AdapterTrainer, ImageCollator, ImagePrompter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -154,3 +154,13 @@ def test_a_resumed_run_has_the_optimizer_that_is_asked_for(change, message, tmp_
     else:
         with pytest.raises(SystemExit, match=f"`resume_from_checkpoint` must name a run .* {message}"):
             check_same_optimizer(wanted, tmp_path)
+
+
+def test_a_prompter_of_images_that_no_file_holds_is_refused():
+    """huggingface/transformers#21981: images of other than 1, 3 or 4 channels ended in a KeyError."""
+    scale = {"image_mean": [0.5, 0.5], "image_std": [0.5, 0.5]}
+    config = tiny_config(prompt_space="pixel", image_size=32, num_virtual_tokens=None, id2label=NAMES, **scale)
+    model = get_peft_model(tiny_vit(num_channels=2), config).eval()
+    assert answer(model, torch.zeros(1, 2, 32, 32)).shape == (1, 2)
+    with pytest.raises(ValueError, match="`num_channels` must be one of 1, 3, 4 .*, but got 2"):
+        ImagePrompter.from_adapter(model, ViTImageProcessor(size={"height": 32, "width": 32}, **scale))
