@@ -235,6 +235,19 @@ def check_same_adapter(wanted: PGNConfig, found: PGNConfig) -> None:
             )
 
 
+def check_same_optimizer(wanted: torch.optim.Optimizer, checkpoint: str | Path) -> None:
+    """Stop rather than go on with the optimizer of the checkpoint, which `Trainer` restores whatever was asked for."""
+    found = torch.load(Path(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True)["param_groups"]
+    for group, saved in zip(wanted.param_groups, found, strict=True):
+        for name, stored in (("lr", "initial_lr"), ("weight_decay", "weight_decay"), ("momentum", "momentum")):
+            if group.get(name) != saved.get(stored):
+                raise SystemExit(
+                    f"`resume_from_checkpoint` must name a run with the same optimizer, {name}={group.get(name)} for "
+                    f"{group['name']}, but got one with {saved.get(stored)}. Give the learning rates, the weight "
+                    "decay and the recipe of that run, or another output_dir."
+                )
+
+
 def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict:
     """Train, evaluate and save; return what results.json holds."""
     resume = arguments.resume_from_checkpoint not in (None, "", "false", "False")
@@ -248,6 +261,11 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
     with arguments.main_process_first(desc="loading the data"):
         splits = load_splits(data, seed=0)
     labels = splits["train"].features["label"].names
+    if len(labels) < 2:
+        raise SystemExit(
+            f"`dataset` must have at least two classes, but got {labels}: a head of one label would learn to "
+            "predict a number. Add images of another class."
+        )
     processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
     side = made_side(processor)
     adapter.config(labels, processor, side, None if adapter.head == "trained" else [*range(len(labels))])
@@ -274,6 +292,7 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
     if resume:
         if checkpoint is not None:
             check_same_adapter(model.peft_config["default"], PGNConfig.from_pretrained(str(checkpoint)))
+            check_same_optimizer(trainer.optimizer, checkpoint)
         print(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint, starting from the beginning")
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 

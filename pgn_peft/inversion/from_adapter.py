@@ -14,7 +14,7 @@ from pgn_peft.inversion.library import invert_library, invert_static_prompts
 from pgn_peft.nn.layout import PromptLayout, make_layout
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.pixel_prompts import PixelPrompts
-from pgn_peft.nn.preprocessing import Preprocessing, normalize, to_pixels
+from pgn_peft.nn.preprocessing import PILLOW_MODES, Preprocessing, normalize, to_pixels
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES
@@ -48,8 +48,8 @@ def make_prompter(
     Raises:
         TypeError: the model carries no adapter.
         ValueError: there is no such adapter, it has prompts in several layers, they do not fill rows of patches, the
-            model averages its patches and the prompts are latent, or the processor is not the one that it was trained
-            with.
+            model averages its patches and the prompts are latent, its images have other channels than files have, or
+            the processor is not the one that it was trained with.
     """
     layer = find_layer(model, adapter_name)
     config = layer.configs[adapter_name]
@@ -62,6 +62,11 @@ def make_prompter(
         raise ValueError(
             f"`prompt_space` must be 'pixel' for an adapter that is to become pixels on this model, but got 'latent' "
             f"for {adapter_name!r}: {AVERAGES_PATCHES}. Train one with prompt_space='pixel'."
+        )
+    if layer.num_channels not in PILLOW_MODES:
+        raise ValueError(
+            f"`num_channels` must be one of {', '.join(map(str, PILLOW_MODES))} for a client that sends images, but "
+            f"got {layer.num_channels}. Use the adapter inside its model."
         )
     preprocessing = Preprocessing.from_processor(processor)
     layout = _layout(layer, adapter_name, preprocessing)
