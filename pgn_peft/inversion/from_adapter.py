@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pgn_peft.inversion.library import invert_library, invert_static_prompts
 from pgn_peft.nn.layout import PromptLayout, make_layout
+from pgn_peft.nn.library import PatchLibrary
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import PILLOW_MODES, Preprocessing, normalize, to_pixels
@@ -70,9 +71,8 @@ def make_prompter(
         )
     preprocessing = Preprocessing.from_processor(processor)
     layout = _layout(layer, adapter_name, preprocessing)
-    generator = dict(layer.pgn_generator).get(adapter_name)
-    library = layer.pgn_library[adapter_name]
-    if config.prompt_space == "pixel":
+    generator, library = layer.generator(adapter_name), layer.library(adapter_name)
+    if isinstance(library, PatchLibrary):
         offset = None if library.image_offset is None else library.image_offset.detach().float().cpu().clone()
         prompts = PixelPrompts(library.patches.detach().float().cpu(), image_offset=offset)
     else:
@@ -82,15 +82,14 @@ def make_prompter(
                 "coefficients that sum to 1 mix valid patches into a valid patch. Train with mixing='softmax'."
             )
         scale = (preprocessing.image_mean, preprocessing.image_std)
-        options = {"in_range": in_range}
-        embeddings = loaded_copy(layer.get_base_layer())
+        embeddings, tokens = loaded_copy(layer.base_layer), library.tokens
         if generator is None:
-            prompts = invert_static_prompts(embeddings, library.tokens, layout, *scale, **options)
+            prompts = invert_static_prompts(embeddings, tokens, layout, *scale, in_range=in_range)
         else:
-            options["slot_prompts"] = library.slot_prompts
-            prompts = invert_library(embeddings, library.tokens, layout, *scale, **options)
+            slots = library.slot_prompts
+            prompts = invert_library(embeddings, tokens, layout, *scale, in_range=in_range, slot_prompts=slots)
     head = next((module for module in model.modules() if isinstance(module, PGNHead)), None)
-    own_head = None if head is None else dict(head.pgn_head).get(adapter_name)
+    own_head = None if head is None else head.head(adapter_name)
     prompter = ImagePrompter(
         layout,
         preprocessing,
