@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from pgn_peft import checks
 from pgn_peft.checksums import compare_file, record, with_checksums
-from pgn_peft.files import finish_save, read_settings, replacing
+from pgn_peft.files import COMPLETE, finish_save, read_settings, replacing
 from pgn_peft.generator import MIXINGS, NORMS, TRUNKS
 from pgn_peft.labels import PROBLEM_TYPES, normalize_id2label
 from pgn_peft.layout import LAYOUTS
@@ -304,6 +304,8 @@ class PGNConfig(PeftConfig):
         # so that what lies there now may be those of an earlier save.
         weights_are_written = "auto_mapping_dict" in kwargs
         weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if weights_are_written:  # a save that was interrupted before is not completed over them
+            Path(save_directory, COMPLETE, SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
         with replacing(Path(save_directory)) as folder:
             super().save_pretrained(str(folder), **kwargs)
             if weights_are_written and weights.is_file():
