@@ -48,7 +48,7 @@ import methods
 import report
 from smoke_material import smoke_arguments
 
-from pgn_peft.adapters import prompt_layer
+from pgn_peft.tuner.adapters import prompt_layer
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import platform
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTForImageClassification
 
-from pgn_peft.preprocessing import Preprocessing, normalize, to_pixels
+from pgn_peft.nn.preprocessing import Preprocessing, normalize, to_pixels
 from pgn_peft.version import __version__
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -227,7 +226,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         return map(json.loads, lines)
 
     def get(self, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -238,9 +237,9 @@ class Results:
             start = time.perf_counter()
             found = {"settings": settings} | run()
             found |= {"seconds": round(time.perf_counter() - start, 1), "environment": environment()}
-            with self.path.open("a") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(json.dumps(found) + "\n")
+            # Unbuffered: one write at the end of the file, so that lines of several processes do not mix.
+            with self.path.open("ab", buffering=0) as file:
+                file.write(json.dumps(found).encode() + b"\n")
         return found
 
 

@@ -35,6 +35,7 @@ import bench
 import image_data
 from datasets import Image, config
 from image_device import augment
+from image_folder import UprightImage
 from image_stream import StreamCollator, load_images
 from image_transforms import AUGMENTATIONS, Transform, add_transforms, cache_images, pixels_from_bytes
 from smoke_material import smoke_arguments
@@ -101,7 +102,7 @@ class Material:
         encoded = self.plain["train"].with_format(None).cast_column("image", Image(decode=False)).shuffle(seed=0)
         cached = self.cached["train"].with_format(None).shuffle(seed=0)
         rows, pixel_rows = encoded[:count]["image"], cached[:count]["pixels"]
-        image = Image(mode="RGB")
+        image = UprightImage()
         images = [image.decode_example(row) for row in rows]
         finished = self.processor(images=images, return_tensors="pt")["pixel_values"]
         side = tuple(finished.shape[-2:])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from pgn_peft import Classifier, ImagePrompter, PGNConfig, load_classifier
+from pgn_peft import Classifier, ImagePrompter, PGNConfig, load_classifier, make_prompter
 
 WEIGHTS, CONFIG, PROCESSOR = "adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json"
 PROMPTER_WEIGHTS, PROMPTER_CONFIG = "prompter.safetensors", "prompter_config.json"
@@ -56,7 +56,7 @@ class Material:
         self.processor = ViTImageProcessor(size={"height": 32, "width": 32}, **SCALE)
         for name in FORMS:
             Classifier(self.adapted(name), self.processor).save_pretrained(self.root / name)
-        ImagePrompter.from_adapter(self.adapted("pixel"), self.processor).save_pretrained(self.root / "prompter")
+        make_prompter(self.adapted("pixel"), self.processor).save_pretrained(self.root / "prompter")
 
     def base(self) -> ViTForImageClassification:
         """Return another copy of the base model."""

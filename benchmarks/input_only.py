@@ -39,8 +39,8 @@ import bench
 from methods import Adapted, Border, new_head
 from smoke_material import smoke_arguments
 
-from pgn_peft import ImagePrompter, PGNConfig, frequency_mapping
-from pgn_peft.preprocessing import to_8_bit, to_images, to_pixels
+from pgn_peft import PGNConfig, frequency_mapping, make_prompter
+from pgn_peft.nn.preprocessing import to_8_bit, to_images, to_pixels
 from pgn_peft.training import start_library_from_images
 
 METHODS = {
@@ -163,7 +163,7 @@ def serve(method: str, model: nn.Module, server: nn.Module, images: list[Image.I
     """Answer prompted images, as PNG and as JPEG, with the unmodified server: logits of the task's classes."""
     head = mapping = None
     if method in ("static", "pgn"):
-        prompter = ImagePrompter.from_adapter(model.model, processor)
+        prompter = make_prompter(model.model, processor)
         mapping, head = prompter.label_mapping, prompter.head
         images = [image for start in range(0, len(images), 50) for image in prompter(images[start : start + 50])]
         server = model.model.unload()

@@ -35,9 +35,9 @@ import image_data
 from methods import Adapted
 from smoke_material import smoke_arguments
 
-from pgn_peft import ImagePrompter, PGNConfig
-from pgn_peft.layout import compose
-from pgn_peft.preprocessing import normalize
+from pgn_peft import ImagePrompter, PGNConfig, make_prompter
+from pgn_peft.nn.layout import compose
+from pgn_peft.nn.preprocessing import normalize
 
 # name -> fields of ViTConfig, and prompts in one row at 224 px
 SHAPES = {
@@ -77,7 +77,7 @@ def compare(name: str, options) -> dict:
         head="frozen",
     )
     model = get_peft_model(stock, config).eval()
-    prompter = ImagePrompter.from_adapter(model, processor)
+    prompter = make_prompter(model, processor)
     unmodified = ViTForImageClassification(stock.config).eval()
     unmodified.load_state_dict(weights)
     largest = effect = 0.0
@@ -123,8 +123,8 @@ def curve(options) -> list[dict]:
     latent = bench.predict(adapted, images.pixels)
     with model.disable_adapter():
         features = bench.predict(Features(model.get_base_model().vit, material), images.pixels)
-    exact_prompter = ImagePrompter.from_adapter(model, processor)
-    prompter = ImagePrompter.from_adapter(model, processor, in_range=True)
+    exact_prompter = make_prompter(model, processor)
+    prompter = make_prompter(model, processor, in_range=True)
     stock = model.unload()
     forms = {
         "latent": latent,
@@ -224,7 +224,7 @@ def main(command_line: list[str] | None = None) -> None:
         Path(options.results).parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         rows = (exact if options.what == "exact" else curve)(options)
-        with Path(options.results).open("a") as file:
+        with Path(options.results).open("a", encoding="utf-8") as file:
             for row in rows:
                 row |= {"seconds": round(time.perf_counter() - start, 1)} | bench.environment()
                 file.write(json.dumps(row) + "\n")

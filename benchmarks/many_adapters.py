@@ -37,7 +37,8 @@ def tiny_vit() -> ViTForImageClassification:
 def resident() -> float:
     """Return the process's resident set in KiB (Linux)."""
     gc.collect()
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
     return float(line.split()[1])
 
 

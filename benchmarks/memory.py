@@ -17,8 +17,8 @@ is a line of JSON in the results file, and is not measured again. `--smoke`: a t
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
-import resource
 import sys
 import tempfile
 import threading
@@ -69,8 +69,8 @@ PROCESS_MIB = 530  # what Python with torch, Transformers and the benchmarks hol
 
 def anonymous() -> float:
     """Return the process's memory that is no file's, in MiB: pages of libraries come and go as the system likes."""
-    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
-    return (resident - shared) * resource.getpagesize() / MIB
+    resident, shared = map(int, Path("/proc/self/statm").read_text(encoding="utf-8").split()[1:3])
+    return (resident - shared) * mmap.PAGESIZE / MIB
 
 
 def now() -> float:
@@ -135,8 +135,10 @@ def measure(settings: dict[str, Any], steps: int, ceiling: float | None) -> dict
     """Build and train one model in this process and return its peaks, in MiB."""
     warnings.simplefilter("ignore", FutureWarning)  # Transformers renames gradient checkpointing
     if ceiling is not None and DEVICE.type == "cpu":
+        import resource  # not on Windows
+
         # A request beyond it fails, rather than the machine. The limit counts what is reserved and never touched too.
-        status = Path("/proc/self/status").read_text().splitlines()
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         reserved = int(next(line for line in status if line.startswith("VmData")).split()[1]) / 1024 - anonymous()
         resource.setrlimit(resource.RLIMIT_DATA, (int(ceiling * 2**30 + reserved * MIB),) * 2)
     size, (build, generator_image_size) = SIZES[settings["model"]], METHODS[settings["method"]]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
 from pgn_peft import PGNConfig
-from pgn_peft.generator import PromptGenerator, resize_shorter_side
-from pgn_peft.preprocessing import normalize
+from pgn_peft.nn.generator import PromptGenerator, resize_shorter_side
+from pgn_peft.nn.preprocessing import normalize
 from pgn_peft.training import parameter_groups, start_library_from_images
 
 HEAD_RATE = 3e-3

@@ -63,7 +63,7 @@ class Runs:
 
 def read(path: Path, protocol: str) -> list[dict[str, Any]]:
     """Return the rows of a protocol."""
-    rows = map(json.loads, path.read_text().splitlines())
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return [row for row in rows if row["settings"]["protocol"] == protocol]
 
 

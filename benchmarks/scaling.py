@@ -112,7 +112,7 @@ def train(options: argparse.Namespace) -> None:
             "all_reduce_milliseconds": 1000 * all_reduce_seconds(trainable),
         }
         if trainer.is_world_process_zero():
-            Path(options.report).write_text(json.dumps(report))
+            Path(options.report).write_text(json.dumps(report), encoding="utf-8")
 
 
 def measure(arrangement: str, options: argparse.Namespace) -> dict[str, float]:
@@ -134,7 +134,7 @@ def measure(arrangement: str, options: argparse.Namespace) -> dict[str, float]:
         ]
         if any([process.wait() for process in running]):  # all of them, before the folder goes
             raise SystemExit(f"`{arrangement}` must run to its end, but got an error. It is above.")
-        found = [json.loads(report.read_text()) for report in reports]
+        found = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
     return found[0] | {"images_per_second": sum(report["images_per_second"] for report in found)}
 
 

@@ -9,7 +9,7 @@ import torch
 from bench import DEVICE, Material, Split
 from transformers import ViTConfig
 
-from pgn_peft.preprocessing import Preprocessing
+from pgn_peft.nn.preprocessing import Preprocessing
 
 NUM_LABELS = 10
 

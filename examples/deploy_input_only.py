@@ -78,7 +78,7 @@ def serve(model_name_or_path: str) -> None:
 def hosted(model_name_or_path: str):
     """Run `serve` in a process of its own, and yield its address."""
     command = [sys.executable, __file__, "--serve", model_name_or_path]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     try:
         port = process.stdout.readline().strip()
         if not port:
@@ -115,7 +115,7 @@ def call(url: str, prompter: ImagePrompter, rows, local: torch.nn.Module) -> dic
         added_bytes += len(files["prompted"]) - len(files["as they are"])
         answers = {}
         for kind, file in files.items():
-            answers[kind] = prompter.answer(client.image_classification(file, top_k=top_k))[0]["label"]
+            answers[kind] = prompter.read_answer(client.image_classification(file, top_k=top_k))[0]["label"]
             correct[kind] += answers[kind] == names[label]
         with torch.inference_mode():
             logits = local(prompter.pixel_values(image)).logits[0]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.preprocessing import denormalize, normalize
+from pgn_peft.nn.preprocessing import denormalize, normalize
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 LUMA = (0.2989, 0.587, 0.114)

@@ -24,6 +24,7 @@ from image_data import (
     read_parquet,
     read_source,
 )
+from image_folder import UprightImage, check_images
 from image_transforms import Transform
 from torch.utils.data import get_worker_info
 from transformers import TrainingArguments
@@ -87,7 +88,7 @@ def load_images(data: DataArguments, seed: int, shuffle_seed: int = 0) -> Datase
     if Path(recipe.dataset).is_dir() and not find_parquet(recipe.dataset):
         # Files are read as they come in any case. Their names lie class by class, so they are shuffled first.
         splits = dict(load_splits(data, seed))
-        rows = splits["train"].cast_column("image", Image(mode="RGB", decode=False)).shuffle(seed=shuffle_seed)
+        rows = splits["train"].cast_column("image", Image(decode=False)).shuffle(seed=shuffle_seed)
         stream = rows.to_iterable_dataset(min(FOLDER_SHARDS, len(rows)))
     else:
         stream, splits = _open(data, recipe)
@@ -121,8 +122,9 @@ def _open(data: DataArguments, recipe) -> tuple[IterableDataset, dict[str, Datas
         if isinstance(rows, IterableDataset):
             # Small beside the training images, and read again and again. The commit is part of the cache's name.
             rows = Dataset.from_generator(_rows, features=rows.features, gen_kwargs={"stream": rows})
-        evaluated[name] = rows.cast_column("image", Image(mode="RGB"))
+        evaluated[name] = rows.cast_column("image", UprightImage())
     check_classes(evaluated, label.names)
+    check_images(evaluated)
     return stream.reshard(), evaluated
 
 

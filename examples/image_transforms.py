@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Value
+from image_folder import UprightImage
 from torch import Tensor
 from torchvision.transforms import v2
 
-from pgn_peft.preprocessing import Preprocessing, to_pixels
+from pgn_peft.nn.preprocessing import Preprocessing, to_pixels
 from pgn_peft.version import __version__
 
 AUGMENTATIONS = {
@@ -49,13 +50,12 @@ class Transform:
     processor: Any
     augmentation: str = "none"
     size: tuple[int, int] | None = None
-    image: Image = field(default_factory=lambda: Image(mode="RGB"))
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
         """Turn lists `image` (or `pixels`) and `label` into `pixel_values` (B, C, H, W), normalised, and `labels`."""
         augment: Callable = AUGMENTATIONS[self.augmentation]
         if self.size is None:
-            images = [self.image.decode_example(row) if isinstance(row, dict) else row for row in rows["image"]]
+            images = [UprightImage().decode_example(row) for row in rows["image"]]
             pixel_values = self.processor(images=[augment(image) for image in images], return_tensors="pt")
         else:
             images = [augment(pixels_from_bytes(row, self.size)) for row in rows["pixels"]]

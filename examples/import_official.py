@@ -38,10 +38,10 @@ from transformers import (
 )
 
 from pgn_peft import official
-from pgn_peft.adapters import prompt_layer
-from pgn_peft.backbones import own_image_size
-from pgn_peft.generator import PromptGenerator
-from pgn_peft.library import TokenLibrary
+from pgn_peft.nn.generator import PromptGenerator
+from pgn_peft.nn.library import TokenLibrary
+from pgn_peft.tuner.adapters import prompt_layer
+from pgn_peft.tuner.backbones import own_image_size
 
 
 def make_smoke(folder: Path, options: argparse.Namespace) -> None:

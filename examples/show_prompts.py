@@ -22,7 +22,7 @@ from image_data import DataArguments, load_splits
 from torch import Tensor
 
 from pgn_peft import ImagePrompter
-from pgn_peft.preprocessing import normalize, read_images
+from pgn_peft.nn.preprocessing import normalize, read_images
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -65,11 +65,11 @@ from transformers import (
     set_seed,
 )
 
-from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, ImagePrompter, PGNConfig
-from pgn_peft.backbones import find_backbone, own_image_size
-from pgn_peft.files import replacing
-from pgn_peft.processes import EqualStatistics, SameSteps, synchronise_batch_norm
+from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_prompter
 from pgn_peft.training import last_complete_checkpoint, parameter_groups
+from pgn_peft.training.distributed import EqualStatistics, SameSteps
+from pgn_peft.tuner.backbones import find_backbone, own_image_size
+from pgn_peft.utils.files import replacing
 
 
 @dataclass
@@ -95,9 +95,6 @@ class Arguments(LoaderArguments):
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "By default three times the generator's; with 'sgd' the same."}
     )
-    sync_batch_norm: bool = field(
-        default=False, metadata={"help": "Batch norms of the generator see the images of all processes; GPUs only."}
-    )
     num_train_epochs: float = 12
     per_device_train_batch_size: int = 25
     per_device_eval_batch_size: int = 100
@@ -114,6 +111,11 @@ class Arguments(LoaderArguments):
     logging_steps: float = 10
 
     def __post_init__(self) -> None:
+        if self.dataloader_drop_last:
+            raise SystemExit(
+                "`dataloader_drop_last` must be False, but got True: evaluations would leave images out too. Leave it "
+                "out; a last batch of one image can be trained on."
+            )
         if self.learning_rate is None:
             self.learning_rate = 0.1 if self.recipe == "sgd" else 1e-3
         if self.recipe == "sgd":
@@ -224,6 +226,22 @@ def make_trainer(
     )
 
 
+def find_checkpoint(arguments: Arguments) -> Path | None:
+    """Return the checkpoint to go on from: the one that is named, or else the last complete one; None without one."""
+    if arguments.resume_from_checkpoint in ("true", "True", True):
+        try:
+            return last_complete_checkpoint(arguments.output_dir, arguments.world_size)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+    checkpoint = Path(arguments.resume_from_checkpoint).expanduser()
+    if not (checkpoint / "optimizer.pt").is_file():
+        raise SystemExit(
+            f"`resume_from_checkpoint` must be a checkpoint with the optimizer's state, but got {str(checkpoint)!r} "
+            "without optimizer.pt. Name another one; --save_only_model true saves none that a run can go on from."
+        )
+    return checkpoint
+
+
 def check_same_adapter(wanted: PGNConfig, found: PGNConfig) -> None:
     """Stop rather than go on with an adapter for other classes, or of another kind."""
     made_elsewhere = {"inference_mode", "peft_version", "pgn_peft_version", "base_model_name_or_path"}
@@ -244,6 +262,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
 
 
 def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments, resume: bool) -> dict:
+    checkpoint = find_checkpoint(arguments) if resume else None
     set_seed(arguments.seed)
     with arguments.main_process_first(desc="loading the data"):
         splits = load_images(data, seed=0, shuffle_seed=arguments.seed)
@@ -270,17 +289,8 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
     trainer = make_trainer(
         model, splits, arguments, parameters, len(labels), interpolate, processor, describe_data(data.dataset)
     )
-    if arguments.sync_batch_norm:
-        synchronise_batch_norm(model)
     images.attach(trainer)
-    checkpoint = None
     if resume:
-        named = arguments.resume_from_checkpoint not in ("true", "True", True)
-        checkpoint = (
-            arguments.resume_from_checkpoint
-            if named
-            else last_complete_checkpoint(arguments.output_dir, arguments.world_size)
-        )
         if checkpoint is not None:
             check_same_adapter(model.peft_config["default"], PGNConfig.from_pretrained(str(checkpoint)))
         print(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint, starting from the beginning")
@@ -303,9 +313,9 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
         trainer.facts = add_results(trainer.card_facts(), results)
         trainer.classifier.save_pretrained(folder, trainer.facts)
         if config.prompt_space == "pixel":
-            ImagePrompter.from_adapter(model, processor).save_pretrained(folder / "prompter")
+            make_prompter(model, processor).save_pretrained(folder / "prompter")
         with replacing(folder) as staged:
-            staged.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n")
+            staged.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         model.print_trainable_parameters()
         print(f"validation accuracy {results['validation_accuracy']:.3f}")
         print(f"training images per second {results['train_images_per_second']:.1f}")

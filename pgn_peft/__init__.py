@@ -5,8 +5,7 @@ Importing this package makes `peft.get_peft_model` and all of PEFT's loaders kno
 
 from importlib.util import find_spec
 
-from pgn_peft.labels import frequency_mapping
-from pgn_peft.prompter import ImagePrompter
+from pgn_peft.prompter import ImagePrompter, frequency_mapping
 from pgn_peft.version import __version__
 
 __all__ = [
@@ -20,19 +19,19 @@ __all__ = [
     "__version__",
     "frequency_mapping",
     "load_classifier",
+    "make_prompter",
 ]
 
 # Parts of the package serve clients that have torch and no PEFT.
 if find_spec("peft") is not None:
-    from pgn_peft.registration import check_peft, register
+    from pgn_peft.tuner.registration import check_peft, register
 
     check_peft()  # before anything is imported that an old PEFT may not have
 
-    from pgn_peft.classifier import Classifier, load_classifier
-    from pgn_peft.collator import ImageCollator
-    from pgn_peft.config import PGNConfig
-    from pgn_peft.model import PGNModel
-    from pgn_peft.model_card import CardFacts
-    from pgn_peft.trainer import AdapterTrainer
+    from pgn_peft.hub import CardFacts, Classifier, load_classifier
+    from pgn_peft.inversion import make_prompter
+    from pgn_peft.training import AdapterTrainer, ImageCollator
+    from pgn_peft.tuner.config import PGNConfig
+    from pgn_peft.tuner.model import PGNModel
 
     register()

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.adapters import prompt_layer
-from pgn_peft.backbones import has_class_token
-from pgn_peft.layer import PGNLayer
-
-
-def find_layer(model: nn.Module, adapter_name: str = "default") -> PGNLayer:
-    """Find the layer of a model that holds an adapter.
-
-    Args:
-        model: a model with PGN adapters, made by PEFT or by Transformers' own loaders.
-        adapter_name: the adapter.
-
-    Raises:
-        TypeError: the model carries no adapter.
-        ValueError: there is no adapter of that name.
-    """
-    layer = prompt_layer(model)
-    if adapter_name not in layer.configs:
-        raise ValueError(
-            f"`adapter_name` must be one of the model's adapters, {', '.join(layer.configs) or 'none'}, but got "
-            f"{adapter_name!r}. Load it first."
-        )
-    return layer
+from pgn_peft.nn.modes import evaluating
+from pgn_peft.tuner.adapters import find_layer
+from pgn_peft.tuner.backbones import has_class_token
 
 
 @torch.no_grad()
@@ -60,7 +38,7 @@ def mixing_coefficients(
         )
     generator = layer.pgn_generator[adapter_name]
     device = next(generator.parameters()).device
-    with _evaluating(generator):
+    with evaluating(generator):
         parts = [generator(part.to(device)).float().cpu() for part in pixel_values.split(batch_size)]
     return torch.cat(parts)
 
@@ -94,8 +72,8 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
             "active. Call set_adapter first."
         )
     before = base.config._attn_implementation
-    options = {} if tuple(pixel_values.shape[2:]) == layer.fixed_size else {"interpolate_pos_encoding": True}
-    with _evaluating(model):
+    options = layer.size_options(tuple(pixel_values.shape[2:]))
+    with evaluating(model):
         try:
             base.set_attn_implementation("eager")
             attentions = model(pixel_values=pixel_values, output_attentions=True, **options).attentions
@@ -151,15 +129,3 @@ def usage_by_class(coefficients: Tensor, labels: Tensor, num_labels: int) -> Ten
     sums = torch.zeros(num_labels, use.shape[1], dtype=use.dtype).index_add_(0, labels.long(), use)
     counts = torch.bincount(labels.long(), minlength=num_labels).clamp(min=1)
     return sums / counts[:, None]
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and every part of it back into its own mode afterwards."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training

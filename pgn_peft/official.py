@@ -15,12 +15,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from pgn_peft.adapters import prompt_layer
-from pgn_peft.backbones import find_backbone, patch_projection
-from pgn_peft.config import PGNConfig
-from pgn_peft.generator import PromptGenerator
-from pgn_peft.library import TokenLibrary
-from pgn_peft.tensors import compare_tensors
+from pgn_peft.nn.generator import PromptGenerator
+from pgn_peft.nn.library import TokenLibrary
+from pgn_peft.tuner.adapters import prompt_layer
+from pgn_peft.tuner.backbones import find_backbone, patch_projection
+from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.utils.tensors import compare_tensors
 
 LIBRARY = "tl_vectors"
 STEM, HEAD = "model.input_net.0", "model.output_net.2"

@@ -1,10 +1,18 @@
 """Tiny seeded models, random images, and the real files in ../shared where a machine has them."""
 
+import json
+import os
+import socket
+import tempfile
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
+import transformers.integrations.peft
+from loopback_hub import loopback_hub, use_hub
+from packaging.version import Version
 
 import pgn_peft  # noqa: F401  (registers the method)
 from pgn_peft import PGNConfig
@@ -12,7 +20,17 @@ from pgn_peft import PGNConfig
 # Tiny models gain nothing from threads, and lose much where the machine is busy.
 torch.set_num_threads(1)
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+# Environment of scripts in their own processes.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+TOKEN = "hf_secret"  # of the loopback Hub
+FILES = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", "README.md"}  # of an adapter
+
+HANG = 1800  # seconds after which a process that hangs is ended; no test may fail because a machine is slow
+
 
 # architecture -> its config class
 ARCHITECTURES = {
@@ -35,6 +53,19 @@ ARCHITECTURES = {
     "SiglipVisionModel": "SiglipVisionConfig",
 }
 CLASSIFIERS = [name for name in ARCHITECTURES if name.endswith("Classification")]
+
+# The ways in which architectures differ for PGN, one architecture for each: these run through all tests and forms.
+# Every other one runs through one form of each contract.
+REPRESENTATIVES = {
+    "ViTForImageClassification": "CLS, then the patches; the head reads CLS",
+    "DeiTForImageClassification": "two tokens before the patches",
+    "Dinov2WithRegistersForImageClassification": "CLS beside the average, a head of width 2 D, registers, "
+    "positions interpolated without being asked",
+    "SiglipForImageClassification": "no CLS: all tokens are read; the config has a part for each of two towers",
+    "CLIPVisionModelWithProjection": "features instead of a head; a norm before the first layer",
+}
+OTHERS = [name for name in ARCHITECTURES if name not in REPRESENTATIVES]
+REPRESENTATIVE_CLASSIFIERS = [name for name in CLASSIFIERS if name in REPRESENTATIVES]
 
 
 def tiny_vit(architecture="ViTForImageClassification", num_labels=5, seed=0, **overrides):
@@ -84,6 +115,29 @@ def answer(model, pixel_values, **kwargs):
     return next(outputs[name] for name in ("logits", "image_embeds", "last_hidden_state") if name in outputs)
 
 
+def assert_nearly_equal(found, expected, valid_pixels=False):
+    """Ask for equality up to a few units in the last place.
+
+    For outputs of the same weights in other memory: read from a file, copied, or in another process. Where weights lie
+    at another address modulo 64 bytes, CPUs without AVX-512 add in another order. Tensors themselves, and outputs of
+    the same objects, are compared by `torch.equal`.
+
+    Args:
+        found: a tensor.
+        expected: a tensor of the same shape and dtype.
+        valid_pixels: the adapter lies in pixel space, where a pixel can be rounded to the next of its 256 levels.
+    """
+    # Of the largest value, since sums of large terms can come out small.
+    tolerance = (5e-3 if valid_pixels else 1e-5) * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def edit_json(file, **fields):
+    """Change fields of a saved configuration, which has no checksums afterwards."""
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None} | fields
+    file.write_text(json.dumps(settings), encoding="utf-8")
+
+
 def move_adapter(model, seed=1):
     """Give all adapters random weights and statistics, so that a lost tensor shows."""
     generator = torch.Generator().manual_seed(seed)
@@ -94,9 +148,41 @@ def move_adapter(model, seed=1):
     return model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _offline():
+    """Refuse connections to other machines: no test needs a network, and no script asks for one."""
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test asked for {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
+
+
+def with_output(command, folder, *more):
+    """Replace the output folder in a training command, and add arguments."""
+    command = list(command)
+    command[command.index("--output_dir") + 1] = str(folder)
+    return [*command, *more]
+
+
 @pytest.fixture
 def pixel_values():
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process is a client of, logged in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with loopback_hub(token=TOKEN) as hub:
+        use_hub(monkeypatch, hub, tmp_path / "cache", TOKEN)
+        yield hub
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +190,12 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("the real weights and images are not on this machine (../shared)")
     return SHARED
+
+
+# A Transformers model's own `add_adapter`, `set_adapter`, `delete_adapter` and so on, `save_pretrained` with adapters.
+PEFT_FOR_TRANSFORMERS = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0")
+own_adapter_methods = pytest.mark.skipif(
+    Version(peft.__version__) < Version(PEFT_FOR_TRANSFORMERS),
+    reason=f"the own adapter methods of Transformers {transformers.__version__} need PEFT {PEFT_FOR_TRANSFORMERS}: "
+    "install that, or transformers<5.24",
+)

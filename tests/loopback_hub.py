@@ -6,13 +6,17 @@ import hashlib
 import json
 import re
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote
 
+import huggingface_hub
+import pytest
 from hub_repositories import POINTER, Fault, LoopbackHub, Repository, metadata_errors
 
-__all__ = ["Fault", "LoopbackHub", "loopback_hub"]
+__all__ = ["Fault", "LoopbackHub", "loopback_hub", "use_hub"]
 
 ID = r"(?P<repository>[^/]+/[^/]+?)"
 # method, path, name of the handler's method; tried in this order
@@ -200,10 +204,36 @@ def loopback_hub(token: str | None = None):
     hub = LoopbackHub(token)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)  # seconds to a shutdown
     thread.start()
     try:
         yield hub
     finally:
         server.shutdown()
         server.server_close()
+
+
+def use_hub(
+    patch: pytest.MonkeyPatch, hub: LoopbackHub, cache: Path, token: str | None, offline: bool = False
+) -> None:
+    """Have huggingface_hub's client in this process call `hub`, with a cache of its own, and retry without a wait.
+
+    The client reads its settings from the environment when it is imported; here they are changed afterwards.
+    """
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": offline,
+        "HF_TOKEN_PATH": str(cache / "no-token"),
+    }
+    for name, value in settings.items():
+        patch.setattr(huggingface_hub.constants, name, value)
+    patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    patch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, with the address of then
+    patch.setattr(time, "sleep", lambda seconds: None)
+    if token is None:
+        patch.delenv("HF_TOKEN", raising=False)
+    else:
+        patch.setenv("HF_TOKEN", token)

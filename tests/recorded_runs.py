@@ -1,6 +1,7 @@
 """Runs of train_image_classifier.py that tell what each process saw and what it held at the end.
 
-As a script, all runs of a file after each other in the processes of one launch, whose start takes longer than they do.
+As a script, with `examples` in PYTHONPATH, it does all runs of a file in the processes of one launch, because a launch
+takes longer than a run.
 """
 
 import json
@@ -9,9 +10,6 @@ import zlib
 from pathlib import Path
 
 from safetensors.torch import save_file
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
 
 
 def recorded_run(command):
@@ -94,11 +92,11 @@ def several_labels(steps_to_accumulate):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    runs = json.loads((folder / "runs.json").read_text())
+    runs = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
     records = {name: recorded_run(command) for name, command in runs.items()} | {"several_labels": several_labels(2)}
     from torch import distributed
 
     for name, record in records.items():
         stem = f"{name}-{distributed.get_rank()}"
         save_file(record.pop("tensors"), folder / f"{stem}.safetensors")
-        (folder / f"{stem}.json").write_text(json.dumps(record))
+        (folder / f"{stem}.json").write_text(json.dumps(record), encoding="utf-8")

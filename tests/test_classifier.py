@@ -8,14 +8,14 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import CLASSIFIERS, answer, move_adapter, tiny_config, tiny_vit
+from conftest import CLASSIFIERS, answer, assert_nearly_equal, edit_json, move_adapter, tiny_config, tiny_vit
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, ViTForImageClassification, ViTImageProcessor
 
 from pgn_peft import Classifier, load_classifier
-from pgn_peft.classifier import logger
+from pgn_peft.hub.classifier import logger
 
 NAMES = {0: "cat", 1: "dog"}
 RED = Image.new("RGB", (50, 40), "red")
@@ -51,7 +51,7 @@ def saved(model, tmp_path):
 
 def test_it_answers_as_the_adapter_that_was_saved(model, saved, pixel_values):
     loaded, image_processor = load_classifier(saved)
-    assert torch.equal(answer(loaded, pixel_values), answer(model, pixel_values))
+    assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
     assert loaded.config.id2label == NAMES
     assert image_processor.image_mean == processor().image_mean
     assert not loaded.training
@@ -65,7 +65,7 @@ def test_every_supported_classifier(architecture, tmp_path, pixel_values):
     model = move_adapter(get_peft_model(vit, tiny_config(id2label=NAMES))).eval()
     Classifier(model, processor(48)).save_pretrained(tmp_path / "adapter")
     loaded = load_classifier(tmp_path / "adapter")
-    assert torch.equal(answer(loaded.model, pixel_values), answer(model, pixel_values))
+    assert_nearly_equal(answer(loaded.model, pixel_values), answer(model, pixel_values))
     assert {entry["label"] for entry in loaded.pipeline()(RED)} == {"cat", "dog"}
 
 
@@ -97,7 +97,7 @@ def test_an_adapter_of_another_image_size_needs_no_argument(model, tmp_path, siz
     torch.testing.assert_close(answer(loaded.model, **inputs), expected)
     scores = {entry["label"]: entry["score"] for entry in loaded.pipeline()(RED)}
     assert scores["cat"] == pytest.approx(expected.softmax(-1)[0, 0].item(), abs=1e-6)
-    assert "interpolate_pos_encoding=True" in (tmp_path / "adapter/README.md").read_text()
+    assert "interpolate_pos_encoding=True" in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
     loaded.pipeline()
     assert len(loaded.model._forward_pre_hooks) == 1
 
@@ -113,7 +113,7 @@ def test_an_adapter_in_pixel_space(base, tmp_path, pixel_values, layout):
     model = adapted(base, prompt_space="pixel", prompt_layout=layout, num_virtual_tokens=None, **norms)
     Classifier(model, processor()).save_pretrained(tmp_path / "adapter")
     loaded = load_classifier(tmp_path / "adapter")
-    assert torch.equal(answer(loaded.model, pixel_values), answer(model, pixel_values))
+    assert_nearly_equal(answer(loaded.model, pixel_values), answer(model, pixel_values), valid_pixels=True)
 
 
 def test_a_frozen_head_with_a_label_mapping(base, tmp_path, pixel_values):
@@ -121,7 +121,7 @@ def test_a_frozen_head_with_a_label_mapping(base, tmp_path, pixel_values):
     Classifier(model, processor()).save_pretrained(tmp_path / "adapter")
     loaded = load_classifier(tmp_path / "adapter").model
     assert loaded.config.id2label == NAMES
-    assert torch.equal(answer(loaded, pixel_values), answer(model, pixel_values))
+    assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
 
 
 def remove_checksums(adapter):
@@ -148,7 +148,7 @@ def test_the_base_can_be_a_local_copy(saved, base, tmp_path, pixel_values):
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(OSError, match=f"`base_model_name_or_path` must be a folder.* but got '{base}'"):
         load_classifier(saved)
-    assert torch.equal(answer(load_classifier(saved, base_model_name_or_path=moved).model, pixel_values), expected)
+    assert_nearly_equal(answer(load_classifier(saved, base_model_name_or_path=moved).model, pixel_values), expected)
 
 
 def test_subfolder_of_a_local_directory(saved, tmp_path):
@@ -173,11 +173,14 @@ def test_the_saved_files_are_peft_own_and_load_everywhere(model, saved, tmp_path
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (saved, tmp_path / "peft"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (saved, tmp_path / "peft")]
+    configs = [
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        for folder in (saved, tmp_path / "peft")
+    ]
     checksums = [config.pop("checksums") for config in configs]
     assert configs[0] == configs[1]
     assert checksums[0]["adapter_model.safetensors"] == checksums[1]["adapter_model.safetensors"]
-    assert torch.equal(answer(AutoPeftModel.from_pretrained(str(saved)), pixel_values), answer(model, pixel_values))
+    assert_nearly_equal(answer(AutoPeftModel.from_pretrained(str(saved)), pixel_values), answer(model, pixel_values))
     load_classifier(saved).save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again/adapter_model.safetensors")
     assert all(torch.equal(ours[name], again[name]) for name in ours)
@@ -190,7 +193,7 @@ def test_the_active_one_of_several_adapters_is_saved(model, tmp_path, pixel_valu
     Classifier(model, processor()).save_pretrained(tmp_path / "pets")
     loaded = load_classifier(tmp_path / "pets").model
     assert loaded.config.num_labels == 3
-    assert torch.equal(answer(loaded, pixel_values), answer(model, pixel_values))
+    assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
 
 
 def test_what_cannot_be_saved_is_refused(model, tmp_path):
@@ -211,7 +214,7 @@ def test_other_adapters_are_refused_in_words(base, saved, tmp_path):
     with pytest.raises(ValueError, match="`num_labels` must be recorded in a classifier's adapter, but got None"):
         load_classifier(tmp_path / "features")
     for text in ("[]", "{", '"PGN"'):
-        (saved / "adapter_config.json").write_text(text)
+        (saved / "adapter_config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="`(adapter_config.json|peft_type)` must be"):
             load_classifier(saved)
 
@@ -236,11 +239,13 @@ def sprung(saved, base, tmp_path):
     for folder in (saved, base):
         for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin"):
             (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
-        (folder / "code.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Model: pass\n")
+        (folder / "code.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Model: pass\n", encoding="utf-8")
         for name in ("config.json", "preprocessor_config.json"):
-            settings = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+            settings = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
             names = ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")
-            (folder / name).write_text(json.dumps(settings | {"auto_map": dict.fromkeys(names, "code.Model")}))
+            (folder / name).write_text(
+                json.dumps(settings | {"auto_map": dict.fromkeys(names, "code.Model")}), encoding="utf-8"
+            )
     (saved / "config.json").unlink()
     remove_checksums(saved)
     return sprung
@@ -279,22 +284,53 @@ def test_a_base_that_is_an_adapter_is_refused(saved, base, sprung):
 
 def test_a_class_that_a_file_names_is_not_imported(saved, tmp_path, monkeypatch):
     sprung = tmp_path / "sprung"
-    (tmp_path / "transformers_trap.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Model: pass\n")
+    (tmp_path / "transformers_trap.py").write_text(
+        f"open({str(sprung)!r}, 'w')\nclass Model: pass\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     file = saved / "adapter_config.json"
     mapping = {"base_model_class": "Model", "parent_library": "transformers_trap"}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": mapping, "checksums": None}))
+    edit_json(file, auto_mapping=mapping)
     load_classifier(saved)
     assert not sprung.exists()
 
 
 def test_a_kernel_that_a_file_names_is_not_fetched(saved, base):
     file = base / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "kernels-community/evil"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"attn_implementation": "kernels-community/evil"}),
+        encoding="utf-8",
+    )
     assert load_classifier(saved).model.config._attn_implementation in ("sdpa", "eager")
 
 
 def test_the_other_loaders_take_what_was_saved(model, saved, base, pixel_values):
     plain = ViTForImageClassification.from_pretrained(base)
-    assert torch.equal(answer(PeftModel.from_pretrained(plain, saved), pixel_values), answer(model, pixel_values))
+    assert_nearly_equal(answer(PeftModel.from_pretrained(plain, saved), pixel_values), answer(model, pixel_values))
     assert AutoImageProcessor.from_pretrained(saved).size["height"] == 32
+
+
+def test_a_compiled_model_is_saved_as_the_one_inside(model, tmp_path, pixel_values):
+    compiled = torch.compile(model, backend="eager")
+    Classifier(compiled, processor()).save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "plain")
+    saved, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("saved", "plain"))
+    assert saved.keys() == plain.keys()
+    assert all(torch.equal(saved[name], plain[name]) for name in plain)
+    assert {entry["label"] for entry in Classifier(compiled, processor()).pipeline()(RED)} == {"cat", "dog"}
+
+
+def test_parts_that_are_compiled_do_not_change_the_names_in_a_file(model, tmp_path):
+    model.save_pretrained(tmp_path / "plain")
+    vit = model.get_base_model()
+    vit.vit = torch.compile(vit.vit, backend="eager")
+    model.save_pretrained(tmp_path / "compiled")
+    plain, compiled = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+
+
+def test_a_pipeline_of_a_model_in_training_mode_predicts_in_eval_mode(model):
+    expected = Classifier(model, processor()).pipeline()(RED)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert Classifier(model.train(), processor()).pipeline()(RED) == expected
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())

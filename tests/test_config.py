@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from conftest import edit_json
 from peft import PeftConfig
 
-from pgn_peft import PGNConfig, __version__
+from pgn_peft import PGNConfig
+from pgn_peft.version import __version__
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_json_round_trip(tmp_path):
 def test_unknown_field_of_a_later_version_is_ignored_with_a_warning(tmp_path):
     PGNConfig(library_size=9).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"prompt_colour": "green", "checksums": None}))
+    edit_json(file, prompt_colour="green")
     with pytest.warns(UserWarning, match="prompt_colour"):
         assert PGNConfig.from_pretrained(tmp_path).library_size == 9
 
@@ -125,7 +127,9 @@ def test_unknown_field_of_a_later_version_is_ignored_with_a_warning(tmp_path):
 def test_field_of_the_wrong_type_in_a_file_is_refused(tmp_path):
     PGNConfig().save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"library_size": "many"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"library_size": "many"}), encoding="utf-8"
+    )
     with pytest.raises(TypeError, match="`library_size` must be an integer, but got 'many'"):
         PGNConfig.from_pretrained(tmp_path)
 

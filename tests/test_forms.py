@@ -4,20 +4,31 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CLASSIFIERS, answer, embeddings_of, move_adapter, tiny_config, tiny_vit
+from conftest import (
+    CLASSIFIERS,
+    REPRESENTATIVE_CLASSIFIERS,
+    REPRESENTATIVES,
+    answer,
+    assert_nearly_equal,
+    embeddings_of,
+    move_adapter,
+    tiny_config,
+    tiny_vit,
+)
 from peft import get_peft_model
 
-architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
-classifiers = pytest.mark.parametrize("architecture", CLASSIFIERS)
+representatives = pytest.mark.parametrize("architecture", REPRESENTATIVES)
+classifiers = pytest.mark.parametrize("architecture", REPRESENTATIVE_CLASSIFIERS)
 generators = pytest.mark.parametrize("generator", ["resnet10", "static"])
+PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 
 
 def adapt(base, **overrides):
     return move_adapter(get_peft_model(base, tiny_config(**overrides))).eval()
 
 
-@architectures
-@pytest.mark.parametrize("size", [(48, 48), (24, 40), (32, 16)])
+@representatives
+@pytest.mark.parametrize("size", [(24, 40), (32, 16)])
 def test_other_and_non_square_sizes(architecture, size):
     images = torch.randn(2, 3, *size)
     base = tiny_vit(architecture)
@@ -51,27 +62,31 @@ def test_sizes_come_from_the_model(image_size, patch_size, hidden_size):
     assert answer(model, torch.randn(2, 3, image_size, image_size)).shape == (2, 5)
 
 
-@architectures
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attentions_and_hidden_states_include_the_prompts(architecture, attention, pixel_values):
-    base = tiny_vit(architecture, attn_implementation=attention)
-    length = embeddings_of(base)(pixel_values).shape[1] + 3
-    model = adapt(base)
-    expected = answer(adapt(tiny_vit(architecture, attn_implementation="eager")), pixel_values)
-    torch.testing.assert_close(answer(model, pixel_values), expected)
-    outputs = model(pixel_values, output_hidden_states=True, output_attentions=attention == "eager")
-    assert [state.shape for state in outputs.hidden_states] == [(4, length, 32)] * 3
-    if attention == "eager":
-        assert [weights.shape for weights in outputs.attentions] == [(4, 2, length, length)] * 2
+@representatives
+def test_attentions_and_hidden_states_include_the_prompts(architecture, pixel_values):
+    answers = []
+    for attention in ("eager", "sdpa"):
+        base = tiny_vit(architecture, attn_implementation=attention)
+        length = embeddings_of(base)(pixel_values).shape[1] + 3
+        model = adapt(base)
+        answers.append(answer(model, pixel_values))
+        outputs = model(pixel_values, output_hidden_states=True, output_attentions=attention == "eager")
+        assert [state.shape for state in outputs.hidden_states] == [(4, length, 32)] * 3
+        if attention == "eager":
+            assert [weights.shape for weights in outputs.attentions] == [(4, 2, length, length)] * 2
+    torch.testing.assert_close(*answers)
 
 
-@architectures
-@generators
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("architecture", "generator", "dtype"),
+    [
+        *((name, "resnet10", torch.bfloat16) for name in REPRESENTATIVES),
+        ("ViTForImageClassification", "static", torch.float16),
+    ],
+)
 def test_half_precision_backbone_with_a_float32_adapter(architecture, generator, dtype, pixel_values):
     exact = answer(adapt(tiny_vit(architecture), generator=generator), pixel_values)
-    base = tiny_vit(architecture).to(dtype)
-    model = adapt(base, generator=generator)
+    model = adapt(tiny_vit(architecture).to(dtype), generator=generator)
     assert {p.dtype for name, p in model.named_parameters() if "pgn_" in name} == {torch.float32}
     rounded = answer(model, pixel_values)
     # The adapter's head answers in its own precision, features come in the backbone's.
@@ -82,18 +97,15 @@ def test_half_precision_backbone_with_a_float32_adapter(architecture, generator,
     assert (rounded.float() - exact).abs().max().item() < 5 * rounding
     with model.disable_adapter():
         assert answer(model, pixel_values).dtype == dtype
-
-
-@architectures
-def test_the_whole_model_in_half_precision(architecture, pixel_values):
-    model = adapt(tiny_vit(architecture)).to(torch.bfloat16)
-    assert answer(model, pixel_values).dtype == torch.bfloat16
+    # The whole model in half precision: so is the head, and little is lost.
+    whole = answer(model.to(dtype), pixel_values)
+    assert whole.dtype == dtype
+    assert (whole.float() - exact).abs().max().item() < 5 * rounding
 
 
 @classifiers
-@generators
-def test_autocast_training_step(architecture, generator, pixel_values):
-    model = adapt(tiny_vit(architecture), generator=generator).train()
+def test_autocast_training_step(architecture, pixel_values):
+    model = adapt(tiny_vit(architecture)).train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss
     loss.backward()
@@ -103,8 +115,7 @@ def test_autocast_training_step(architecture, generator, pixel_values):
 
 
 @classifiers
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("enabled_first", [False, True])
+@pytest.mark.parametrize(("use_reentrant", "enabled_first"), [(False, True), (True, False)])
 def test_gradient_checkpointing_gives_the_same_gradients(architecture, use_reentrant, enabled_first, pixel_values):
     labels = torch.tensor([0, 1, 2, 3])
     arguments = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
@@ -123,47 +134,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture, use_reent
             torch.testing.assert_close(parameter.grad, expected[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "generator"),
-    [("ViTForImageClassification", "static"), *((architecture, "resnet10") for architecture in CLASSIFIERS)],
-)
-def test_compiles_without_a_graph_break(architecture, generator, pixel_values):
-    torch.compiler.reset()
-    model = adapt(tiny_vit(architecture), generator=generator)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(answer(compiled, pixel_values), answer(model, pixel_values))
-    model.train()
-    eager = copy.deepcopy(model)
-    compiled(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
-    eager(pixel_values, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
-    for (name, parameter), (_, expected) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
-    for (name, buffer), (_, expected) in zip(model.named_buffers(), eager.named_buffers(), strict=True):
-        torch.testing.assert_close(buffer, expected, msg=name)
-
-
-@classifiers
-def test_a_deep_copy_is_independent(architecture, pixel_values):
-    model = adapt(tiny_vit(architecture), id2label=dict(enumerate("ab")))
+def test_a_deep_copy_is_independent(pixel_values):
+    model = adapt(tiny_vit(), id2label=dict(enumerate("ab")))
     expected = answer(model, pixel_values)
     twin = copy.deepcopy(model)
     with twin.disable_adapter():
         assert (model.config.num_labels, twin.config.num_labels) == (2, 5)
         assert torch.equal(answer(model, pixel_values), expected)
-    assert torch.equal(answer(twin, pixel_values), expected)
+    assert_nearly_equal(answer(twin, pixel_values), expected)
 
 
-@classifiers
 @generators
-def test_last_batch_of_one_image(architecture, generator, pixel_values):
-    model = adapt(tiny_vit(architecture), generator=generator).train()
+def test_last_batch_of_one_image(generator, pixel_values):
+    model = adapt(tiny_vit(), generator=generator).train()
     model(pixel_values[:1], labels=torch.tensor([1])).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-@classifiers
 @pytest.mark.parametrize(
     ("config", "labels", "problem_type"),
     [
@@ -173,8 +160,8 @@ def test_last_batch_of_one_image(architecture, generator, pixel_values):
         ({"num_labels": 3}, torch.tensor([0, 1, 2, 0]), "single_label_classification"),
     ],
 )
-def test_losses_of_transformers(architecture, config, labels, problem_type, pixel_values, tmp_path):
-    model = adapt(tiny_vit(architecture), **config)
+def test_losses_of_transformers(config, labels, problem_type, pixel_values):
+    model = adapt(tiny_vit(), **config)
     outputs = model(pixel_values, labels=labels)
     logits = outputs.logits
     expected = {
@@ -202,3 +189,21 @@ def test_masked_positions_still_reach_the_embeddings(pixel_values):
     expected = base.embeddings(pixel_values, bool_masked_pos=masked)
     model = adapt(base)
     assert torch.equal(model.embeddings(pixel_values, bool_masked_pos=masked)[:, :17], expected)
+
+
+@pytest.mark.parametrize("form", [{}, {"generator": "static"}, {"prompt_depth": None}, PIXEL])
+def test_an_adapter_in_the_backbones_dtype_on_demand(form, pixel_values):
+    def dtypes():
+        return {t.dtype for n, t in model.state_dict().items() if "pgn_" in n and t.is_floating_point()}
+
+    base = tiny_vit().to(torch.bfloat16)
+    model = get_peft_model(base, tiny_config(**form), autocast_adapter_dtype=False)
+    assert dtypes() == {torch.bfloat16}
+    model.train()
+    loss = model(pixel_values.bfloat16(), labels=torch.tensor([0, 1, 2, 3])).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    # What PEFT does by default, also with an adapter that is there: `load_adapter`.
+    model.base_model._cast_adapter_dtype("default")
+    assert dtypes() == {torch.float32}
+    assert model(pixel_values.bfloat16()).logits.dtype == torch.float32

@@ -2,12 +2,27 @@
 
 import pytest
 import torch
-from conftest import CLASSIFIERS, answer, move_adapter, tiny_config, tiny_vit
+from conftest import (
+    REPRESENTATIVE_CLASSIFIERS,
+    answer,
+    assert_nearly_equal,
+    move_adapter,
+    own_adapter_methods,
+    tiny_config,
+    tiny_vit,
+)
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
+)
 
-from pgn_peft.head import PGNHead
+from pgn_peft import Classifier, PGNConfig
+from pgn_peft.tuner.head import PGNHead
 
 NAMES = {0: "cat", 1: "dog"}
 
@@ -81,7 +96,7 @@ def test_frozen_head_with_other_labels_is_refused():
         get_peft_model(tiny_vit(), tiny_config(head="frozen", id2label=NAMES))
 
 
-@pytest.mark.parametrize("architecture", CLASSIFIERS)
+@pytest.mark.parametrize("architecture", REPRESENTATIVE_CLASSIFIERS)
 def test_every_loader_takes_the_adapter_onto_the_original_base(architecture, pixel_values, tmp_path):
     """A head of another size in `modules_to_save` fails in all of these with a size mismatch."""
     tiny_vit(architecture, num_labels=1000).save_pretrained(tmp_path / "base")
@@ -101,12 +116,13 @@ def test_every_loader_takes_the_adapter_onto_the_original_base(architecture, pix
         AutoModelForImageClassification.from_pretrained(tmp_path / "adapter"),
         injected,
     ):
-        assert torch.equal(answer(loaded, pixel_values), expected)
+        assert_nearly_equal(answer(loaded, pixel_values), expected)
         assert loaded.config.id2label == NAMES
         assert loaded.config.label2id == {"cat": 0, "dog": 1}
         assert not loaded.training
 
 
+@own_adapter_methods
 def test_transformers_own_adapter_methods(pixel_values, tmp_path):
     tiny_vit().save_pretrained(tmp_path / "base")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
@@ -127,7 +143,7 @@ def test_transformers_own_adapter_methods(pixel_values, tmp_path):
         AutoPeftModel.from_pretrained(tmp_path / "adapter"),
         AutoModelForImageClassification.from_pretrained(tmp_path / "adapter"),
     ):
-        assert torch.equal(answer(loaded, pixel_values), expected)
+        assert_nearly_equal(answer(loaded, pixel_values), expected)
 
     with pytest.warns(UserWarning, match="Already found a `peft_config`"):
         model.add_adapter(tiny_config(num_labels=3), adapter_name="second")
@@ -201,7 +217,7 @@ def test_a_look_alike_is_adapted_by_naming_its_embeddings(target, pixel_values, 
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(LookAlike(nn.Linear(32, 5)).eval(), tmp_path, adapter_name="other")
-    assert torch.equal(loaded(pixel_values), expected)
+    assert_nearly_equal(loaded(pixel_values), expected)
 
 
 def test_a_look_alike_keeps_its_own_head(pixel_values):
@@ -238,3 +254,73 @@ def test_a_subclass_counts_as_its_architecture(pixel_values):
     model = get_peft_model(MyViT(tiny_vit().config).eval(), tiny_config(id2label=NAMES))
     assert answer(model, pixel_values).shape == (4, 2)
     assert isinstance(model.get_base_model().vit, ViTModel)
+
+
+def test_names_that_are_numbers_in_the_models_config_become_strings():
+    base = tiny_vit(num_labels=2)
+    base.config.id2label = {0: 3, 1: 8}
+    model = get_peft_model(base, tiny_config())
+    assert torch.equal(head_of(model).pgn_head["default"].weight, base.classifier.base_layer.weight)
+    assert model.config.id2label == model.peft_config["default"].id2label == {0: "3", 1: "8"}
+
+
+def load_offloaded(folder, parts, tmp_path):
+    places = dict.fromkeys(["vit.embeddings", "vit.layers", "vit.layernorm", "classifier"], "cpu")
+    places |= dict.fromkeys(parts, "disk")
+    return ViTForImageClassification.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
+
+
+@pytest.mark.parametrize("fields", [{}, {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}])
+def test_a_new_adapter_starts_from_weights_on_a_disk(fields, tmp_path, pixel_values):
+    tiny_vit().save_pretrained(tmp_path)
+    found = []
+    for parts in [], ["vit.embeddings", "classifier"]:
+        torch.manual_seed(0)
+        config = tiny_config(**fields, num_virtual_tokens=None if fields else 3)
+        model = get_peft_model(load_offloaded(tmp_path, parts, tmp_path), config).eval()
+        assert not any(parameter.is_meta for name, parameter in model.named_parameters() if "pgn_" in name)
+        found.append(answer(model, pixel_values))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("part", ["vit.embeddings", "classifier"])
+def test_a_saved_adapter_is_refused_where_its_weights_would_not_be_loaded(part, tmp_path):
+    tiny_vit().save_pretrained(tmp_path)
+    get_peft_model(tiny_vit(), tiny_config()).save_pretrained(tmp_path / "adapter")
+    for load in (
+        lambda: load_offloaded(tmp_path, [part], tmp_path).load_adapter(tmp_path / "adapter"),
+        lambda: PeftModel.from_pretrained(load_offloaded(tmp_path, [part], tmp_path), str(tmp_path / "adapter")),
+    ):
+        with pytest.raises(ValueError, match=f"`device_map` must keep '{part}' in memory .* but got .*: 'disk'"):
+            load()
+
+
+@pytest.mark.parametrize("door", ["PEFT", pytest.param("Transformers", marks=own_adapter_methods), "Classifier"])
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "inferred"),
+    [
+        (1, torch.rand(4), "regression"),
+        (2, torch.tensor([0, 1, 1, 0]), "single_label_classification"),
+        (2, torch.rand(4, 2), "multi_label_classification"),
+    ],
+)
+def test_a_problem_type_that_was_inferred_is_saved_and_kept(
+    door, num_labels, labels, inferred, pixel_values, tmp_path
+):
+    config = tiny_config(num_labels=num_labels)
+    model = tiny_vit()
+    if door == "Transformers":
+        model.add_adapter(config)
+    else:
+        model = get_peft_model(model, config)
+    model(pixel_values, labels=labels)
+    if door == "PEFT":
+        with model.disable_adapter():
+            assert model.config.problem_type is None
+    assert model.config.problem_type == inferred
+    if door == "Classifier":
+        Classifier(model, ViTImageProcessor()).save_pretrained(tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    assert PGNConfig.from_pretrained(tmp_path).problem_type == inferred
+    assert PeftModel.from_pretrained(tiny_vit(), tmp_path).config.problem_type == inferred

@@ -1,5 +1,6 @@
-"""Adapters on a Hub on loopback: the real client, in new processes, because its address is fixed on import."""
+"""Adapters on a Hub on loopback, with the real client: pushed, loaded, refused, and what becomes of a failed push."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,26 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import FILES, TOKEN, answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from huggingface_hub import ModelCard
-from loopback_hub import Fault, loopback_hub
+from loopback_hub import Fault, use_hub
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTImageProcessor
 
-from pgn_peft import Classifier
-
-pytestmark = pytest.mark.slow
+from pgn_peft import CardFacts, Classifier, load_classifier
 
 NAMES = {0: "cat", 1: "dog"}
-TOKEN = "hf_secret"
-FILES = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", "README.md"}
-
-
-@pytest.fixture
-def hub():
-    with loopback_hub(token=TOKEN) as hub:
-        yield hub
 
 
 @pytest.fixture
@@ -47,74 +38,59 @@ def adapter(hub, tmp_path):
     return tmp_path / "adapter"
 
 
-@pytest.fixture
-def run(hub, tmp_path):
-    """Run code in a new process: a client of the Hub, with a cache of its own unless one is named."""
-
-    def run(code, *arguments, token=TOKEN, cache="cache", check=True, **more):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / cache), "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TMPDIR": str(tmp_path)} | more
-        if token is not None:
-            environment["HF_TOKEN"] = token
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        outcome = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=600, cwd=tmp_path, check=False
-        )
-        assert not check or outcome.returncode == 0, outcome.stderr
-        return outcome
-
-    return run
+def load(*requests):
+    """Load adapters: of each whether it answers as expected, the size of its images, its first label; or the error."""
+    expected = load_file("expected.safetensors")
+    outcomes = []
+    for request in requests:
+        try:
+            model, processor = load_classifier(request.pop("id"), **request)
+        except OSError as error:
+            outcomes.append(str(error))
+            continue
+        found = answer(model, expected["pixel_values"])
+        right = found.shape == expected["logits"].shape
+        if right:
+            assert_nearly_equal(found, expected["logits"])
+        outcomes.append([right, processor.size["height"], model.config.id2label[0]])
+    return outcomes
 
 
-PUSH = """
-import sys
-from pgn_peft import CardFacts, load_classifier
-facts = CardFacts(dataset_name="Pets", metrics={"accuracy": 0.9375}, license="mit")
-classifier = load_classifier(sys.argv[1])
-print(classifier.push_to_hub("user/pets", facts, private=True).oid)
-"""
 LOAD = """
-import json, sys
+import sys
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from pgn_peft import load_classifier
-expected = load_file("expected.safetensors")
-for options in json.loads(sys.argv[1]):
-    try:
-        model, processor = load_classifier(options.pop("id"), **options)
-        with torch.no_grad():
-            logits = model(expected["pixel_values"]).logits
-        size = processor.size["height"]
-        print(json.dumps([torch.equal(logits, expected["logits"]), size, model.config.id2label[0]]))
-    except OSError as error:
-        print(json.dumps(str(error)))
+model, processor = load_classifier(sys.argv[1])
+assert processor.size["height"] == 48 and model.config.id2label[0] == "cat"
+with torch.no_grad():
+    save_file({"logits": model(load_file("expected.safetensors")["pixel_values"]).logits}, "found.safetensors")
 """
 
 
-def load(run, *options, **more):
-    return [json.loads(line) for line in run(LOAD, json.dumps(options), **more).stdout.splitlines()]
-
-
-def test_pushed_and_loaded_in_a_new_process(hub, adapter, run):
-    run(PUSH, adapter)
+@pytest.mark.slow
+def test_pushed_and_loaded_in_a_new_process(hub, adapter, tmp_path):
+    facts = CardFacts(dataset_name="Pets", metrics={"accuracy": 0.9375}, license="mit")
+    load_classifier(adapter).push_to_hub("user/pets", facts, private=True)
     assert set(hub.repositories["user/pets"]) == FILES
     assert hub.repositories["user/pets"].private
     assert hub.repositories["user/pets"].log == ["initial commit", "Upload adapter"]
     data = ModelCard(hub.content("user/pets", "README.md").decode()).data
     assert (data.base_model, data.eval_results[0].metric_value) == ("user/vit", 0.9375)
     hub.requests.clear()
-    assert load(run, {"id": "user/pets"}, cache="empty") == [[True, 48, "cat"]]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "empty"), "HF_TOKEN": TOKEN}
+    environment |= {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-c", LOAD, "user/pets"], env=environment, check=True)
+    assert_nearly_equal(load_file("found.safetensors")["logits"], load_file("expected.safetensors")["logits"])
     fetched = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
     assert fetched <= {"adapter_model.safetensors", "model.safetensors", *(n for n in fetched if n.endswith(".json"))}
     assert "README.md" not in fetched
 
 
-def test_what_is_private_needs_a_token(hub, adapter, run):
+def test_what_is_private_needs_a_token(hub, adapter, monkeypatch):
     hub.put("user/pets", adapter, private=True)
-    refused, missing, found = load(
-        run, {"id": "user/pets"}, {"id": "user/nothing"}, {"id": "user/pets", "token": TOKEN}, token=None
-    )
+    monkeypatch.delenv("HF_TOKEN")
+    refused, missing, found = load({"id": "user/pets"}, {"id": "user/nothing"}, {"id": "user/pets", "token": TOKEN})
     assert "`pretrained_model_name_or_path` must be" in refused
     assert re.search("but got 'user/pets': .*401", refused)
     assert "needs a token (`hf auth login`)" in refused
@@ -122,7 +98,7 @@ def test_what_is_private_needs_a_token(hub, adapter, run):
     assert found == [True, 48, "cat"]
 
 
-def test_revisions_and_subfolders(hub, adapter, run, tmp_path):
+def test_revisions_and_subfolders(hub, adapter, tmp_path):
     first = hub.put("user/pets", adapter)
     hub.repositories["user/pets"].refs["v1"] = first
     other = move_adapter(
@@ -133,7 +109,6 @@ def test_revisions_and_subfolders(hub, adapter, run, tmp_path):
     hub.put("user/pets", tmp_path / "other")
     hub.put("user/many", adapter, subfolder="pets/small/")
     outcomes = load(
-        run,
         {"id": "user/pets"},
         {"id": "user/pets", "revision": "v1"},
         {"id": "user/pets", "revision": first},
@@ -147,15 +122,16 @@ def test_revisions_and_subfolders(hub, adapter, run, tmp_path):
     assert "`adapter_config.json` must be in the adapter, but got none in 'user/many'." in outcomes[5]
 
 
-def test_offline_it_is_loaded_from_the_cache(hub, adapter, run):
+def test_offline_it_is_loaded_from_the_cache(hub, adapter, tmp_path, monkeypatch):
     hub.put("user/pets", adapter)
-    assert load(run, {"id": "user/pets"}) == [[True, 48, "cat"]]
+    assert load({"id": "user/pets"}) == [[True, 48, "cat"]]
     hub.requests.clear()
-    loaded, absent = load(run, {"id": "user/pets"}, {"id": "user/nothing"}, HF_HUB_OFFLINE="1")
+    with pytest.MonkeyPatch.context() as patch:
+        use_hub(patch, hub, tmp_path / "cache", TOKEN, offline=True)
+        loaded, absent = load({"id": "user/pets"}, {"id": "user/nothing"})
     assert loaded == [True, 48, "cat"]
     assert "offline, what was fetched before is found in the cache" in absent
     loaded, empty = load(
-        run,
         {"id": "user/pets", "local_files_only": True},
         {"id": "user/pets", "local_files_only": True, "cache_dir": "elsewhere"},
     )
@@ -163,10 +139,10 @@ def test_offline_it_is_loaded_from_the_cache(hub, adapter, run):
     assert "but got 'user/pets': Cannot find" in empty
     assert not hub.requests
     hub.faults.append(Fault("GET", "/", 500, times=100))
-    assert load(run, {"id": "user/pets"}) == [[True, 48, "cat"]]
+    assert load({"id": "user/pets"}) == [[True, 48, "cat"]]
 
 
-def test_pickles_and_code_are_not_even_downloaded(hub, adapter, run, tmp_path):
+def test_pickles_and_code_are_not_even_downloaded(hub, adapter, tmp_path):
     for folder in (adapter, tmp_path / "vit"):
         for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin", "modeling.py"):
             (folder / name).write_bytes(b"open('sprung', 'w')")
@@ -174,7 +150,7 @@ def test_pickles_and_code_are_not_even_downloaded(hub, adapter, run, tmp_path):
     hub.put("user/vit", tmp_path / "vit")
     (adapter / "adapter_model.safetensors").unlink()
     hub.put("user/pickled", adapter)
-    loaded, refused = load(run, {"id": "user/pets"}, {"id": "user/pickled"})
+    loaded, refused = load({"id": "user/pets"}, {"id": "user/pickled"})
     assert loaded == [True, 48, "cat"]
     assert "`adapter_model.safetensors` must be in the adapter, but got none in 'user/pickled'." in refused
     assert "Pickled weights (adapter_model.bin) are never read" in refused
@@ -186,17 +162,18 @@ def test_pickles_and_code_are_not_even_downloaded(hub, adapter, run, tmp_path):
 
 # Pushes that fail.
 
-PUSHES = """
-import json, sys
-from pgn_peft import load_classifier
-classifier = load_classifier(sys.argv[1])
-for _ in range(int(sys.argv[2])):
-    try:
-        classifier.push_to_hub("user/pets")
-        print(json.dumps(None))
-    except OSError as error:
-        print(json.dumps(str(error)))
-"""
+
+def push(adapter, times):
+    """Push an adapter a number of times; of each the error, or None."""
+    outcomes, classifier = [], load_classifier(adapter)
+    for _ in range(times):
+        try:
+            classifier.push_to_hub("user/pets")
+            outcomes.append(None)
+        except OSError as error:
+            outcomes.append(str(error))
+    return outcomes
+
 
 FAILURES = [
     (Fault("POST", "/api/repos/create", 401), "401", "Log in with `hf auth login`, or pass a token"),
@@ -213,9 +190,9 @@ FAILURES = [
 ]
 
 
-def test_a_failed_push_loses_nothing_and_says_how_to_go_on(hub, adapter, run):
-    hub.faults += [fault for fault, _, _ in FAILURES]
-    lines = [json.loads(line) for line in run(PUSHES, adapter, len(FAILURES) + 1).stdout.splitlines()]
+def test_a_failed_push_loses_nothing_and_says_how_to_go_on(hub, adapter):
+    hub.faults += [dataclasses.replace(fault) for fault, _, _ in FAILURES]
+    lines = push(adapter, len(FAILURES) + 1)
     expected = load_file(adapter / "adapter_model.safetensors")
     assert lines.pop() is None
     for line, (_, reason, remedy) in zip(lines, FAILURES, strict=True):
@@ -231,59 +208,55 @@ def test_a_failed_push_loses_nothing_and_says_how_to_go_on(hub, adapter, run):
     assert set(hub.repositories["user/pets"]) == FILES
 
 
-def test_a_connection_cut_in_the_middle_of_an_upload(hub, adapter, run):
+def test_a_connection_cut_in_the_middle_of_an_upload(hub, adapter):
     cut = Fault("PUT", "/lfs/", None, times=6)  # as often as the client tries
     hub.faults.append(cut)
-    failed, pushed = [json.loads(line) for line in run(PUSHES, adapter, 2).stdout.splitlines()]
+    failed, pushed = push(adapter, 2)
     assert cut.times == 0
     assert "Nothing is lost: the adapter is in" in failed
     assert pushed is None
     assert hub.repositories["user/pets"].log == ["initial commit", "Upload adapter"]
-    assert load(run, {"id": "user/pets"}, cache="empty") == [[True, 48, "cat"]]
+    assert load({"id": "user/pets"}) == [[True, 48, "cat"]]
 
 
-def test_an_upload_that_was_cut_once_succeeds_by_itself(hub, adapter, run):
+def test_an_upload_that_was_cut_once_succeeds_by_itself(hub, adapter):
     hub.faults += [Fault("PUT", "/lfs/", None), Fault("PUT", "/lfs/", 500), Fault("POST", "/preupload/", 429)]
-    assert [json.loads(line) for line in run(PUSHES, adapter, 1).stdout.splitlines()] == [None]
+    assert push(adapter, 1) == [None]
     assert not any(fault.times for fault in hub.faults)
 
 
-def test_a_base_that_nobody_else_has_is_refused(hub, adapter, run, tmp_path):
+def test_a_base_that_nobody_else_has_is_refused(hub, adapter, tmp_path):
     file = adapter / "adapter_config.json"
     edited = {"base_model_name_or_path": str(tmp_path / "vit"), "checksums": None}
-    file.write_text(json.dumps(json.loads(file.read_text()) | edited))
-    outcome = run(PUSHES, adapter, 1, check=False)
-    assert (
-        f"`base_model_name_or_path` must be the id of a model on the Hub, but got '{tmp_path}/vit'" in outcome.stderr
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | edited),
+        encoding="utf-8",
     )
+    message = f"`base_model_name_or_path` must be the id of a model on the Hub, but got {str(tmp_path / 'vit')!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        push(adapter, 1)
     assert "user/pets" not in hub.repositories
 
 
-BRANCH = """
-import sys
-from pgn_peft import load_classifier
-classifier = load_classifier(sys.argv[1])
-classifier.push_to_hub("user/pets", revision="v2", commit_message="Second", save_directory="kept")
-for name in ("no id/at/all", "pets"):
-    try:
-        classifier.push_to_hub(name)
-    except ValueError as error:
-        print(error)
-"""
-
-
-def test_a_branch_a_message_and_a_folder_of_ones_own(hub, adapter, run, tmp_path):
+def test_a_branch_a_message_and_a_folder_of_ones_own(hub, adapter, tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/training_args.bin").write_bytes(b"a pickle")
-    outcome = run(BRANCH, adapter)
+    classifier = load_classifier(adapter)
+
+    def push():
+        classifier.push_to_hub("user/pets", revision="v2", commit_message="Second", save_directory="kept")
+
+    push()
     for name in ("no id/at/all", "pets"):
-        assert f"`repo_id` must be like 'user/name', but got {name!r}" in outcome.stdout
+        with pytest.raises(ValueError, match=f"`repo_id` must be like 'user/name', but got {name!r}"):
+            classifier.push_to_hub(name)
     pets = hub.repositories["user/pets"]
     assert set(pets) == set()
     assert set(pets.commits[pets.refs["v2"]]) == FILES
     assert pets.log[-1] == "Second"
     assert {path.name for path in (tmp_path / "kept").iterdir()} == FILES | {"training_args.bin"}
     hub.faults.append(Fault("POST", "/commit/", 500))
-    failed = run(BRANCH, adapter, check=False)
-    command = re.search("or run: (hf upload user/pets kept --revision v2 .*)", failed.stderr)[1].split()
+    with pytest.raises(OSError, match="or run: hf upload user/pets kept --revision v2 ") as failed:
+        push()
+    command = re.search("or run: (hf upload .*)", str(failed.value))[1].split()
     assert set(command[command.index("--include") :]) == FILES | {"--include"}

@@ -5,13 +5,8 @@ import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 
-from pgn_peft.inspection import (
-    attention_to_prompts,
-    find_layer,
-    library_tokens,
-    mixing_coefficients,
-    usage_by_class,
-)
+from pgn_peft.inspection import attention_to_prompts, library_tokens, mixing_coefficients, usage_by_class
+from pgn_peft.tuner.adapters import find_layer
 
 SCALE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pgn_peft.layout import compose, make_layout, to_image, to_patches
-from pgn_peft.resize import resize
+from pgn_peft.nn.layout import compose, make_layout, to_image, to_patches
+from pgn_peft.nn.resize import resize
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 
 from pgn_peft import CardFacts, Classifier
-from pgn_peft.adapters import num_parameters
-from pgn_peft.citation import CITATION
-from pgn_peft.model_card import make_card
+from pgn_peft.hub.model_card import make_card
+from pgn_peft.tuner.adapters import num_parameters
+from pgn_peft.utils.citation import CITATION
 
 NAMES = {0: "cat", 1: "dog"}
 FACTS = CardFacts(
@@ -87,7 +87,9 @@ def test_its_code_runs_and_imports_pgn_peft_first(tmp_path, monkeypatch):
     Classifier(model, ViTImageProcessor(size={"height": 48, "width": 48})).save_pretrained("adapter", FACTS)
     image = Image.new("RGB", (50, 40), "red")
     image.save("image.jpg")
-    blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "adapter/README.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (tmp_path / "adapter/README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     assert len(blocks) == 2
     assert len(blocks[0].strip().splitlines()) == 5
     for block in blocks:
@@ -141,3 +143,9 @@ def test_impossible_facts_are_refused(facts, message):
 def test_a_tensor_is_no_metric():
     with pytest.raises(ValueError, match="`metrics` must hold finite numbers"):
         CardFacts(dataset_name="x", metrics={"accuracy": torch.tensor(0.5)})
+
+
+def test_copies_of_modules_that_are_trained_are_not_counted_as_frozen():
+    frozen = sum(parameter.numel() for parameter in tiny_vit(num_labels=10).parameters())
+    text = make_card(adapted(modules_to_save=["vit.layernorm"]), "user/adapter", FACTS).text
+    assert f"| frozen parameters of the base | {frozen:,} |" in text

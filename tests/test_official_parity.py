@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTForImageClassification
 
 from pgn_peft import official
-from pgn_peft.adapters import prompt_layer
+from pgn_peft.tuner.adapters import prompt_layer
 
 pytestmark = pytest.mark.shared
 

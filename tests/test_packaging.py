@@ -29,13 +29,18 @@ def test_the_wheel_builds_and_imports(tmp_path):
         archive.extractall(tmp_path / "site")
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"pgn_peft"}
     assert "pgn_peft/py.typed" in names
-    assert {Path(name).name for name in names if name.startswith("pgn_peft/")} == {
-        path.name for path in (ROOT / "pgn_peft").iterdir() if path.is_file()
+    assert {name for name in names if name.startswith("pgn_peft/")} == {
+        path.relative_to(source).as_posix() for path in (source / "pgn_peft").rglob("*") if path.is_file()
     }
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import pgn_peft; print(pgn_peft.__file__, pgn_peft.PGNConfig())"
     )
     outcome = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "site")], check=True, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", code, str(tmp_path / "site")],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        encoding="utf-8",
     )
     assert outcome.stdout.startswith(str(tmp_path / "site"))

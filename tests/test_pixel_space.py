@@ -2,21 +2,20 @@
 
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from peft import AutoPeftModel, PeftModel, get_peft_model
 
 from pgn_peft import PGNConfig
-from pgn_peft.layer import PGNLayer
-from pgn_peft.library import PatchLibrary
-from pgn_peft.preprocessing import denormalize, normalize
+from pgn_peft.nn.library import PatchLibrary
+from pgn_peft.nn.preprocessing import denormalize, normalize
 from pgn_peft.training import start_library_from_images
+from pgn_peft.tuner.layer import PGNLayer
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-layouts = pytest.mark.parametrize("layout", ["canvas", "append"])
-generators = pytest.mark.parametrize("generator", ["resnet10", "static"])
-architectures = pytest.mark.parametrize(
-    "architecture",
-    ["ViTForImageClassification", "DeiTForImageClassification", "ViTMSNForImageClassification", "ViTModel"],
+# Each layout with a generator and without one.
+forms = pytest.mark.parametrize(
+    ("layout", "generator"),
+    [("canvas", "resnet10"), ("canvas", "static"), ("append", "resnet10"), ("append", "static")],
 )
 
 
@@ -29,13 +28,20 @@ def layer_of(model):
     return next(module for module in model.modules() if isinstance(module, PGNLayer))
 
 
-@architectures
-@layouts
-@generators
+@pytest.mark.parametrize(
+    ("architecture", "layout", "generator"),
+    [
+        ("ViTForImageClassification", "canvas", "resnet10"),
+        ("ViTForImageClassification", "append", "static"),
+        ("DeiTForImageClassification", "append", "resnet10"),
+        ("ViTMSNForImageClassification", "canvas", "static"),
+        ("ViTModel", "append", "resnet10"),
+    ],
+)
 def test_the_adapted_model_is_the_stock_model_on_the_prompted_image(architecture, layout, generator, pixel_values):
-    model = get_peft_model(
-        tiny_vit(architecture), pixel_config(prompt_layout=layout, generator=generator, head="frozen")
-    )
+    base = tiny_vit(architecture)
+    before = answer(base, pixel_values)
+    model = get_peft_model(base, pixel_config(prompt_layout=layout, generator=generator, head="frozen"))
     move_adapter(model).eval()
     prompted = layer_of(model).prompted_images("default", pixel_values)
     assert prompted.shape[2:] == ((40, 32) if layout == "append" else (32, 32))
@@ -43,11 +49,10 @@ def test_the_adapted_model_is_the_stock_model_on_the_prompted_image(architecture
     found = answer(tiny_vit(architecture), prompted, interpolate_pos_encoding=layout == "append")
     torch.testing.assert_close(found, expected)
     with model.disable_adapter():
-        assert torch.equal(answer(model, pixel_values), answer(tiny_vit(architecture), pixel_values))
+        assert torch.equal(answer(model, pixel_values), before)
 
 
-@layouts
-@generators
+@forms
 def test_training_moves_the_whole_adapter_and_keeps_pixels_valid(layout, generator, pixel_values):
     # So large a step needs a gentle start.
     config = pixel_config(prompt_layout=layout, generator=generator, initial_logit_std=0)
@@ -69,23 +74,21 @@ def test_training_moves_the_whole_adapter_and_keeps_pixels_valid(layout, generat
     assert prompted.max() < 1 + 1e-5
 
 
-@layouts
-@generators
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load_under_another_name(layout, generator, low_cpu_mem_usage, pixel_values, tmp_path):
+@forms
+def test_save_and_load_under_another_name(layout, generator, pixel_values, tmp_path):
     config = pixel_config(prompt_layout=layout, generator=generator, num_labels=3)
     model = move_adapter(get_peft_model(tiny_vit(), config)).eval()
     expected = answer(model, pixel_values)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(
-        tiny_vit(), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
-    ).eval()
-    torch.testing.assert_close(answer(loaded, pixel_values), expected)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            tiny_vit(), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
+        ).eval()
+        assert_nearly_equal(answer(loaded, pixel_values), expected, valid_pixels=True)
     again = get_peft_model(tiny_vit(), tiny_config()).eval()
     again.load_adapter(tmp_path, "second")
     again.set_adapter("second")
-    torch.testing.assert_close(answer(again, pixel_values), expected)
-    tiny_vit().save_pretrained(tmp_path / "vit")
+    assert_nearly_equal(answer(again, pixel_values), expected, valid_pixels=True)
     recorded = loaded.peft_config["other"]
     assert (recorded.image_size, recorded.patch_size, recorded.hidden_size) == (32, 8, 32)
     assert recorded.num_virtual_tokens == (4 if layout == "append" else 12)
@@ -97,17 +100,19 @@ def test_auto_peft_model_loads_it(pixel_values, tmp_path):
     model = move_adapter(get_peft_model(base, pixel_config())).eval()
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
-    torch.testing.assert_close(answer(loaded, pixel_values), answer(model, pixel_values))
+    assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values), valid_pixels=True)
 
 
 def test_unload_and_delete_leave_nothing(pixel_values):
-    model = get_peft_model(tiny_vit(), pixel_config())
+    base = tiny_vit()
+    before = answer(base, pixel_values)
+    model = get_peft_model(base, pixel_config())
     model.add_adapter("latent", tiny_config())
     model.delete_adapter("default")
     layer = layer_of(model)
     assert list(layer.configs) == ["latent"]
     assert not layer.layouts
-    assert torch.equal(answer(model.unload(), pixel_values), answer(tiny_vit(), pixel_values))
+    assert torch.equal(answer(model.unload(), pixel_values), before)
 
 
 def test_a_latent_adapter_beside_it_appends_to_the_prompted_image(pixel_values):
@@ -185,21 +190,14 @@ def test_one_channel(pixel_values):
     assert answer(model, pixel_values[:, :1]).shape == (4, 5)
 
 
-@pytest.mark.slow
-@layouts
-def test_it_compiles_without_a_break(layout, pixel_values):
-    model = move_adapter(get_peft_model(tiny_vit(), pixel_config(prompt_layout=layout))).eval()
-    compiled = torch.compile(model, fullgraph=True)
-    expected = answer(model, pixel_values)
-    # A pixel that falls between two levels may be rounded either way.
-    assert (answer(compiled, pixel_values) - expected).abs().max() < 0.01 * expected.std()
-
-
 def test_bfloat16(pixel_values):
-    model = get_peft_model(tiny_vit(), pixel_config()).eval()
+    """No more is lost than the backbone loses by itself on the prompted image."""
+    model = move_adapter(get_peft_model(tiny_vit(), pixel_config(head="frozen"))).eval()
     expected = answer(model, pixel_values)
+    prompted = layer_of(model).prompted_images("default", pixel_values)
+    lost = (answer(tiny_vit().bfloat16(), prompted.bfloat16()).float() - answer(tiny_vit(), prompted)).abs().max()
     found = answer(model.to(torch.bfloat16), pixel_values.bfloat16()).float()
-    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    assert (found - expected).abs().max() < 3 * lost
 
 
 def test_the_library_starts_from_training_images():

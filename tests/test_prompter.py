@@ -5,24 +5,22 @@ import json
 import os
 import re
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from datasets import load_dataset
 from huggingface_hub import ModelCard
-from loopback_hub import loopback_hub
+from loopback_hub import loopback_hub, use_hub
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, DeiTImageProcessor, ViTForImageClassification, ViTImageProcessor, pipeline
 
-from pgn_peft import ImagePrompter, PGNConfig
-from pgn_peft.prompter_card import make_prompter_card
+from pgn_peft import ImagePrompter, PGNConfig, make_prompter
 from pgn_peft.training import start_library_from_images
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +40,15 @@ def photos(number=4):
     return [Image.fromarray(random.integers(0, 256, (40 + n, 50, 3), dtype=np.uint8)) for n in range(number)]
 
 
-def same_images(one, other):
-    return all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(one, other, strict=True))
+def nearly_same_images(one, other):
+    """Whether no pixel differs by more than one of the 256 levels: one between two may be rounded either way."""
+    pairs = [(np.array(a).astype(int), np.array(b).astype(int)) for a, b in zip(one, other, strict=True)]
+    return all(np.abs(a - b).max() <= 1 for a, b in pairs) and np.mean([(a != b).mean() for a, b in pairs]) < 0.01
+
+
+def same_tensors(one, other):
+    own, others = one.state_dict(), other.state_dict()
+    return own.keys() == others.keys() and all(torch.equal(tensor, others[name]) for name, tensor in own.items())
 
 
 FORMS = {
@@ -59,7 +64,7 @@ FORMS = {
 
 def prompter_of(form, **options):
     model = make(**FORMS[form])
-    return model, ImagePrompter.from_adapter(model, PROCESSOR, in_range="latent" in form, **options)
+    return model, make_prompter(model, PROCESSOR, in_range="latent" in form, **options)
 
 
 @pytest.mark.parametrize("form", ["canvas", "append", "static", "no offset", "small generator"])
@@ -80,7 +85,7 @@ def test_a_cropping_server_gets_a_margin_to_cut_off():
         size={"height": 40, "width": 40}, crop_size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD
     )
     model = make()
-    prompter = ImagePrompter.from_adapter(model, processor)
+    prompter = make_prompter(model, processor)
     images = photos()
     sent = prompter(images)
     assert sent[0].size == (40, 40)
@@ -114,7 +119,7 @@ def test_every_kind_of_image_comes_back_as_it_came():
 def test_images_of_different_sizes_go_together_and_batches_do_not_mix():
     _, prompter = prompter_of("canvas")
     images = photos()
-    assert same_images(prompter(images), [prompter(image) for image in images])
+    assert nearly_same_images(prompter(images), [prompter(image) for image in images])
 
 
 def test_one_channel():
@@ -122,7 +127,7 @@ def test_one_channel():
     config = tiny_config(
         prompt_space="pixel", image_mean=[0.5], image_std=[0.5], num_virtual_tokens=None, head="frozen"
     )
-    prompter = ImagePrompter.from_adapter(get_peft_model(tiny_vit(num_channels=1), config), processor)
+    prompter = make_prompter(get_peft_model(tiny_vit(num_channels=1), config), processor)
     assert prompter(photos()[0]).mode == "L"
     assert prompter.probe().mode == "L"
 
@@ -131,7 +136,7 @@ def test_making_it_leaves_the_model_as_it_was():
     model = make(head="trained").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    prompter = ImagePrompter.from_adapter(model, PROCESSOR)
+    prompter = make_prompter(model, PROCESSOR)
     assert trainable == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -139,7 +144,9 @@ def test_making_it_leaves_the_model_as_it_was():
         for parameter in model.parameters():
             parameter.add_(1)
     assert not any(parameter.requires_grad for parameter in prompter.parameters())
-    assert same_images(prompter(photos()), ImagePrompter.from_adapter(make(head="trained"), PROCESSOR)(photos()))
+    again = make_prompter(make(head="trained"), PROCESSOR)
+    assert same_tensors(prompter, again)
+    assert nearly_same_images(prompter(photos()), again(photos()))
 
 
 @pytest.mark.parametrize(
@@ -155,16 +162,16 @@ def test_a_processor_that_was_not_trained_with_is_refused(change, message):
         **({"size": {"height": 32, "width": 32}, "image_mean": MEAN, "image_std": STD} | change)
     )
     with pytest.raises(ValueError, match=message):
-        ImagePrompter.from_adapter(make(), processor)
+        make_prompter(make(), processor)
 
 
 def test_what_has_no_such_adapter_is_refused():
     with pytest.raises(
         ValueError, match="`adapter_name` must be one of the model's adapters, default, but got 'other'"
     ):
-        ImagePrompter.from_adapter(make(), PROCESSOR, "other")
+        make_prompter(make(), PROCESSOR, "other")
     with pytest.raises(TypeError, match="`model` must carry a PGN adapter, but got ViTForImageClassification"):
-        ImagePrompter.from_adapter(tiny_vit(), PROCESSOR)
+        make_prompter(tiny_vit(), PROCESSOR)
 
 
 # Files.
@@ -175,7 +182,8 @@ def test_saved_and_loaded_it_is_the_same(form, tmp_path):
     _, prompter = prompter_of(form)
     prompter.save_pretrained(tmp_path)
     loaded = ImagePrompter.from_pretrained(tmp_path)
-    assert same_images(loaded(photos()), prompter(photos()))
+    assert same_tensors(loaded, prompter)
+    assert nearly_same_images(loaded(photos()), prompter(photos()))
     assert (loaded.id2label, loaded.server_labels) == (prompter.id2label, prompter.server_labels)
     assert torch.equal(loaded.probe_scores, prompter.probe_scores)
     assert not loaded.training
@@ -183,19 +191,20 @@ def test_saved_and_loaded_it_is_the_same(form, tmp_path):
 
 
 def test_exact_prompts_and_heads_are_saved_too(tmp_path):
-    prompter = ImagePrompter.from_adapter(make("latent", head="trained", num_labels=3), PROCESSOR)
+    prompter = make_prompter(make("latent", head="trained", num_labels=3), PROCESSOR)
     prompter.save_pretrained(tmp_path)
     loaded = ImagePrompter.from_pretrained(tmp_path)
-    assert torch.equal(loaded.pixel_values(photos()), prompter.pixel_values(photos()))
+    assert same_tensors(loaded, prompter)
+    assert_nearly_equal(loaded.pixel_values(photos()), prompter.pixel_values(photos()))
     features = torch.randn(2, 32)
-    assert torch.equal(loaded.classify(features), prompter.classify(features))
+    assert_nearly_equal(loaded.classify(features), prompter.classify(features))
 
 
 def edit(folder, change):
     file = folder / "prompter_config.json"
-    config = json.loads(file.read_text()) | {"checksums": None}
+    config = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None}
     change(config)
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -246,14 +255,14 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             ImagePrompter.from_pretrained(tmp_path)
     file.write_bytes(whole)
-    (tmp_path / "prompter_config.json").write_text("[1, 2")
+    (tmp_path / "prompter_config.json").write_text("[1, 2", encoding="utf-8")
     with pytest.raises(ValueError, match="`prompter_config.json` must be a JSON object, but got"):
         ImagePrompter.from_pretrained(tmp_path)
     file.unlink()
-    with pytest.raises(OSError, match="one without prompter.safetensors"):
+    with pytest.raises(OSError, match="a folder without prompter.safetensors"):
         ImagePrompter.from_pretrained(tmp_path)
     with pytest.raises(
-        OSError, match="must be an existing folder, or the id of a prompter on the Hub, but got neither"
+        OSError, match="must be a folder, or the id of a repository that can be read, but got .*/misspelt'"
     ):
         ImagePrompter.from_pretrained(tmp_path / "misspelt")
 
@@ -305,16 +314,17 @@ def test_it_works_in_an_environment_of_torch_safetensors_numpy_and_pillow(tmp_pa
         capture_output=True,
         text=True,
         env=environment,
+        encoding="utf-8",
     )
     assert outcome.returncode == 0, outcome.stderr
     found = [Image.open(tmp_path / f"{index}-prompted.png") for index in range(2)]
-    assert same_images(found, prompter(photos(2)))
+    assert nearly_same_images(found, prompter(photos(2)))
     assert (tmp_path / "again/prompter.safetensors").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", ["canvas", "append", "static", "small generator", "latent in range"])
+@pytest.mark.parametrize("form", ["append", "small generator", "latent in range"])
 def test_onnx_gives_the_same_pixels_to_one_level(form, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     _, prompter = prompter_of(form)
@@ -326,8 +336,8 @@ def test_onnx_gives_the_same_pixels_to_one_level(form, tmp_path):
         expected = prompter(images)
         assert found.shape == expected.shape
         assert np.abs(found.astype(int) - expected.numpy().astype(int)).max() <= 1
-    with pytest.raises(ValueError, match="`prompter` must prompt with valid images to be exported"):
-        ImagePrompter.from_adapter(make("latent"), PROCESSOR).export_onnx(tmp_path / "exact.onnx")
+    with pytest.raises(ValueError, match="`in_range` must be True for a prompter that is exported, but got False"):
+        make_prompter(make("latent"), PROCESSOR).export_onnx(tmp_path / "exact.onnx")
 
 
 @pytest.mark.shared
@@ -360,7 +370,7 @@ def test_png_through_the_stock_pipeline_on_real_images(shared):
         loss.backward()
         optimizer.step()
     expected = answer(model.eval(), pixel_values).softmax(-1)
-    prompter = ImagePrompter.from_adapter(model, processor)
+    prompter = make_prompter(model, processor)
     assert prompter.layout.num_virtual_tokens == 52
     classify = pipeline("image-classification", model=str(checkpoint))
     assert prompter.check_server(classify(prompter.probe())) < 1e-3
@@ -370,15 +380,15 @@ def test_png_through_the_stock_pipeline_on_real_images(shared):
         image.save(file, "PNG")
         sent.append(Image.open(file).convert("RGB"))
     for scores, reply in zip(expected, classify(sent, top_k=1000), strict=True):
-        found = {entry["label"]: entry["score"] for entry in prompter.answer(reply)}
+        found = {entry["label"]: entry["score"] for entry in prompter.read_answer(reply)}
         for index, label in prompter.id2label.items():
             assert found[label] == pytest.approx(scores[index].item(), abs=0.03)
 
 
 @pytest.mark.parametrize(("form", "word"), [("canvas", "top_k=5"), ("append", "check_server"), ("latent", "tensors")])
 def test_the_card_says_how_to_use_it(form, word):
-    prompter = prompter_of(form)[1] if form in FORMS else ImagePrompter.from_adapter(make(form), PROCESSOR)
-    card = make_prompter_card(prompter, "someone/prompter")
+    prompter = prompter_of(form)[1] if form in FORMS else make_prompter(make(form), PROCESSOR)
+    card = prompter.make_card("someone/prompter")
     assert ModelCard(str(card)).data.library_name == "pgn-peft"
     code = re.search(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[1]
     compile(code, "card", "exec")
@@ -387,47 +397,35 @@ def test_the_card_says_how_to_use_it(form, word):
     assert "booktitle = {British Machine Vision Conference}" in card.text
 
 
-# The Hub: the client's address is fixed when huggingface_hub is imported, hence new processes.
-
-PUSH = """
-import sys
-from pgn_peft.prompter import ImagePrompter
-print(ImagePrompter.from_pretrained(sys.argv[1]).push_to_hub("someone/prompter", private=True))
-"""
-PULL = """
-import sys
-from pgn_peft.prompter import ImagePrompter
-ImagePrompter.from_pretrained("someone/prompter").save_pretrained(sys.argv[1])
-"""
+# The Hub.
 
 
-@pytest.mark.slow
-def test_pushed_to_a_hub_and_loaded_from_it(tmp_path):
+def test_pushed_to_a_hub_and_loaded_from_it(tmp_path, monkeypatch):
     _, prompter = prompter_of("canvas")
-    prompter.save_pretrained(tmp_path / "local")
     with loopback_hub(token="hf_secret") as hub:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-
-        def run(code, folder, token):
-            secret = {} if token is None else {"HF_TOKEN": token}
-            return subprocess.run(
-                [sys.executable, "-c", code, folder],
-                capture_output=True,
-                text=True,
-                env=environment | secret,
-                timeout=100,
-            )
-
-        refused = run(PUSH, tmp_path / "local", None)
-        assert refused.returncode == 1
-        assert "401" in refused.stderr
+        use_hub(monkeypatch, hub, tmp_path / "cache", None)
+        with pytest.raises(OSError, match="401"):
+            prompter.push_to_hub("someone/prompter", private=True)
         assert not hub.repositories
-        pushed = run(PUSH, tmp_path / "local", "hf_secret")
-        assert pushed.returncode == 0, pushed.stderr
-        assert pushed.stdout.strip() == "someone/prompter"
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        assert prompter.push_to_hub("someone/prompter", private=True) == "someone/prompter"
         files = {"prompter.safetensors", "prompter_config.json", "README.md"}
         assert set(hub.repositories["someone/prompter"]) == files
-        pulled = run(PULL, tmp_path / "pulled", "hf_secret")
-        assert pulled.returncode == 0, pulled.stderr
-    assert same_images(ImagePrompter.from_pretrained(tmp_path / "pulled")(photos()), prompter(photos()))
+        assert same_tensors(ImagePrompter.from_pretrained("someone/prompter"), prompter)
+
+
+def test_wide_pixels_and_exif_orientations_are_what_a_server_would_see():
+    _, prompter = prompter_of("canvas")
+    upright = photos()[1]
+    expected = np.array(prompter(upright))
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    sent = prompter(Image.open(file))
+    assert np.array_equal(np.array(sent), expected)
+    assert sent.getexif().get(0x0112) is None
+    assert np.array_equal(prompter(np.array(upright).astype(np.uint16) * 257), expected)
+    grey = upright.convert("L")
+    wide = Image.fromarray(np.array(grey).astype(np.uint16) * 257)
+    assert np.array_equal(np.array(prompter(wide)), np.array(prompter(grey)))

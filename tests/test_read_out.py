@@ -2,18 +2,27 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, answer, embeddings_of, move_adapter, tiny_config, tiny_vit
+from conftest import (
+    ARCHITECTURES,
+    REPRESENTATIVES,
+    answer,
+    assert_nearly_equal,
+    embeddings_of,
+    move_adapter,
+    tiny_config,
+    tiny_vit,
+)
 from peft import get_peft_model
 from PIL import Image
 from torch import nn
 from transformers import ViTImageProcessor
 
-from pgn_peft import Classifier, ImagePrompter, load_classifier
-from pgn_peft.adapters import prompt_layer
-from pgn_peft.backbones import SUPPORTED
+from pgn_peft import Classifier, load_classifier, make_prompter
+from pgn_peft.tuner.adapters import prompt_layer
+from pgn_peft.tuner.backbones import SUPPORTED
 
 AVERAGING = [name for name in ARCHITECTURES if SUPPORTED[name].reads_all]
-CLASSIFIERS = [name for name in AVERAGING if name.endswith("Classification")]
+REPRESENTATIVE = [name for name in AVERAGING if name in REPRESENTATIVES]
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
 SCALE = {"image_mean": PROCESSOR.image_mean, "image_std": PROCESSOR.image_std}
 
@@ -34,11 +43,11 @@ def answer_beside(base, prompts, pixel_values):
 def test_the_images_own_tokens_are_what_is_read(architecture, pixel_values):
     base = tiny_vit(architecture)
     plain = answer(base, pixel_values)
-    model = adapt(tiny_vit(architecture), head="frozen" if architecture in CLASSIFIERS else "trained")
+    model = adapt(tiny_vit(architecture), head="frozen" if architecture.endswith("Classification") else "trained")
     prompts = prompt_layer(model).prompts("default", pixel_values)
     answered = answer(model, pixel_values)
     assert answered.shape == plain.shape
-    assert torch.equal(answered, answer_beside(base, prompts, pixel_values))
+    assert_nearly_equal(answered, answer_beside(base, prompts, pixel_values))
     assert (answered - plain).abs().max() > 1e-3
 
 
@@ -49,10 +58,10 @@ def test_prompts_of_several_adapters_end_together(pixel_values):
     model.base_model.set_adapter(["default", "more"])
     layer = prompt_layer(model)
     prompts = torch.cat([layer.prompts(name, pixel_values) for name in ("default", "more")], dim=1)
-    assert torch.equal(answer(model, pixel_values), answer_beside(tiny_vit("Dinov2Model"), prompts, pixel_values))
+    assert_nearly_equal(answer(model, pixel_values), answer_beside(tiny_vit("Dinov2Model"), prompts, pixel_values))
 
 
-@pytest.mark.parametrize("architecture", CLASSIFIERS)
+@pytest.mark.parametrize("architecture", REPRESENTATIVE)
 def test_the_adapters_head_is_as_wide_as_the_models(architecture, pixel_values):
     model = adapt(tiny_vit(architecture), id2label={0: "cat", 1: "dog", 2: "owl"})
     assert model.peft_config["default"].head_features == (64 if architecture.startswith("Dinov2") else None)
@@ -65,15 +74,15 @@ def test_the_adapters_head_is_as_wide_as_the_models(architecture, pixel_values):
 
 
 @pytest.mark.parametrize("prompt_layout", ["canvas", "append"])
-@pytest.mark.parametrize("architecture", CLASSIFIERS)
+@pytest.mark.parametrize("architecture", REPRESENTATIVE)
 def test_prompts_in_pixel_space_are_patches_like_others(architecture, prompt_layout, pixel_values):
     layout = {"prompt_layout": prompt_layout, "num_virtual_tokens": None}
     model = adapt(tiny_vit(architecture), prompt_space="pixel", head="frozen", **SCALE, **layout)
     prompted = prompt_layer(model).prompted_images("default", pixel_values)
     larger = {} if architecture.startswith("Dinov2") else {"interpolate_pos_encoding": prompt_layout == "append"}
-    assert torch.equal(answer(model, pixel_values), answer(tiny_vit(architecture), prompted, **larger))
+    assert_nearly_equal(answer(model, pixel_values), answer(tiny_vit(architecture), prompted, **larger))
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    prompter = ImagePrompter.from_adapter(model, PROCESSOR)
+    prompter = make_prompter(model, PROCESSOR)
     served = answer(tiny_vit(architecture), prompter.pixel_values([image]), **larger)
     torch.testing.assert_close(answer(model, PROCESSOR(image, return_tensors="pt")["pixel_values"]), served)
     assert prompter.probe_scores.shape == (5,)
@@ -84,7 +93,7 @@ def test_latent_prompts_become_pixels_where_token_0_is_read(architecture, pixel_
     # Width 16 for patches of 192 numbers, and a whole row of prompts.
     base = tiny_vit(architecture, hidden_size=16, num_attention_heads=1)
     model = adapt(base, num_virtual_tokens=4, **({"head": "frozen"} if hasattr(base, "classifier") else {}))
-    prompter = ImagePrompter.from_adapter(model, PROCESSOR)
+    prompter = make_prompter(model, PROCESSOR)
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     latent = answer(model, PROCESSOR(image, return_tensors="pt")["pixel_values"])
     plain = tiny_vit(architecture, hidden_size=16, num_attention_heads=1)
@@ -101,7 +110,7 @@ def test_latent_prompts_cannot_become_pixels_there():
         )
     model = adapt(tiny_vit("Dinov2ForImageClassification"), num_virtual_tokens=4)
     with pytest.raises(ValueError, match="`prompt_space` must be 'pixel' for an adapter that is to become.*averages"):
-        ImagePrompter.from_adapter(model, PROCESSOR)
+        make_prompter(model, PROCESSOR)
 
 
 @pytest.mark.parametrize("side", [24, 48])
@@ -111,7 +120,7 @@ def test_a_pipeline_takes_another_size_than_the_checkpoints(side, tmp_path):
     model = adapt(base, id2label={0: "cat", 1: "dog"})
     processor = ViTImageProcessor(size={"height": side, "width": side})
     Classifier(model, processor).save_pretrained(tmp_path / "adapter")
-    assert "interpolate_pos_encoding" not in (tmp_path / "adapter" / "README.md").read_text()
+    assert "interpolate_pos_encoding" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     image = Image.new("RGB", (40, 30), "red")
     answers = load_classifier(tmp_path / "adapter").pipeline()(image)
     expected = answer(model, processor(image, return_tensors="pt")["pixel_values"]).softmax(-1)[0]

@@ -155,9 +155,9 @@ def test_another_method_on_the_same_model_is_refused(model, pixel_values):
     with pytest.raises(ValueError, match="different peft types"):  # PEFT's own words
         model.add_adapter("lora", lora)
     plain = tiny_vit()
-    plain.add_adapter(tiny_config(), adapter_name="pgn")
+    inject_adapter_in_model(tiny_config(), plain, adapter_name="pgn")
     with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="Already found"):
-        plain.add_adapter(lora, adapter_name="lora")
+        inject_adapter_in_model(lora, plain, adapter_name="lora")
     assert torch.equal(answer(model, pixel_values), expected)
     assert list(model.peft_config) == ["default"]
 

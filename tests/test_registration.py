@@ -11,8 +11,8 @@ from conftest import tiny_config, tiny_vit
 from peft import mapping
 
 import pgn_peft
-from pgn_peft import registration
-from pgn_peft.config import PGNPeftType
+from pgn_peft.tuner import registration
+from pgn_peft.tuner.fields import PGNPeftType
 
 MAPPINGS = (
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -55,7 +55,9 @@ vit = ViTForImageClassification(ViTConfig(image_size=32, hidden_size=32, num_hid
 model = peft.get_peft_model(vit, pgn_peft.PGNConfig(num_labels=3))
 print(type(model.base_model).__name__, model.config.num_labels)
 """
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert outcome.stdout.strip() == "PGNModel 3"
 
 
@@ -89,10 +91,12 @@ def test_without_peft_the_package_still_imports():
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "peft" else find(name, package)
-import sys, pgn_peft, pgn_peft.generator, pgn_peft.library
+import sys, pgn_peft, pgn_peft.nn.generator, pgn_peft.nn.library
 print(pgn_peft.__version__, "peft" in sys.modules, "transformers" in sys.modules)
 """
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert outcome.stdout.split() == [pgn_peft.__version__, "False", "False"]
 
 

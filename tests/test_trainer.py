@@ -1,16 +1,15 @@
 """`AdapterTrainer`: what a run publishes, while it trains and at its end, and what it refuses before it starts."""
 
-import json
+import logging
 import re
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_vit
+from conftest import FILES, tiny_config, tiny_vit
 from huggingface_hub import ModelCard
 from loopback_hub import Fault
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
-from test_hub import FILES, hub, run  # noqa: F401  (fixtures)
 from transformers import Trainer, TrainingArguments, ViTImageProcessor
 
 from pgn_peft import AdapterTrainer, CardFacts, ImageCollator
@@ -25,10 +24,18 @@ def rows(number=8):
 
 
 def make_trainer(
-    folder, trainer_class=AdapterTrainer, base="user/vit", facts=None, processing_class=PROCESSOR, **more
+    folder,
+    trainer_class=AdapterTrainer,
+    base="user/vit",
+    facts=None,
+    processing_class=PROCESSOR,
+    adapter_name="default",
+    generator="resnet10",
+    **more,
 ):
-    model = get_peft_model(tiny_vit(num_labels=10), tiny_config(id2label=NAMES))
-    model.peft_config["default"].base_model_name_or_path = base
+    config = tiny_config(id2label=NAMES, generator=generator)
+    model = get_peft_model(tiny_vit(num_labels=10), config, adapter_name=adapter_name)
+    model.peft_config[adapter_name].base_model_name_or_path = base
     options = {"num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch", "learning_rate": 1e-3}
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=4, remove_unused_columns=False, report_to="none", use_cpu=True,
@@ -66,7 +73,10 @@ def test_a_compiled_model_trains_and_saves_the_same(tmp_path):
     torch.compiler.reset()
     plain, compiled = (
         make_trainer(
-            tmp_path / str(compile), torch_compile=compile, torch_compile_backend="aot_eager" * compile or None
+            tmp_path / str(compile),
+            generator="static",  # which compiles in a moment
+            torch_compile=compile,
+            torch_compile_backend="aot_eager" * compile or None,
         )
         for compile in (False, True)
     )
@@ -105,23 +115,16 @@ def test_what_is_given_goes_before_what_the_run_shows(tmp_path):
     assert make_trainer(tmp_path / "unnamed").card_facts().metrics == {}
 
 
-PUSH = """
-import json, logging, sys
-import torch
-sys.path.insert(0, sys.argv[1])
-from test_trainer import make_trainer
-from pgn_peft import CardFacts
-logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="LOG %(message)s")
-trainer = make_trainer("pets", facts=CardFacts(dataset_name="Pets"), push_to_hub=True, hub_model_id="user/pets",
-                       hub_private_repo=True, **json.loads(sys.argv[2]))
-trainer.train()
-print(trainer.push_to_hub().oid)
-"""
+def publisher(**options):
+    """A trainer that pushes to the Hub."""
+    options = {"facts": CardFacts(dataset_name="Pets"), "hub_private_repo": True} | options
+    return make_trainer("pets", push_to_hub=True, hub_model_id="user/pets", **options)
 
 
-@pytest.mark.slow
-def test_a_run_publishes_the_adapter_and_no_pickle(hub, run, request, tmp_path):  # noqa: F811
-    run(PUSH, request.path.parent, json.dumps({"hub_always_push": True}))
+def test_a_run_publishes_the_adapter_and_no_pickle(hub, tmp_path):
+    trainer = publisher(hub_always_push=True)
+    trainer.train()
+    trainer.push_to_hub()
     pets = hub.repositories["user/pets"]
     assert pets.private
     assert pets.log == [
@@ -137,16 +140,17 @@ def test_a_run_publishes_the_adapter_and_no_pickle(hub, run, request, tmp_path):
     assert set(FILES) <= {path.name for path in (tmp_path / "pets").iterdir()}
 
 
-@pytest.mark.slow
-def test_a_failed_push_does_not_end_the_training(hub, run, request, tmp_path):  # noqa: F811
+def test_a_failed_push_does_not_end_the_training(hub, caplog):
     hub.faults.append(Fault("POST", "/commit/", 500, times=2))
-    outcome = run(PUSH, request.path.parent, json.dumps({"hub_always_push": True}))
-    assert outcome.stdout.count("A push while training failed. `repo_id` must be a repository that takes the") == 2
-    assert re.search(r"hf upload user/pets pets --include adapter_config.json", outcome.stdout)
+    trainer = publisher(hub_always_push=True)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+        trainer.push_to_hub()
+    assert caplog.text.count("A push while training failed. `repo_id` must be a repository that takes the") == 2
+    assert re.search(r"hf upload user/pets pets --include adapter_config.json", caplog.text)
     assert hub.repositories["user/pets"].log == ["initial commit", "End of training"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -158,6 +162,39 @@ def test_a_failed_push_does_not_end_the_training(hub, run, request, tmp_path):  
         ({"hub_strategy": "checkpoint"}, "`hub_strategy` must be one of end, every_save, but got 'checkpoint'"),
     ],
 )
-def test_what_cannot_be_published_is_refused_before_training(hub, run, request, change, message):  # noqa: F811
-    outcome = run(PUSH, request.path.parent, json.dumps(change), check=False)
-    assert message in outcome.stderr
+def test_what_cannot_be_published_is_refused_before_training(hub, change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        publisher(**change)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "flowers"])
+def test_the_best_weights_come_back_whatever_the_adapter_is_called(adapter_name, tmp_path):
+    scores = iter([1.0, 0.0])  # the first epoch is the better one
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    trainer = make_trainer(tmp_path, adapter_name=adapter_name, **options)
+    trainer.compute_metrics = lambda outcome: {"accuracy": next(scores)}
+    trainer.train()
+    best = tmp_path / "checkpoint-2" / ("" if adapter_name == "default" else adapter_name)
+    saved = load_file(best / "adapter_model.safetensors")
+    kept = get_peft_model_state_dict(trainer.model, adapter_name=adapter_name)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in kept.items())
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
+def test_loading_the_best_weights_of_an_adapter_that_transformers_added_is_refused_before_training(tmp_path):
+    vit = tiny_vit(num_labels=10)
+    inject_adapter_in_model(tiny_config(id2label=NAMES), vit)  # which is what `vit.add_adapter` does
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "use_cpu": True}
+    with pytest.raises(ValueError, match="`load_best_model_at_end` must be False"):
+        AdapterTrainer(vit, TrainingArguments(str(tmp_path), **options), train_dataset=rows(), eval_dataset=rows())
+
+
+def test_a_compiled_model_is_compiled_in_place_so_that_its_names_stay(tmp_path):
+    model = make_trainer(tmp_path).model
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    trainer = AdapterTrainer(torch.compile(model, backend="eager"), arguments)
+    assert trainer.model is model
+    assert model._compiled_call_impl is not None
+    trainer.save_model()
+    assert all(name.startswith("base_model.model.vit") or "pgn_head" in name
+               for name in load_file(tmp_path / "adapter_model.safetensors"))  # fmt: skip

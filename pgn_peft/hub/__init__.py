@@ -1,0 +1,6 @@
+"""Adapters on disk and on the Hub: loading with base model and image processor, publishing, model cards."""
+
+from pgn_peft.hub.classifier import Classifier, load_classifier
+from pgn_peft.hub.model_card import CardFacts
+
+__all__ = ["CardFacts", "Classifier", "load_classifier"]

@@ -1,0 +1,230 @@
+"""`load_classifier`: one call from an adapter's id to a model with labels and image processor. `Classifier`: both.
+
+Transformers' own `pipeline(model=adapter_id)` finds model and labels too, but takes the base's image processor, looks
+`revision` up in the base's repository, and passes no `subfolder` to the adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import transformers
+from huggingface_hub import CommitInfo
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from pgn_peft.hub import onnx_export, publishing
+from pgn_peft.hub.downloads import (
+    ADAPTER_FILES,
+    BASE_FILES,
+    check_base_folder,
+    check_processor_files,
+    has_processor,
+    read_adapter_config,
+)
+from pgn_peft.hub.image_size import interpolate_if_needed, made_of_square
+from pgn_peft.hub.model_card import CardFacts
+from pgn_peft.tuner.adapters import prompt_layer, unwrap
+from pgn_peft.tuner.backbones import SUPPORTED
+from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.utils.sources import find_folder, one_line
+
+if TYPE_CHECKING:
+    from transformers import ImageClassificationPipeline
+
+logger = logging.getLogger(__name__)
+
+
+class Classifier(NamedTuple):
+    """A model with an active PGN adapter, and the image processor that belongs to the adapter.
+
+    Args:
+        model: a Transformers model that carries the adapter, or PEFT's model around one.
+        image_processor: makes the `pixel_values` that the adapter was trained on.
+    """
+
+    model: nn.Module
+    image_processor: Any
+
+    def pipeline(self, **kwargs: Any) -> ImageClassificationPipeline:
+        """Make Transformers' image classification pipeline; `kwargs` are those of `transformers.pipeline`.
+
+        The model is put into eval mode: a pipeline takes it as it is, and in training mode dropout and the statistics
+        of the batch would change the predictions, and the predictions the adapter's BatchNorm statistics. Images go
+        through at the processor's size, also where the base has another one.
+        """
+        return transformers.pipeline(
+            "image-classification", model=self._as_called().eval(), image_processor=self.image_processor, **kwargs
+        )
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Write model and adapter as one ONNX graph (with `onnx` and `onnxscript` installed).
+
+        From `pixel_values` (B, C, H, W), float32, as the image processor makes them of a square image, to `logits`
+        (B, num_labels), for any B. The labels lie in the file's metadata as "id2label", in JSON. Weights of more than
+        2 GiB go into a second file beside it.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            TypeError: the model has no PGN adapter.
+        """
+        model = self._as_called()
+        onnx_export.export_model(model, made_of_square(prompt_layer(model), self.image_processor), Path(path))
+
+    def _as_called(self) -> nn.Module:
+        """Return the Transformers model, which takes the image processor's size."""
+        model = unwrap(self.model)
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        interpolate_if_needed(model, self.image_processor)
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, facts: CardFacts | None = None) -> None:
+        """Write adapter_model.safetensors, adapter_config.json, preprocessor_config.json and README.md, the card.
+
+        Args:
+            save_directory: a folder, which is made. Other files in it are left alone.
+            facts: what only you know, for the card.
+
+        Raises:
+            TypeError: the model has no active PGN adapter, or the image processor is none.
+        """
+        publishing.save(self.model, self.image_processor, Path(save_directory), facts or CardFacts())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        facts: CardFacts | None = None,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+        create_pr: bool = False,
+        save_directory: str | Path | None = None,
+    ) -> CommitInfo:
+        """Publish what `save_pretrained` writes, in one commit; the repository is made where it does not exist.
+
+        Args:
+            repo_id: the repository, "user/name".
+            facts: what only you know, for the card.
+            private: whether a new repository is private; None: as the owner's settings say.
+            token: a token with write access; None: the one of `hf auth login`.
+            revision: a branch, made where it does not exist; None: main.
+            commit_message: the commit's summary.
+            create_pr: open a pull request instead.
+            save_directory: where to write the files first; None: a temporary folder, which is removed after success.
+
+        Raises:
+            TypeError: the model has no active PGN adapter, or the image processor is none.
+            ValueError: `repo_id` is no id, or the base model is a folder that nobody else has.
+            OSError: the Hub refused the upload or could not be reached. The files are kept, and the message says where
+                and how to go on.
+        """
+        upload = publishing.Upload(repo_id, private, token, revision, commit_message, create_pr)
+        return publishing.push(self.model, self.image_processor, upload, facts or CardFacts(), save_directory)
+
+
+def load_classifier(
+    pretrained_model_name_or_path: str | Path,
+    *,
+    base_model_name_or_path: str | Path | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    device_map: Any = None,
+    dtype: str | torch.dtype = "auto",
+) -> Classifier:
+    """Load an adapter with its base model, its labels and its image processor, ready to classify.
+
+    Safe for adapters that are not trusted: of adapter and base only JSON and safetensors are fetched and read, and no
+    code that comes with them is run.
+
+    Args:
+        pretrained_model_name_or_path: an adapter's folder, or its id on the Hub.
+        base_model_name_or_path: the base model's folder or id; None: what the adapter says.
+        revision: branch, tag or commit of the adapter. That of the base is recorded in the adapter.
+        subfolder: folder of the adapter in its repository or directory.
+        token: for private repositories; None: the token of `hf auth login`.
+        cache_dir: where downloads are kept; None: the Hub's cache.
+        local_files_only: do not call the Hub, only look into the cache. (As with HF_HUB_OFFLINE=1.)
+        device_map: as in Transformers: "auto", a device, or a dictionary.
+        dtype: of the base model: "auto", as it was saved, or a torch dtype. Adapters stay in float32.
+
+    Returns:
+        `Classifier`, a pair: the Transformers model in eval mode, whose config has the adapter's labels, and the
+        image processor. Without a processor of the adapter's own it is the base's, which is logged. If that makes
+        images of another size than the base's, the model interpolates the position embeddings by itself.
+
+    Raises:
+        OSError: a file is not there, or not to be had.
+        ValueError: a file is damaged, or the adapter is not one of PGN for a classifier, or does not fit the base.
+        TypeError: the base is not a supported architecture.
+    """
+    if subfolder is not None and (".." in Path(subfolder).parts or Path(subfolder).is_absolute()):
+        raise ValueError(
+            f"`subfolder` must lie in the adapter's repository or folder, but got {subfolder!r}. Name it from there."
+        )
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    name = str(pretrained_model_name_or_path)
+    patterns = [file if subfolder is None else f"{subfolder}/{file}" for file in ADAPTER_FILES]
+    folder = find_folder("pretrained_model_name_or_path", name, patterns, revision=revision, **options)
+    folder = folder / (subfolder or "")
+    config = read_adapter_config(folder, name if subfolder is None else f"{name}/{subfolder}")
+
+    base, base_revision = base_model_name_or_path, None
+    if base is None:
+        base, base_revision = config.base_model_name_or_path, config.revision
+    if not base:
+        raise ValueError(
+            f"`base_model_name_or_path` must be given for {name!r}, whose configuration has none, but got None. Pass "
+            "the id or path of the model that it was made for."
+        )
+    base_folder = find_folder("base_model_name_or_path", base, BASE_FILES, revision=base_revision, **options)
+    check_base_folder(base_folder, str(base))
+    model = _load_base(base_folder, config, device_map, dtype)
+    model.load_adapter(str(folder), use_safetensors=True)
+
+    if has_processor(folder):
+        processor_folder = folder
+    elif has_processor(base_folder):
+        logger.warning("%s has no image processor of its own; taking that of its base model, %s", name, base)
+        processor_folder = base_folder
+    else:
+        raise OSError(
+            f"`preprocessor_config.json` must be in the adapter or in its base model, but got neither in {name!r} nor "
+            f"in {str(base)!r}. Save the processor that it was trained with beside the adapter."
+        )
+    return Classifier(model, _load_processor(processor_folder, model))
+
+
+def _load_processor(folder: Path, model: nn.Module) -> Any:
+    try:
+        check_processor_files(folder)
+        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        interpolate_if_needed(model, image_processor)
+    except Exception as error:  # many kinds, where a field has another type
+        raise ValueError(
+            f"`preprocessor_config.json` must describe an image processor, but got {one_line(error)} in "
+            f"{str(folder)!r}. Save the processor that the adapter was trained with there."
+        ) from error
+    return image_processor
+
+
+def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | torch.dtype) -> nn.Module:
+    base_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    base_config._attn_implementation = None  # a file could name a kernel on the Hub, which is code
+    made_for = (config.auto_mapping or {}).get("base_model_class")
+    # By name from a table: importing what a file names would be running what a file says.
+    model_class = getattr(transformers, made_for) if made_for in SUPPORTED else AutoModelForImageClassification
+    options = {} if model_class is not AutoModelForImageClassification else {"trust_remote_code": False}
+    return model_class.from_pretrained(
+        folder, config=base_config, use_safetensors=True, device_map=device_map, dtype=dtype, **options
+    )

@@ -1,0 +1,103 @@
+"""Folders of adapters and base models, local or fetched from the Hub. Nothing but JSON and safetensors is asked for.
+
+What runs code when it is read - pickles, Python files - is neither downloaded nor opened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.utils.checksums import compare_file
+from pgn_peft.utils.files import finish_save, read_settings
+from pgn_peft.utils.values import check_processor
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
+BASE_CONFIG_FILE = "config.json"
+BASE_FILES = (
+    BASE_CONFIG_FILE,
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    *PROCESSOR_FILES,
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def read_adapter_config(folder: Path, name: str) -> PGNConfig:
+    """Read the configuration of an adapter that is not trusted, and check its weights against it.
+
+    Args:
+        folder: the adapter's folder.
+        name: what the user called it.
+
+    Raises:
+        OSError: a file is not there.
+        ValueError: it is an adapter of another method, or not of a classifier; or its files are damaged.
+    """
+    finish_save(folder)
+    for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not folder.joinpath(file).is_file():
+            raise OSError(f"`{file}` must be in the adapter, but got none in {name!r}. {_pickle_remedy(folder, file)}")
+    config = PGNConfig.from_pretrained(str(folder))
+    if config.num_labels is None:
+        raise ValueError(
+            f"`num_labels` must be recorded in a classifier's adapter, but got None in {name!r}, which answers with "
+            "features. Load it with peft.AutoPeftModel."
+        )
+    for file in PROCESSOR_FILES:
+        compare_file(folder / file, config.saved_checksums, CONFIG_NAME)
+    return config
+
+
+def _pickle_remedy(folder: Path, file: str) -> str:
+    if file == CONFIG_NAME:
+        return "Look for a misspelt name, or pass the `subfolder` that the adapter lies in."
+    pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    found = f"Beside it there is only {', '.join(pickled)}. " if pickled else ""
+    return (
+        f"{found}Pickled weights (adapter_model.bin) are never read, because they can run code. Where you trust them, "
+        "load them with PEFT and save the adapter again, which writes safetensors."
+    )
+
+
+def check_base_folder(folder: Path, name: str) -> None:
+    """Refuse a base model that is not a plain one with weights in safetensors.
+
+    Raises:
+        OSError: a file is not there.
+        ValueError: it is an adapter itself.
+    """
+    if folder.joinpath(CONFIG_NAME).is_file():
+        # Transformers would follow it to yet another base, and read its weights of whatever kind.
+        raise ValueError(
+            f"`base_model_name_or_path` must be a plain model, but got {name!r}, which is an adapter. Name the model "
+            "below it."
+        )
+    if not folder.joinpath(BASE_CONFIG_FILE).is_file() or not any(folder.glob("model*.safetensors")):
+        raise OSError(
+            f"`base_model_name_or_path` must have {BASE_CONFIG_FILE} and weights in safetensors, but got {name!r} "
+            "without. Pickled weights are never read, because they can run code. Pass the path of a converted copy."
+        )
+
+
+def check_processor_files(folder: Path) -> None:
+    """Check what an image processor's files hold.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a file is damaged, or a field has an impossible value.
+    """
+    for name in PROCESSOR_FILES:
+        if folder.joinpath(name).is_file():
+            settings = read_settings(folder / name)
+            nested = settings.get("image_processor")
+            check_processor(nested if isinstance(nested, dict) else settings)
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether an image processor lies in a folder."""
+    return any(folder.joinpath(file).is_file() for file in PROCESSOR_FILES)

@@ -1,0 +1,154 @@
+"""The model card of an adapter: metadata that the Hub shows, and what a stranger needs to use and to judge it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from pgn_peft.tuner.adapters import active_adapter, num_parameters
+from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.utils.citation import CITATION
+from pgn_peft.utils.markdown import cell, list_names
+from pgn_peft.utils.sources import is_repo_id
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What only the one who trained an adapter knows, for its model card.
+
+    Args:
+        dataset_name: name of the training images, for readers.
+        dataset_id: their id on the Hub, if they are there.
+        split: the split that `metrics` were measured on.
+        metrics: value by metric, with the names of `evaluate`: {"accuracy": 0.94}.
+        hyperparameters: value by name.
+        training_log: a row for each evaluation, value by column, the columns those of the first row.
+        license: identifier of the adapter's licence, "apache-2.0".
+        description: what the adapter is for, and where it fails; Markdown.
+
+    Raises:
+        ValueError: there are metrics and no data set, or a metric is not a finite number.
+    """
+
+    dataset_name: str | None = None
+    dataset_id: str | None = None
+    split: str = "test"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    training_log: Sequence[Mapping[str, Any]] = ()
+    license: str | None = None
+    description: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.metrics.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(
+                    f"`metrics` must hold finite numbers, but got {value!r} for {name!r}. Leave it out, or measure it "
+                    "again."
+                )
+        if self.metrics and self.dataset is None:
+            raise ValueError(
+                f"`dataset_name` or `dataset_id` must be given with `metrics`, but got None with "
+                f"{dict(self.metrics)!r}. Say what they were measured on."
+            )
+
+    @property
+    def dataset(self) -> str | None:
+        """The data set's name for readers."""
+        return self.dataset_name or self.dataset_id
+
+
+def make_card(model: nn.Module, name: str, facts: CardFacts, *, interpolate: bool = False) -> ModelCard:
+    """Write the card of a model's active adapter.
+
+    Args:
+        model: a model with a PGN adapter.
+        name: id of the adapter's repository, or its folder.
+        facts: what model and adapter do not show.
+        interpolate: the adapter's images have another size than the base's.
+
+    Raises:
+        TypeError: the model carries no PGN adapter.
+    """
+    adapter_name, config = active_adapter(model)
+    return ModelCard.from_template(
+        _metadata(name, config, facts),
+        template_path=str(Path(__file__).with_name("card_template.md")),
+        title=name.rpartition("/")[2],
+        name=name,
+        base_model=config.base_model_name_or_path,
+        dataset=None if facts.dataset is None else cell(facts.dataset),
+        in_pixels=config.prompt_space == "pixel",
+        description=facts.description,
+        interpolate=interpolate,
+        properties=_cells(_properties(model, adapter_name, config)),
+        labels=list_names(config.id2label),
+        metrics=_cells(facts.metrics),
+        split=facts.split,
+        hyperparameters=_cells(facts.hyperparameters),
+        training_log=_table(facts.training_log) if facts.training_log else None,
+        license=facts.license,
+        citation=CITATION,
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """List the cells of each row, those of the head first; the columns are the first row's."""
+    columns = list(rows[0])
+    return [[cell(column) for column in columns], *([cell(row.get(column, "")) for column in columns] for row in rows)]
+
+
+def _cells(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(cell(name), cell(value)) for name, value in values.items()]
+
+
+def _metadata(name: str, config: PGNConfig, facts: CardFacts) -> ModelCardData:
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=facts.dataset_id or "imagefolder",
+            dataset_name=facts.dataset,
+            dataset_split=facts.split,
+            metric_type=metric,
+            metric_name=metric.replace("_", " ").capitalize(),
+            metric_value=value,
+        )
+        for metric, value in facts.metrics.items()
+    ]
+    base = config.base_model_name_or_path
+    return ModelCardData(
+        base_model=base if is_repo_id(base) else None,
+        datasets=facts.dataset_id,
+        eval_results=results or None,
+        library_name="peft",
+        license=facts.license,
+        metrics=list(facts.metrics) or None,
+        model_name=name.rpartition("/")[2] if results else None,
+        pipeline_tag="image-classification",
+        tags=["pgn-peft", "image-classification", "vision"],
+    )
+
+
+def _properties(model: nn.Module, adapter_name: str, config: PGNConfig) -> dict[str, Any]:
+    own = num_parameters(model, adapter_name)
+    ours = (".pgn_", ".modules_to_save.")
+    base = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if not any(part in name for part in ours)
+    )
+    return {
+        "classes": len(config.id2label or {}),
+        "trainable parameters": f"{own:,}",
+        "frozen parameters of the base": f"{base:,}",
+        "prompts per image": config.num_virtual_tokens,
+        **({} if config.prompt_depth == 1 else {"layers with prompts of their own": config.prompt_depth}),
+        "library": "-" if config.generator == "static" else config.library_size,
+        "generator": config.generator,
+        "head": config.head,
+    }

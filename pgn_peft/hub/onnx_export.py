@@ -1,0 +1,38 @@
+"""A classifier with its adapter as an ONNX graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pgn_peft.nn.modes import evaluating
+from pgn_peft.utils.onnx import export_module
+
+
+class _Logits(nn.Module):
+    """From normalised pixels to logits, nothing else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values).logits
+
+
+def export_model(model: nn.Module, image_size: tuple[int, int], path: Path) -> None:
+    """Write a model with its active adapter as an ONNX file; see `Classifier.export_onnx`.
+
+    Args:
+        model: an image classifier of Transformers, in any mode; it is exported in eval mode.
+        image_size: height and width of its images, in pixels.
+        path: the file. Weights of more than 2 GiB go into a second file beside it.
+    """
+    weight = next(model.parameters())
+    example = torch.zeros(2, model.config.num_channels, *image_size, device=weight.device)
+    with evaluating(model):
+        metadata = {"id2label": json.dumps(model.config.id2label)}
+        export_module(_Logits(model).eval(), example, path, "pixel_values", "logits", metadata)

@@ -1,0 +1,155 @@
+"""An adapter's files on disk and on the Hub: weights, configuration, image processor and card, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import nn
+
+from pgn_peft.hub.downloads import ADAPTER_FILES, PROCESSOR_FILES
+from pgn_peft.hub.image_size import makes_another_size
+from pgn_peft.hub.model_card import CardFacts, make_card
+from pgn_peft.tuner.adapters import active_adapter, adapter_tensors, prompt_layer
+from pgn_peft.tuner.saved_weights import checksums_of_parts
+from pgn_peft.utils.checksums import record
+from pgn_peft.utils.files import replacing
+from pgn_peft.utils.sources import is_repo_id, one_line
+
+CARD_FILE = "README.md"
+PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE)
+CHECKED_FILES = (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
+
+# What can be done about an answer of the Hub.
+REMEDIES = {
+    401: "Log in with `hf auth login`, or pass a token",
+    403: "Use a token with write access, or a repository of your own",
+    404: "Look for a misspelt name or branch",
+    429: "Wait until the Hub takes requests again",
+}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Where an adapter goes; each field as in `Classifier.push_to_hub`."""
+
+    repo_id: str
+    private: bool | None = None
+    token: str | bool | None = None
+    revision: str | None = None
+    commit_message: str = "Upload adapter"
+    create_pr: bool = False
+
+
+def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str | None = None) -> None:
+    """Write an adapter's files; `name` is the id that the card's examples load, by default the folder's."""
+    adapter_name, config = active_adapter(model)
+    if not hasattr(image_processor, "image_mean") or not hasattr(image_processor, "save_pretrained"):
+        raise TypeError(
+            f"`image_processor` must be an image processor, but got {type(image_processor).__name__}. Load it: "
+            "AutoImageProcessor.from_pretrained(model_id)."
+        )
+    with replacing(folder) as staged:
+        image_processor.save_pretrained(staged)
+        save_file(adapter_tensors(model, adapter_name), staged / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(staged))
+        files = [file for name in CHECKED_FILES if (file := staged / name).is_file()]
+        record(staged / CONFIG_NAME, files, checksums_of_parts(staged / SAFETENSORS_WEIGHTS_NAME))
+        write_card(model, image_processor, staged, facts, name or folder.name)
+
+
+def write_card(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str) -> None:
+    """Write an adapter's card; see `save`."""
+    interpolate = makes_another_size(prompt_layer(model), image_processor)
+    make_card(model, name, facts, interpolate=interpolate).save(folder / CARD_FILE)
+
+
+def check_shareable(model: nn.Module, repo_id: str) -> None:
+    """Refuse, before anything is written, what would be of no use to others.
+
+    Raises:
+        ValueError: `repo_id` is no id, or the base model is a folder.
+    """
+    # With the owner, because the card tells others what to load.
+    if not is_repo_id(repo_id) or "/" not in repo_id:
+        raise ValueError(
+            f"`repo_id` must be like 'user/name', but got {repo_id!r}. Name its owner and the repository."
+        )
+    _, config = active_adapter(model)
+    base = config.base_model_name_or_path
+    if not is_repo_id(base):
+        raise ValueError(
+            f"`base_model_name_or_path` must be the id of a model on the Hub, but got {base!r}, which nobody else "
+            "has. Name the one that it is a copy of: "
+            "model.peft_config['default'].base_model_name_or_path = 'user/model'."
+        )
+
+
+def push(
+    model: nn.Module, image_processor: Any, upload: Upload, facts: CardFacts, save_directory: str | Path | None
+) -> CommitInfo:
+    """Save an adapter's files, and upload them; see `Classifier.push_to_hub`."""
+    check_shareable(model, upload.repo_id)
+    # Not removed by a context manager: after a failed upload it is what there is.
+    folder = Path(tempfile.mkdtemp(prefix="adapter-") if save_directory is None else save_directory)
+    save(model, image_processor, folder, facts, upload.repo_id)
+    commit = push_folder(folder, upload)
+    if save_directory is None:
+        shutil.rmtree(folder)
+    return commit
+
+
+def push_folder(folder: Path, upload: Upload) -> CommitInfo:
+    """Upload the files of a saved adapter in one commit.
+
+    Raises:
+        OSError: it failed; the message says how to go on.
+    """
+    api = HfApi(token=upload.token)
+    try:
+        repo_id = api.create_repo(upload.repo_id, private=upload.private, exist_ok=True).repo_id
+        if upload.revision is not None and not upload.create_pr:
+            api.create_branch(repo_id, branch=upload.revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=list(PUBLISHED_FILES),
+            revision=upload.revision,
+            commit_message=upload.commit_message,
+            create_pr=upload.create_pr,
+        )
+    except Exception as error:  # the client raises many kinds, and none may lose the adapter
+        raise OSError(_explain(error, folder, upload)) from error
+
+
+def _explain(error: BaseException, folder: Path, upload: Upload) -> str:
+    what = one_line(error)
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # which only says that an upload failed
+        what = f"{what} {one_line(error.__cause__)}"
+    command = f"hf upload {upload.repo_id} {folder}"
+    if upload.revision is not None:
+        command += f" --revision {upload.revision}"
+    names = {path.name for path in folder.iterdir()}
+    if not names <= set(PUBLISHED_FILES):
+        command += "".join(f" --include {name}" for name in PUBLISHED_FILES if name in names)
+    return (
+        f"`repo_id` must be a repository that takes the upload, but got {upload.repo_id!r}: {what} Nothing is lost: "
+        f"the adapter is in {folder}. {REMEDIES.get(_status(error), 'Try again later')}, and push again, or run: "
+        f"{command}"
+    )
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Find the HTTP status that an error goes back to."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return response.status_code
+        error = error.__cause__
+    return None

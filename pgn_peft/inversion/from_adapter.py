@@ -1,0 +1,157 @@
+"""From a trained adapter to its client: everything that still needs the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgn_peft.inversion.library import invert_library, invert_static_prompts
+from pgn_peft.nn.layout import PromptLayout, make_layout
+from pgn_peft.nn.modes import evaluating
+from pgn_peft.nn.pixel_prompts import PixelPrompts
+from pgn_peft.nn.preprocessing import Preprocessing, normalize, to_pixels
+from pgn_peft.prompter.image_prompter import ImagePrompter
+from pgn_peft.tuner.adapters import find_layer
+from pgn_peft.tuner.backbones import AVERAGES_PATCHES
+from pgn_peft.tuner.encoder_layer import PGNBlock
+from pgn_peft.tuner.head import PGNHead
+from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.offloading import loaded, loaded_copy
+
+
+def make_prompter(
+    model: nn.Module,
+    processor: Any,
+    adapter_name: str = "default",
+    in_range: bool = False,
+) -> ImagePrompter:
+    """Make the client of a trained adapter.
+
+    An adapter in pixel space is taken as it is. The library of one in latent space is inverted: exactly, for a server
+    that takes tensors, or in the range of images.
+
+    Args:
+        model: a model with the adapter, made by PEFT or by Transformers' own loaders.
+        processor: the image processor that the adapter was trained with, and that the server uses.
+        adapter_name: the adapter.
+        in_range: invert into valid images, at the price of an error. Pixel space needs no inversion.
+
+    Returns:
+        The client, on the CPU in float32, with `report` where it was inverted. The unmodified model's scores for the
+        probe are recorded in it.
+
+    Raises:
+        TypeError: the model carries no adapter.
+        ValueError: there is no such adapter, it has prompts in several layers, they do not fill rows of patches, the
+            model averages its patches and the prompts are latent, or the processor is not the one that it was trained
+            with.
+    """
+    layer = find_layer(model, adapter_name)
+    config = layer.configs[adapter_name]
+    if config.prompt_depth != 1:
+        raise ValueError(
+            f"`prompt_depth` must be 1 for an adapter that is to become pixels, but got {config.prompt_depth} for "
+            f"{adapter_name!r}. An image brings prompts to the first layer only; train one with prompt_depth=1."
+        )
+    if config.prompt_space == "latent" and any(isinstance(part, PGNBlock) and part.ends for part in model.modules()):
+        raise ValueError(
+            f"`prompt_space` must be 'pixel' for an adapter that is to become pixels on this model, but got 'latent' "
+            f"for {adapter_name!r}: {AVERAGES_PATCHES}. Train one with prompt_space='pixel'."
+        )
+    preprocessing = Preprocessing.from_processor(processor)
+    layout = _layout(layer, adapter_name, preprocessing)
+    generator = dict(layer.pgn_generator).get(adapter_name)
+    library = layer.pgn_library[adapter_name]
+    if config.prompt_space == "pixel":
+        offset = None if library.image_offset is None else library.image_offset.detach().float().cpu().clone()
+        prompts = PixelPrompts(library.patches.detach().float().cpu(), image_offset=offset)
+    else:
+        if in_range and config.mixing != "softmax" and generator is not None:
+            raise ValueError(
+                f"`in_range` must be False for an adapter with mixing={config.mixing!r}, but got True: only "
+                "coefficients that sum to 1 mix valid patches into a valid patch. Train with mixing='softmax'."
+            )
+        scale = (preprocessing.image_mean, preprocessing.image_std)
+        options = {"in_range": in_range}
+        embeddings = loaded_copy(layer.get_base_layer())
+        if generator is None:
+            prompts = invert_static_prompts(embeddings, library.tokens, layout, *scale, **options)
+        else:
+            options["slot_prompts"] = library.slot_prompts
+            prompts = invert_library(embeddings, library.tokens, layout, *scale, **options)
+    head = next((module for module in model.modules() if isinstance(module, PGNHead)), None)
+    own_head = None if head is None else dict(head.pgn_head).get(adapter_name)
+    prompter = ImagePrompter(
+        layout,
+        preprocessing,
+        prompts,
+        generator=copy.deepcopy(generator).float().cpu() if generator is not None else None,
+        id2label=config.id2label,
+        label_mapping=config.label_mapping,
+        server_labels=None if head is None else head.base_labels.id2label,
+        head=copy.deepcopy(own_head).float().cpu() if own_head is not None else None,
+    )
+    if head is not None and head.base_labels.id2label:
+        prompter.probe_scores = _answer_probe(model, layer, prompter)
+    return prompter
+
+
+def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) -> PromptLayout:
+    config = layer.configs[adapter_name]
+    size = preprocessing.output_size
+    if size is None:
+        raise ValueError(
+            "`processor` must make images of one size, but got one that resizes the shorter side and crops nothing. "
+            "Use a processor with a fixed height and width, or one that crops."
+        )
+    if config.prompt_layout is not None and size != (config.image_size,) * 2:
+        raise ValueError(
+            f"`processor` must make images of {config.image_size} x {config.image_size} pixels, as the adapter was "
+            f"trained with, but got {size[0]} x {size[1]}. Set processor.size (and crop_size)."
+        )
+    if config.prompt_space == "pixel":
+        for name in ("image_mean", "image_std"):
+            trained, found = getattr(config, name), list(getattr(preprocessing, name))
+            if not torch.allclose(torch.tensor(found), torch.tensor(trained), atol=1e-6):
+                raise ValueError(
+                    f"`{name}` must be {trained} in the processor, as the adapter was trained with, but got {found}. "
+                    "Pass the processor of the model that the adapter was made for."
+                )
+        return layer.layouts[adapter_name]
+    patch_size = layer.projection.kernel_size[0]
+    return make_layout("append", size, patch_size, config.num_virtual_tokens)
+
+
+def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) -> Tensor:
+    """Compute the unmodified model's scores for the prompter's probe: (M,)."""
+    with loaded(layer.projection):
+        device, dtype = layer.projection.weight.device, layer.projection.weight.dtype
+    pixels = to_pixels(prompter.probe(), prompter.num_channels)
+    if prompter.layout.name == "canvas":
+        pixels = prompter.preprocessing.apply(pixels)  # cuts its margins off
+    pixels = pixels[None].to(device).float() / 255
+    mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
+    pixel_values = normalize(pixels, mean, std).to(dtype)
+    with _unmodified(model), torch.inference_mode():
+        logits = model(pixel_values=pixel_values, **layer.size_options(prompter.layout.size)).logits
+    return logits[0].float().softmax(-1).cpu().clone()
+
+
+@contextmanager
+def _unmodified(model: nn.Module) -> Iterator[None]:
+    """Turn adapters off, and dropout; what is trainable stays so, which PEFT's own switch would change."""
+    layers = [module for module in model.modules() if isinstance(module, PGNTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    with evaluating(model):
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled

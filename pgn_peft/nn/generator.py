@@ -1,0 +1,270 @@
+"""The prompt generator: a light CNN that looks at an image and answers with mixing coefficients.
+
+Plain torch: it knows nothing of PEFT or Transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pgn_peft.nn.resize import resize
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that keeps its promises at the edges.
+
+    Differs from `torch.nn.BatchNorm2d` in training mode, where it normalises with the running statistics and leaves
+    them alone if
+
+    - a channel has a single value (one image, 1 x 1 pixels), whose variance does not exist: torch raises there, and
+      the last batch of an epoch or a small generator image gets there;
+    - its weight is frozen: the statistics belong to the adapter, and a frozen adapter must not change.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, C, H, W), channel by channel."""
+        values_per_channel = input.shape[0] * input.shape[2] * input.shape[3]
+        if self.training and (values_per_channel == 1 or not self.weight.requires_grad):
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(input)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation with up to 8 groups, also for images of one pixel.
+
+    Differs from `torch.nn.GroupNorm` where a group has a single value (one channel, 1 x 1 pixels), whose variance does
+    not exist: all channels of an image are normalised together there. Torch raises for one image, and for several it
+    returns the bias, whatever they show.
+
+    Args:
+        num_channels: channels C of its input.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(num_groups=math.gcd(num_channels, 8), num_channels=num_channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, C, H, W), image by image."""
+        values_per_group = input[0].numel() // self.num_groups
+        num_groups = self.num_groups if values_per_group > 1 else 1
+        return torch.group_norm(input, num_groups, self.weight, self.bias, self.eps)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm2d, "group": GroupNorm}
+
+
+class Shortcut(nn.Conv2d):
+    """The 1 x 1 convolution with a bias beside a strided block.
+
+    Differs from `torch.nn.Conv2d` in how it is computed: the pixels that the stride keeps are cut out first, and the
+    convolution itself has a stride of 1. A strided 1 x 1 convolution of fewer than 8 channels in channels-last writes
+    outside of its memory in the backward pass on CPUs without AVX-512 (oneDNN 3.12, torch 2.14.1).
+
+    Args:
+        in_channels: of its input.
+        out_channels: of its output.
+        stride: distance of the pixels that are kept.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+        self.keep_every = stride
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
+        kept = input[..., :: self.keep_every, :: self.keep_every]
+        # The weight is given the strides of its gradient. For images in channels-last torch would choose others, equal
+        # in effect, at which DistributedDataParallel warns.
+        return self._conv_forward(kept, self.weight.flatten(1)[..., None, None], self.bias)
+
+
+class ResidualBlock(nn.Module):
+    """conv-norm-ReLU-conv-norm plus a shortcut, then ReLU of the sum.
+
+    The shortcut of a strided block is a 1 x 1 convolution with a bias and without a norm, as in the official code.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.norm1 = norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.norm2 = norm(out_channels)
+        self.shortcut = nn.Identity() if stride == 1 else Shortcut(in_channels, out_channels, stride)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
+        residual = F.relu(self.norm1(self.conv1(features)))
+        residual = self.norm2(self.conv2(residual))
+        return F.relu(residual + self.shortcut(features))
+
+
+class ResNet10(nn.Module):
+    """The official trunk: a strided stem, a max-pool, four residual blocks, a global average.
+
+    Args:
+        num_channels: channels of the image.
+        width: channels of the stem; the blocks have 1, 2, 4 and 8 times as many.
+        norm: "batch" or "group".
+
+    Source: the "resnet10" of the official code of arXiv:2210.06466, which has width 16 and batch norm.
+    """
+
+    def __init__(self, num_channels: int = 3, width: int = 16, norm: str = "batch") -> None:
+        super().__init__()
+        make_norm = NORMS[norm]
+        self.stem_conv = nn.Conv2d(num_channels, width, kernel_size=3, stride=2, padding=1, bias=False)
+        self.stem_norm = make_norm(width)
+        # Spelt out rather than kept in a list: an adapter could be called "0", and PEFT drops the keys of other
+        # adapters by looking for their names between the dots.
+        self.block1 = ResidualBlock(width, width, stride=1, norm=make_norm)
+        self.block2 = ResidualBlock(width, 2 * width, stride=2, norm=make_norm)
+        self.block3 = ResidualBlock(2 * width, 4 * width, stride=2, norm=make_norm)
+        self.block4 = ResidualBlock(4 * width, 8 * width, stride=2, norm=make_norm)
+        self.num_features = 8 * width
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Map images (B, C, H, W) of any size to features (B, 8 * width)."""
+        # Convolutions with few channels are up to twice as fast with a pixel's channels side by side.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        features = self.stem_norm(self.stem_conv(pixel_values))
+        # Pooled first, which is the same, and a quarter of the ReLUs.
+        features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1))
+        features = self.block4(self.block3(self.block2(self.block1(features))))
+        return features.mean(dim=(2, 3))  # (B, 8 * width)
+
+
+TRUNKS: dict[str, type[nn.Module]] = {"resnet10": ResNet10}
+MIXINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+}
+
+
+def resize_shorter_side(pixel_values: Tensor, size: int) -> Tensor:
+    """Resize images so that their shorter side measures `size` pixels, keeping the aspect ratio.
+
+    Args:
+        pixel_values: (B, C, H, W), floating point.
+        size: target length of the shorter side, in pixels.
+
+    Returns:
+        (B, C, H', W') with min(H', W') = `size`; the input itself where it has that size already.
+    """
+    height, width = pixel_values.shape[-2:]
+    shorter = min(height, width)
+    return resize(pixel_values, (size * height // shorter, size * width // shorter))
+
+
+class FactorisedHead(nn.Module):
+    """Mixing logits as products of queries and keys, as in attention: a tenth of the parameters of one linear layer.
+
+    An image has one query for each prompt, an entry of the library has one key; both are `rank` numbers.
+
+    Args:
+        num_features: of the trunk, F.
+        num_virtual_tokens: prompts per image, P.
+        library_size: entries of the library, L.
+        rank: length of a query and of a key, R.
+
+    Differs from the official code, whose head is one linear layer from F features to P * L logits.
+    """
+
+    def __init__(self, num_features: int, num_virtual_tokens: int, library_size: int, rank: int) -> None:
+        super().__init__()
+        self.queries = nn.Linear(num_features, num_virtual_tokens * rank)
+        self.keys = nn.Parameter(torch.empty(library_size, rank).normal_(std=rank**-0.5))
+        self.bias = nn.Parameter(torch.zeros(num_virtual_tokens * library_size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (B, F) to logits (B, P * L)."""
+        queries = self.queries(features).unflatten(-1, (-1, self.keys.shape[1]))  # (B, P, R)
+        return (queries @ self.keys.mT).flatten(1) + self.bias  # (B, P * L)
+
+
+class PromptGenerator(nn.Module):
+    """Look at an image and say how to mix the prompts for it out of the library.
+
+    Args:
+        num_virtual_tokens: prompts per image, P.
+        library_size: entries of the library, L.
+        trunk: the CNN, a key of `TRUNKS`.
+        num_channels: channels of the image.
+        image_size: side to which the shorter side is resized first, in pixels; None looks at the image as it is.
+        width: channels of the trunk's stem.
+        norm: "batch", as in the official code, or "group", which needs no running statistics.
+        mixing: "softmax" (coefficients of a prompt sum to 1) or "sigmoid" (each lies in [0, 1] by itself).
+        initial_logit_std: standard deviation of the bias that each logit starts from; 0 keeps torch's small one, with
+            which all prompts start as nearly the same mixture.
+        rank: length of queries and keys of a factorised head; None: one linear layer, as in the official code.
+
+    Attributes:
+        settings: the arguments that say what the parameters are, for files.
+
+    Source: arXiv:2210.06466 and its official code.
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        library_size: int,
+        trunk: str = "resnet10",
+        num_channels: int = 3,
+        image_size: int | None = None,
+        width: int = 16,
+        norm: str = "batch",
+        mixing: str = "softmax",
+        initial_logit_std: float = 0.0,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_virtual_tokens = num_virtual_tokens
+        self.library_size = library_size
+        self.image_size = image_size
+        self.mixing = mixing
+        self.settings = {
+            "num_virtual_tokens": num_virtual_tokens,
+            "library_size": library_size,
+            "trunk": trunk,
+            "image_size": image_size,
+            "width": width,
+            "norm": norm,
+            "mixing": mixing,
+            "rank": rank,
+        }
+        self.trunk = TRUNKS[trunk](num_channels=num_channels, width=width, norm=norm)
+        self.head: nn.Linear | FactorisedHead
+        if rank is None:
+            self.head = nn.Linear(self.trunk.num_features, num_virtual_tokens * library_size)
+        else:
+            self.head = FactorisedHead(self.trunk.num_features, num_virtual_tokens, library_size, rank)
+        if initial_logit_std > 0:
+            nn.init.normal_(self.head.bias, std=initial_logit_std)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters, float32 unless the whole model was cast."""
+        return self.head.bias.dtype
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Compute the mixing coefficients.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised as for the backbone, any floating dtype.
+
+        Returns:
+            (B, P, L) coefficients, non-negative.
+        """
+        pixel_values = pixel_values.to(self.dtype)
+        if self.image_size is not None:
+            pixel_values = resize_shorter_side(pixel_values, self.image_size)
+        logits = self.head(self.trunk(pixel_values))  # (B, P * L)
+        logits = logits.view(-1, self.num_virtual_tokens, self.library_size)  # (B, P, L)
+        return MIXINGS[self.mixing](logits)

@@ -1,0 +1,6 @@
+"""The client of a model that can only be called. Imports neither PEFT nor Transformers."""
+
+from pgn_peft.prompter.image_prompter import ImagePrompter
+from pgn_peft.prompter.label_mapping import frequency_mapping
+
+__all__ = ["ImagePrompter", "frequency_mapping"]

@@ -1,0 +1,97 @@
+"""An adapter in a model, whoever put it there: its name, its configuration, its tensors and their number."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from peft import get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.head import record_inferred_problem_type
+from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.saved_weights import PREFIX
+
+
+def unwrap(model: Any) -> Any:
+    """Return the model inside of what `torch.compile`, DistributedDataParallel and the like put around it."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def prompt_layer(model: Any) -> PGNLayer:
+    """Find the layer that adds the prompts.
+
+    Raises:
+        TypeError: there is none.
+    """
+    layer = None
+    if isinstance(model, nn.Module):
+        layer = next((module for module in model.modules() if isinstance(module, PGNLayer)), None)
+    if layer is None:
+        raise TypeError(
+            f"`model` must carry a PGN adapter, but got {type(model).__name__}. Make one with "
+            "get_peft_model(model, PGNConfig(...)), or load one with load_classifier(adapter_id)."
+        )
+    return layer
+
+
+def find_layer(model: nn.Module, adapter_name: str = "default") -> PGNLayer:
+    """Find the layer of a model that holds an adapter.
+
+    Args:
+        model: a model with PGN adapters, made by PEFT or by Transformers' own loaders.
+        adapter_name: the adapter.
+
+    Raises:
+        TypeError: the model carries no adapter.
+        ValueError: there is no adapter of that name.
+    """
+    layer = prompt_layer(model)
+    if adapter_name not in layer.configs:
+        raise ValueError(
+            f"`adapter_name` must be one of the model's adapters, {', '.join(layer.configs) or 'none'}, but got "
+            f"{adapter_name!r}. Load it first."
+        )
+    return layer
+
+
+def active_adapter(model: Any) -> tuple[str, PGNConfig]:
+    """Return name and configuration of the adapter whose head answers; the latter a copy, as it is saved.
+
+    Raises:
+        TypeError: there is none.
+        ValueError: all have been deleted.
+    """
+    active = prompt_layer(model).active_adapters
+    model = unwrap(model)
+    if not active or active[0] not in model.peft_config:
+        raise ValueError(
+            f"`model` must have an active adapter, but got {list(active)}. Activate one: set_adapter(name)."
+        )
+    record_inferred_problem_type(model)
+    config = copy.copy(model.peft_config[active[0]])
+    config.inference_mode = True
+    # PEFT records it when it makes a model, and not when it adds a further adapter.
+    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    return active[0], config
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the names that PEFT's files have, contiguous."""
+    tensors = get_peft_model_state_dict(unwrap(model), adapter_name=adapter_name, save_embedding_layers=False)
+    # In a model that PEFT has not wrapped the names lack this part.
+    return {PREFIX + name.removeprefix(PREFIX): tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def num_parameters(model: nn.Module, adapter_name: str) -> int:
+    """Count what was trained, frozen now or not; BatchNorm's statistics are not among it."""
+    trained: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, PGNTunerLayer):
+            trained += module.adapter_modules(adapter_name)
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            trained.append(module.modules_to_save[adapter_name])
+    return sum(parameter.numel() for module in trained for parameter in module.parameters())

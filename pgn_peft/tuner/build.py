@@ -1,0 +1,52 @@
+"""The modules that a config describes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pgn_peft.nn.generator import PromptGenerator
+from pgn_peft.nn.library import PatchLibrary, TokenLibrary
+from pgn_peft.tuner.fields import PGNFields
+
+
+def make_library(
+    config: PGNFields, hidden_size: int, num_channels: int, directions: Tensor | None = None
+) -> TokenLibrary | PatchLibrary:
+    """Create the library that a config describes; for the "static" generator it is the prompts themselves."""
+    size = config.num_virtual_tokens if config.generator == "static" else config.library_size
+    if config.prompt_space == "pixel":
+        return PatchLibrary(
+            size,
+            num_channels,
+            config.patch_size,
+            hidden_size,
+            initializer_range=config.initializer_range,
+            directions=directions,
+            image_offset=config.image_offset,
+        )
+    slots = config.num_virtual_tokens if config.slot_prompts else None
+    return TokenLibrary(
+        size,
+        hidden_size,
+        initializer_range=config.initializer_range,
+        num_slots=slots,
+        depth=config.prompt_depth or 1,
+    )
+
+
+def make_generator(config: PGNFields, num_channels: int) -> PromptGenerator | None:
+    """Create the generator that a config describes; None for "static"."""
+    if config.generator == "static":
+        return None
+    return PromptGenerator(
+        config.num_virtual_tokens,
+        config.library_size,
+        trunk=config.generator,
+        num_channels=num_channels,
+        image_size=config.generator_image_size,
+        width=config.generator_width,
+        norm=config.generator_norm,
+        mixing=config.mixing,
+        initial_logit_std=config.initial_logit_std,
+        rank=config.generator_rank,
+    )

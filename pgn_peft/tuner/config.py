@@ -1,0 +1,117 @@
+"""`PGNConfig`: the configuration of an adapter, and its files."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from pgn_peft.tuner.fields import PGNFields, PGNPeftType, own_fields
+from pgn_peft.tuner.forward_compatibility import name_newer, reads_newer
+from pgn_peft.tuner.saved_weights import check_saved_weights, checksums_of_parts, find_weights
+from pgn_peft.utils.checksums import compare_file, record, with_checksums
+from pgn_peft.utils.files import COMPLETE, finish_save, read_settings, replacing
+
+# Containers of an adapter's modules, which have checksums of their own.
+PARTS = ("pgn_generator", "pgn_library", "pgn_head")
+
+
+@with_checksums(CONFIG_NAME)
+@reads_newer
+@dataclass
+class PGNConfig(PGNFields):
+    """Configuration of a Prompt Generation Network adapter.
+
+    A field left at None is filled from the model when the adapter is created, and saved with it.
+
+    Args:
+    {fields}
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has an impossible value.
+
+    Source: arXiv:2210.06466. Differs by default from the official code, whose form is `generator_image_size=None`
+    (its released checkpoints saw 224 px), `slot_prompts=False` and `initial_logit_std=0`.
+    """
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, with checksums; see `PeftConfig.save_pretrained`.
+
+        Called by a `PeftModel` it records the checksum of the weights too, which are there already.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        # PEFT's models pass this argument, after the weights are written. Transformers' models write them afterwards,
+        # so that what lies there now may be those of an earlier save.
+        weights_are_written = "auto_mapping_dict" in kwargs
+        weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if weights_are_written:  # a save that was interrupted before is not completed over them
+            Path(save_directory, COMPLETE, SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
+        with replacing(Path(save_directory)) as folder:
+            super().save_pretrained(str(folder), **kwargs)
+            if weights_are_written and weights.is_file():
+                record(folder / CONFIG_NAME, [weights], checksums_of_parts(weights))
+            else:
+                record(folder / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PGNConfig:
+        """Load the configuration of a saved adapter and check its weights; see `PeftConfig.from_pretrained`.
+
+        From the Hub this fetches the weights too, which a loader would do next.
+
+        Raises:
+            FileNotFoundError: there are no weights beside the configuration.
+            OSError: a save was interrupted, and its files cannot be moved to their places.
+            ValueError: there is no configuration; the weights cannot be read or are not what it describes; or one of
+                the two was changed after it was saved. PEFT would find that out after it had changed the model, or
+                not at all.
+        """
+        finish_save(Path(pretrained_model_name_or_path, subfolder or ""))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        # The width is recorded when an adapter is made; without it this is a bare configuration.
+        if config.hidden_size is not None:
+            download_kwargs, _, _ = cls._split_kwargs(kwargs)
+            with name_newer(config.pgn_peft_version):
+                folder = find_weights(str(pretrained_model_name_or_path), subfolder, download_kwargs)
+                check_saved_weights(folder, config)
+            compare_file(folder / SAFETENSORS_WEIGHTS_NAME, config.saved_checksums, CONFIG_NAME)
+            for part in PARTS:  # the file's checksum includes them
+                config.saved_checksums.pop(part, None)
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the fields of a configuration's file.
+
+        Raises:
+            ValueError: it is no JSON object, or one of another method.
+        """
+        settings = read_settings(Path(path_json_file))
+        if settings.get("peft_type") != PGNPeftType.PGN.value:
+            raise ValueError(
+                f"`peft_type` must be {PGNPeftType.PGN.value!r}, but got {settings.get('peft_type')!r} in "
+                f"{str(path_json_file)!r}. Load adapters of other methods with PEFT."
+            )
+        return super().from_json_file(path_json_file, **kwargs)
+
+
+def _describe_fields() -> str:
+    indent = 8 * " "
+    return "\n".join(
+        textwrap.fill(
+            f"{field.name}: {field.metadata['help']}", 119, initial_indent=indent, subsequent_indent=indent + 4 * " "
+        )
+        for field in own_fields()
+    )
+
+
+# There is no docstring to complete where Python strips them (-OO).
+PGNConfig.__doc__ = (PGNConfig.__doc__ or "").replace("{fields}", _describe_fields())

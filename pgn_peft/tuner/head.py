@@ -1,0 +1,170 @@
+"""`PGNHead`: wraps a model's classification head, so that every adapter brings its own, with its own labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgn_peft.tuner.batch_adapters import adapters_of_batch, map_by_adapter
+from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.layer import PGNTunerLayer
+from pgn_peft.tuner.offloading import loaded
+from pgn_peft.utils.labels import Labels
+
+
+class PGNHead(PGNTunerLayer, nn.Module):
+    """The head of the first active adapter, or the model's own.
+
+    It also keeps the model's config in step with the head that answers, since Transformers' losses and pipelines read
+    `num_labels`, `id2label` and `problem_type` there.
+
+    Args:
+        base_layer: the model's head, features (B, F) to logits (B, number of labels).
+        model_config: the model's `PretrainedConfig`, or None for a model that has none.
+    """
+
+    adapter_layer_names = ("pgn_head",)
+    other_param_names = ("configs", "label_mapping")
+
+    def __init__(self, base_layer: nn.Module, model_config: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.pgn_head = nn.ModuleDict()
+        self.configs: dict[str, PGNConfig] = {}
+        self.label_mapping: dict[str, list[int]] = {}
+        self.base_labels = labels_of(base_layer, model_config)
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self._model_config = model_config
+        self._shown: str | None = None  # the adapter whose labels the model's config shows
+        self.training = base_layer.training
+
+    def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
+        """Create the head of an adapter: a copy of the model's where the labels are the same, else a new one.
+
+        An adapter with `head="frozen"` gets none, and the model's head answers for it, through its `label_mapping` if
+        it has one.
+        """
+        self.configs[adapter_name] = config
+        self.label_mapping.pop(adapter_name, None)
+        if config.label_mapping is not None:
+            self.label_mapping[adapter_name] = config.label_mapping
+        if config.head == "frozen":
+            self._forget(self.pgn_head, adapter_name)
+            return
+        head = nn.Linear(config.head_features or config.hidden_size, config.num_labels)
+        with torch.no_grad():
+            if self.base_labels.id2label == config.id2label:
+                with loaded(self.base_layer):
+                    head.weight.copy_(plain_weight(self.base_layer))
+                    head.bias.copy_(self.base_layer.bias if self.base_layer.bias is not None else torch.zeros(()))
+            else:
+                # What Transformers' ViTs start a new head from.
+                head.weight.normal_(std=0.02)
+                head.bias.zero_()
+        self.pgn_head[adapter_name] = self._settle(head)
+
+    @property
+    def labels(self) -> dict[str, Labels]:
+        """Each adapter's labels."""
+        return {name: Labels(config.id2label, config.problem_type) for name, config in self.configs.items()}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Answer with logits (B, number of the active adapter's labels).
+
+        In a mixed batch each image has the head of its own adapter; all have the same labels.
+        """
+        names = adapters_of_batch()
+        if names:
+            return map_by_adapter(names, features, self._classify)
+        return self._classify(None if self.disable_adapters else next(iter(self.active_adapters), None), features)
+
+    def _classify(self, adapter_name: str | None, features: Tensor) -> Tensor:
+        if adapter_name in self.pgn_head:
+            head = self.pgn_head[adapter_name]
+            return head(features.to(head.weight.dtype))
+        logits = self.base_layer(features)
+        if adapter_name in self.label_mapping:
+            return logits[..., torch.tensor(self.label_mapping[adapter_name], device=logits.device)]
+        return logits
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; the first one's head answers, and the model's config shows its labels."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.show_labels()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn adapters on or off; off brings the model's own head and labels back."""
+        super().enable_adapters(enabled)
+        self.show_labels()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter's head and labels."""
+        super().delete_adapter(adapter_name)
+        self.show_labels()
+
+    def show_labels(self) -> None:
+        """Make the model's config show the labels of the head that answers now."""
+        # A frozen head has the model's names, and perhaps another `problem_type`.
+        self._show(None if self.disable_adapters else next(iter(self.active_adapters), None))
+
+    def show_base_labels(self) -> None:
+        """Make the model's config show its own labels again."""
+        self._show(None)
+
+    def _show(self, adapter_name: str | None) -> None:
+        self.record_problem_type()
+        self._shown = adapter_name if adapter_name in self.configs else None
+        if hasattr(self._model_config, "id2label"):
+            self.labels.get(self._shown, self.base_labels).show_in(self._model_config)
+
+    def record_problem_type(self) -> None:
+        """Enter the problem type that Transformers inferred from the first labels into the adapter's config.
+
+        Transformers' losses write it into the model's config alone, where the next adapter's would replace it.
+        """
+        config = self.configs.get(self._shown)
+        if config is not None and config.problem_type is None:
+            config.problem_type = getattr(self._model_config, "problem_type", None)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Every way of saving an adapter reads the state dict first, and writes the adapter's config after it.
+        self.record_problem_type()
+        super()._save_to_state_dict(*args, **kwargs)
+
+
+def record_inferred_problem_type(model: nn.Module) -> None:
+    """Enter a problem type that Transformers inferred into the config of the adapter whose head answers."""
+    for module in model.modules():
+        if isinstance(module, PGNHead):
+            module.record_problem_type()
+
+
+def plain_weight(linear: nn.Linear) -> Tensor:
+    """Return a linear layer's weight (M, D) in floating point, also where a library has quantised it.
+
+    Args:
+        linear: `torch.nn.Linear`, or what a quantisation library puts in its place.
+    """
+    weight = linear.weight
+    if type(weight) is nn.Parameter and weight.is_floating_point():
+        return weight
+    # Each library packs weights in its own way. What its layer makes of unit vectors is the same for all.
+    dtype = next((tensor.dtype for tensor in (weight, linear.bias) if _is_float(tensor)), torch.float32)
+    units = torch.eye(linear.in_features, dtype=dtype, device=weight.device)
+    columns = linear(units)  # (D, M), the bias added to each
+    return (columns if linear.bias is None else columns - linear.bias).mT
+
+
+def _is_float(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point()
+
+
+def labels_of(head: nn.Module, model_config: Any) -> Labels:
+    """Read a model's own labels off its config, or, where that has none, number those of its linear head."""
+    labels = Labels.of(model_config)
+    if labels is None:
+        labels = Labels({index: f"LABEL_{index}" for index in range(getattr(head, "out_features", 0))})
+    return labels

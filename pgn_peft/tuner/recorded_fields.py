@@ -1,0 +1,145 @@
+"""What an adapter's config records of the model that it is made for, or is compared with when it comes from a file."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pgn_peft.nn.layout import make_layout
+from pgn_peft.tuner.backbones import AVERAGES_PATCHES, Backbone, own_image_size, patch_projection
+from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.head import PGNHead, labels_of
+
+
+def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    """Compare the config with the model's width, channels and patches, and write them down.
+
+    Raises:
+        ValueError: the adapter was made for others.
+    """
+    embeddings = model.get_submodule(backbone.embeddings)
+    if backbone.reads_all and config.prompt_space == "latent" and config.prompt_layout is not None:
+        raise ValueError(
+            f"`prompt_layout` must be None with prompt_space='latent' for a {type(model).__name__}, but got "
+            f"{config.prompt_layout!r}: {AVERAGES_PATCHES}. Use prompt_space='pixel' for prompts that become pixels."
+        )
+    projection = patch_projection(embeddings)
+    found = {"hidden_size": projection.out_channels, "num_channels": projection.in_channels}
+    if config.prompt_layout is not None:
+        found["patch_size"] = _patch_size(projection)
+    found["head_features"] = None if backbone.head_width == 1 else backbone.head_width * found["hidden_size"]
+    for name, value in found.items():
+        recorded = getattr(config, name)
+        if recorded is not None and recorded != value:
+            raise ValueError(
+                f"`{name}` must be {value}, as in this {type(model).__name__}, but got {recorded}: the adapter was "
+                "made for another model. Load it on the model that `base_model_name_or_path` names: "
+                f"{config.base_model_name_or_path!r}."
+            )
+        setattr(config, name, value)
+    if config.prompt_layout is not None:
+        _record_layout(config, embeddings)
+    config.target_modules = [backbone.embeddings]
+    # PeftModel.save_pretrained writes this by itself, Transformers' save_pretrained does not.
+    config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def record_depth(config: PGNConfig, model: nn.Module, layers: list[str]) -> None:
+    """Settle how many of the backbone's layers get prompts of their own.
+
+    Raises:
+        ValueError: the adapter wants more layers than there are.
+    """
+    if config.prompt_depth is None:
+        config.prompt_depth = len(layers)
+    if config.prompt_depth > len(layers):
+        raise ValueError(
+            f"`prompt_depth` must be at most {len(layers)}, the layers of this {type(model).__name__}, but got "
+            f"{config.prompt_depth}. None means all of them."
+        )
+
+
+def _patch_size(projection: nn.Conv2d) -> int:
+    height, width = projection.kernel_size
+    if height != width:
+        raise ValueError(
+            f"`prompt_layout` must be None for a model whose patches are not square, but got {height} x {width} "
+            "pixels. Use prompts in latent space without a layout."
+        )
+    return height
+
+
+def _record_layout(config: PGNConfig, embeddings: nn.Module) -> None:
+    """Settle the images' size and the number of prompts that fills the layout."""
+    if config.image_size is None:
+        height, width = own_image_size(embeddings)
+        if height != width:
+            raise ValueError(
+                f"`image_size` must be given with a `prompt_layout` for a model with images of {height} x {width} "
+                "pixels, but got None. Give the side of square images."
+            )
+        config.image_size = height
+    if config.prompt_space == "pixel" and not len(config.image_mean) == len(config.image_std) == config.num_channels:
+        raise ValueError(
+            f"`image_mean` and `image_std` must have {config.num_channels} numbers, one a channel of the model, but "
+            f"got {len(config.image_mean)} and {len(config.image_std)}. Copy them from the model's image processor."
+        )
+    layout = make_layout(config.prompt_layout, (config.image_size,) * 2, config.patch_size, config.num_virtual_tokens)
+    config.num_virtual_tokens = layout.num_virtual_tokens
+
+
+def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    """Settle the adapter's labels: its own, or else those that the model has without adapters.
+
+    Raises:
+        TypeError: the model's head is not linear.
+        ValueError: the labels do not fit the model, or there are none.
+    """
+    head = None if backbone.head is None else model.get_submodule(backbone.head)
+    given = config.id2label is not None or config.num_labels is not None
+    if head is None:
+        if given:
+            raise ValueError(
+                f"`id2label` and `num_labels` must be left out for a {type(model).__name__}, which has no head, but "
+                f"got {config.num_labels or len(config.id2label)} labels. Use the ForImageClassification class."
+            )
+        return
+    plain_head = head.get_base_layer() if isinstance(head, PGNHead) else head
+    if not isinstance(plain_head, (nn.Linear, nn.Identity)):
+        raise TypeError(
+            f"`model` must have a linear head, but got a {type(plain_head).__name__} at {backbone.head!r}. Name it "
+            "differently and train it through `modules_to_save`."
+        )
+    base = head.base_labels if isinstance(head, PGNHead) else labels_of(head, getattr(model, "config", None))
+    if isinstance(plain_head, nn.Linear) and plain_head.out_features != len(base.id2label):
+        raise ValueError(
+            f"`id2label` in the model's config must name {plain_head.out_features} classes, the size of its head, but "
+            f"got {len(base.id2label)}. Mend model.config.id2label."
+        )
+    if config.id2label is None and config.num_labels in (None, len(base.id2label)):
+        config.id2label = base.id2label or None
+        config.problem_type = config.problem_type or base.problem_type
+    elif config.id2label is None:
+        config.id2label = {index: f"LABEL_{index}" for index in range(config.num_labels)}
+    if config.id2label is None:
+        raise ValueError(
+            f"`num_labels` must be given for a {type(model).__name__} without labels, but got None. Write "
+            "PGNConfig(id2label=dict(enumerate(names))), or adapt the plain model for features."
+        )
+    config.num_labels = len(config.id2label)
+    if config.label_mapping is not None:
+        if max(config.label_mapping) >= len(base.id2label):
+            raise ValueError(
+                f"`label_mapping` must hold class indices of the model, 0..{len(base.id2label) - 1}, but got "
+                f"{max(config.label_mapping)}. Make it with this model's logits."
+            )
+        return
+    if config.head == "frozen" and config.num_labels != len(base.id2label):
+        raise ValueError(
+            f"`num_labels` must be {len(base.id2label)}, that of the model, with head='frozen', but got "
+            f"{config.num_labels}. Use head='trained' for other labels, or give a `label_mapping`."
+        )
+    if config.head == "frozen" and config.id2label != base.id2label:
+        raise ValueError(
+            f"`id2label` must be the model's own with head='frozen', but got {config.id2label!r}. Leave it out, or "
+            "give the model these labels first: model.config.id2label = ...; or map its answers: `label_mapping`."
+        )

@@ -1,0 +1,165 @@
+"""What a saved adapter holds, as its config describes it; and the comparison with what a file really holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pgn_peft.tuner.backbones import HEAD
+from pgn_peft.tuner.build import make_generator, make_library
+from pgn_peft.tuner.fields import PGNFields
+from pgn_peft.utils.checksums import of_tensors
+from pgn_peft.utils.tensors import compare_tensors
+
+# What PEFT puts before the names of tensors in a file; and torch.compile's part of a name, which no file may have.
+PREFIX = "base_model.model."
+WRAPPED = "_orig_mod."
+# Far beyond what is used, and as much as a gigabyte: no file can ask for more.
+LARGEST_ADAPTER = 2**28
+
+
+def check_size(config: PGNFields) -> None:
+    """Refuse an adapter that cannot be meant, before memory is taken for it.
+
+    Args:
+        config: the adapter's, with the recorded `hidden_size` and `num_channels`.
+
+    Raises:
+        ValueError: its tensors hold more than `LARGEST_ADAPTER` numbers.
+    """
+    tensors = describe_weights(config)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    if numbers > LARGEST_ADAPTER:
+        largest = max(tensors, key=lambda name: tensors[name].numel())
+        raise ValueError(
+            f"`num_virtual_tokens`, `library_size`, `prompt_depth`, `generator_width` and `num_labels` must describe "
+            f"at most {LARGEST_ADAPTER:,} numbers, but got {numbers:,}, most of them in {largest} "
+            f"{tuple(tensors[largest].shape)}. Make them smaller; an adapter has about a million."
+        )
+
+
+def find_weights(name_or_path: str, subfolder: str | None, download_kwargs: dict[str, Any]) -> Path:
+    """Return the folder with an adapter's weights: the local one, or the Hub's in the cache, after a download.
+
+    Args:
+        name_or_path: a local folder, or the id of a repository on the Hub.
+        subfolder: where in it the adapter lies.
+        download_kwargs: for `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        FileNotFoundError: the repository has no safetensors file.
+    """
+    folder = Path(name_or_path, subfolder or "")
+    if folder.joinpath(CONFIG_NAME).is_file():
+        return folder
+    try:
+        file = hf_hub_download(name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download_kwargs)
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"`{name_or_path}` must hold the adapter's weights as {SAFETENSORS_WEIGHTS_NAME}, but got none: {error}. "
+            f"Pickled weights ({WEIGHTS_NAME}) are not read; save the adapter with safe_serialization=True."
+        ) from error
+    return Path(file).parent
+
+
+def check_saved_weights(folder: Path, config: PGNFields) -> None:
+    """Check the weights in an adapter's folder against its config, before a model is touched or memory is taken.
+
+    Args:
+        folder: an adapter's folder.
+        config: its configuration, with the recorded `hidden_size` and `num_channels`.
+
+    Raises:
+        FileNotFoundError: the folder has no safetensors file.
+        ValueError: the weights cannot be read, or are not what the config describes.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        pickled = folder.joinpath(WEIGHTS_NAME).is_file()
+        raise FileNotFoundError(
+            f"`{folder}` must hold the adapter's weights, but got no {SAFETENSORS_WEIGHTS_NAME} there"
+            + (
+                f", only a pickled {WEIGHTS_NAME}, which is not read. Save the adapter with safe_serialization=True."
+                if pickled
+                else ". Copy or download the adapter again."
+            )
+        )
+    if config.target_modules is None:
+        raise ValueError(
+            f"`target_modules` must be recorded in a saved adapter, but got None in {str(folder)!r}. Copy or "
+            "download the adapter again."
+        )
+    expected = describe_weights(config)
+    try:
+        with safe_open(file, "pt") as archive:
+            # Only the header, so that no file can take more memory than its config has been allowed.
+            header = {name: _empty(archive.get_slice(name)) for name in archive.keys()}  # noqa: SIM118
+        _compare(expected, header, config, str(file))
+        _compare(expected, load_file(file), config, str(file))
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{file}` must be a complete safetensors file, but reading it failed: {error}. Copy or download the "
+            "adapter again."
+        ) from error
+
+
+def checksums_of_parts(file: Path) -> dict[str, str]:
+    """Return checksums of generator, library and head in an adapter's file, by the names of their containers."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file).items():
+        part, _, own_name = name.rpartition(".pgn_")[2].partition(".")
+        if ".pgn_" in name:
+            parts.setdefault(f"pgn_{part}", {})[own_name] = tensor
+    return {part: of_tensors(tensors) for part, tensors in parts.items()}
+
+
+def describe_weights(config: PGNFields) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by name, on the meta device: all of them but those of `modules_to_save`.
+
+    Args:
+        config: the adapter's, with the recorded `hidden_size` and `num_channels`.
+    """
+    num_channels = config.num_channels or 3
+    with torch.device("meta"):
+        modules: dict[str, nn.Module | None] = {
+            "library": make_library(config, config.hidden_size, num_channels),
+            "generator": make_generator(config, num_channels),
+        }
+        if config.head == "trained" and config.num_labels is not None:
+            modules["head"] = nn.Linear(config.head_features or config.hidden_size, config.num_labels)
+    embeddings = f"{PREFIX}{config.target_modules[0]}"
+    places = {"library": embeddings, "generator": embeddings, "head": f"{PREFIX}{HEAD}"}
+    return {
+        f"{places[part]}.pgn_{part}.{name}": tensor
+        for part, module in modules.items()
+        if module is not None
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _empty(tensor: Any) -> Tensor:
+    """Stand in for a tensor of a file that has not been read."""
+    dtype = torch.float32 if tensor.get_dtype().startswith(("F", "BF")) else torch.int64
+    return torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
+
+
+def _compare(expected: dict[str, Tensor], tensors: dict[str, Tensor], config: PGNFields, source: str) -> None:
+    saved = [name for name in tensors if name.startswith(PREFIX) and WRAPPED not in name]
+    wanted = {module: [name for name in saved if f"{module}." in name] for module in config.modules_to_save or ()}
+    allowed = {name for names in wanted.values() for name in names}
+    # PEFT would load any other tensor over the frozen base's own, or, with the name of a wrapper, not at all.
+    compare_tensors(expected, {name: tensor for name, tensor in tensors.items() if name not in allowed}, source)
+    for module, names in wanted.items():
+        if not names:
+            raise ValueError(
+                f"`modules_to_save` must name modules that were saved, but got {module!r}, of which {source} has no "
+                "tensor. Fetch the adapter again."
+            )

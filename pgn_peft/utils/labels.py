@@ -1,0 +1,84 @@
+"""Class labels: how they are written down, and which of them a model's config shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
+    """Return `id2label` with the integer keys that JSON turns into strings, in order.
+
+    Args:
+        id2label: class index to name; keys 0..n-1 as integers or their decimal strings, in any order.
+
+    Returns:
+        The same labels, keyed by the integers 0..n-1 in ascending order.
+
+    Raises:
+        TypeError: it is not a mapping, a key is no integer, or a name is no string.
+        ValueError: it is empty, or the keys are not exactly 0..n-1.
+    """
+    if not isinstance(id2label, Mapping):
+        raise TypeError(
+            f"`id2label` must be a dictionary of class index to name, but got {id2label!r}. "
+            "Write id2label=dict(enumerate(names))."
+        )
+    if not id2label:
+        raise ValueError("`id2label` must name a class at least, but got {}. Leave it out to keep the model's labels.")
+    labels: dict[int, str] = {}
+    for key, name in id2label.items():
+        if not isinstance(name, str):
+            raise TypeError(f"`id2label` must hold strings, but got {name!r} for class {key!r}. Use str(name).")
+        if not name.isascii():
+            _check_encodable(name)
+        try:
+            index = int(key)
+        except (TypeError, ValueError):
+            index = None
+        if index is None or isinstance(key, (bool, float)):
+            raise TypeError(f"`id2label` must have integer keys, but got {key!r}. Write dict(enumerate(names)).")
+        labels[index] = name
+    if len(labels) != len(id2label) or sorted(labels) != list(range(len(labels))):
+        raise ValueError(
+            f"`id2label` must have the keys 0 to n-1, each once, but got {list(id2label)!r}. "
+            "Number the classes as the data set's labels do."
+        )
+    return dict(sorted(labels.items()))
+
+
+def _check_encodable(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        # Python reads names of files, and so of classes, into such text where their encoding is another.
+        raise ValueError(
+            f"`id2label` must hold text that can be written to a file, but got {name!r}: {error}. Rename the class."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a classification head answers with: names by class index, and Transformers' `problem_type`."""
+
+    id2label: dict[int, str]
+    problem_type: str | None = None
+
+    @classmethod
+    def of(cls, model_config: Any) -> Labels | None:
+        """Read the labels that `model_config` (a `PretrainedConfig`) shows; None where it is not one."""
+        id2label = getattr(model_config, "id2label", None)
+        if id2label is None:
+            return None
+        # Names can be numbers there. Transformers writes no labels as {}: a backbone for features.
+        id2label = normalize_id2label({key: str(name) for key, name in id2label.items()}) if id2label else {}
+        return cls(id2label, getattr(model_config, "problem_type", None))
+
+    def show_in(self, model_config: Any) -> None:
+        """Make `model_config` show these labels: `id2label`, `label2id`, hence `num_labels`, and `problem_type`."""
+        model_config.id2label = dict(self.id2label)
+        model_config.label2id = {name: index for index, name in self.id2label.items()}
+        model_config.problem_type = self.problem_type
