@@ -41,9 +41,11 @@ class Material:
 
     Args:
         root: a folder for all of them.
+        hub: the Hub of this process, of `loopback_hub`.
     """
 
     root: Path
+    hub: Any = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
