@@ -25,7 +25,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from smoke_material import smoke_arguments
 
-from pgn_peft import Classifier, ImagePrompter
+from pgn_peft import Classifier, make_prompter
 from pgn_peft.training import last_complete_checkpoint
 
 Outcome = tuple[str, str]
@@ -95,9 +95,7 @@ class Pair:
             Classifier(material.adapted(form, seed=3), processor)
             for form, processor in zip(FORMS, processors, strict=True)
         ]
-        self.prompters = [
-            ImagePrompter.from_adapter(material.adapted("pixel", seed), material.processor) for seed in (3, 4)
-        ]
+        self.prompters = [make_prompter(material.adapted("pixel", seed), material.processor) for seed in (3, 4)]
         folder = material.root / "pair"
         self.answers, self.logits, self.prompted = [], [], []
         for classifier, prompter in zip(self.classifiers, self.prompters, strict=True):
