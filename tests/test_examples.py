@@ -46,6 +46,7 @@ FIGURES = {
     "show_prompts": (f"mean spread of a library patch's share from image to image: {NUMBER}", 0.01, 1),
     "train_image_classifier": (f"test accuracy {NUMBER}", 1, 1),
     "adaptation": (rf"\| full fine-tuning \| 23,970 \| {NUMBER} \|", 1, 1),
+    "arithmetic": (f"share of a step, if nothing overlaps +{NUMBER}", 0.03, 0.04),
     "data_path": (rf"fastest loader: cached, \d workers, ratio {NUMBER}", *ANY),
     "growth": (f"steepest training step: {NUMBER} of what its operations let one expect", *ANY),
     "input_only": (rf"\| pgn \| 321,680 \| 0.03 \| 1 \| 0.\d+ \| 0.\d+ \| {NUMBER} \|", 1, 1),  # as PNG as in training
