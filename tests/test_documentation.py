@@ -122,3 +122,14 @@ def test_the_floor_of_peft_is_the_same_everywhere():
     floor = next(line for line in project["dependencies"] if line.startswith("peft"))
     assert PEFT_FLOOR.startswith(floor.removeprefix("peft>="))
     assert (ROOT / "pgn_peft/py.typed").exists()
+
+
+def test_the_picture_of_the_method_has_no_small_text(monkeypatch):
+    import matplotlib.text
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import draw_method
+
+    texts = [text for text in draw_method.draw().findobj(matplotlib.text.Text) if text.get_text()]
+    assert min(text.get_fontsize() for text in texts) >= 10  # points, at the SVG's own width of 9.6 inches
+    assert draw_method.FILE.stat().st_size < 150_000
