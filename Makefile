@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test quality style docs coverage wheel clean
+.PHONY: demo test test-avx2 quality style docs coverage wheel clean
 
 # An editable install of the package with all its extras; made again when the dependencies change.
 $(VENV)/installed: pyproject.toml
@@ -19,12 +19,20 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest -n auto --dist worksteal
 
+# Forward and backward numbers once more with the kernels of a CPU without AVX-512, which most desktops and laptops have.
+NUMBERS := $(addprefix tests/test_, $(addsuffix .py, generator contract forms deep read_out pixel_space mixed_batch head \
+	classifier inversion prompter memory official training))
+test-avx2: $(VENV)/installed
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(RUN) -m pytest -n auto --dist worksteal \
+		-m "not slow and not shared" $(NUMBERS)
+
 coverage: $(VENV)/installed
 	$(RUN) -m pytest --cov --cov-report=term
 
 quality: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 style: $(VENV)/installed
 	$(RUN) -m ruff check --fix .

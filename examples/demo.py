@@ -145,7 +145,7 @@ def adapt(method: str, base: Path, digits: Digits, rate: float, epochs: int) -> 
 
 
 def check_in_new_process(model: PeftModel, base: Path, folder: Path, images: Tensor) -> None:
-    """Save the adapter, load it in another process, and stop if the answers are not equal bit for bit."""
+    """Save the adapter, load it in another process, and stop if the logits differ by more than rounding."""
     model.save_pretrained(folder / "adapter")
     save_file({"pixel_values": images.contiguous()}, folder / "images.safetensors")
     code = """
@@ -162,11 +162,13 @@ with torch.no_grad():
     subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True, capture_output=True)
     with torch.no_grad():
         here = model(images).logits
-    if not torch.equal(load_file(paths[-1])["logits"], here):
-        raise SystemExit("the adapter answers differently in a new process")
+    # Loaded weights lie at other addresses in memory, and some CPUs then add in another order.
+    difference = ((load_file(paths[-1])["logits"] - here).abs().max() / here.abs().max()).item()
+    if not difference < 1e-5:
+        raise SystemExit(f"in a new process the adapter's logits differ by {difference:.1e} of the largest")
     for file in paths[2:]:
         file.unlink()
-    print(f"saved to {folder / 'adapter'}, loaded in a new process: equal logits for {len(images)} images")
+    print(f"saved to {folder / 'adapter'}, loaded in a new process: the same logits for {len(images)} images")
 
 
 @torch.no_grad()
@@ -202,7 +204,7 @@ def main(command_line: list[str] | None = None) -> float:
     parser.add_argument("--output_dir", type=Path, default=Path("demo-output"))
     parser.add_argument("--smoke", action="store_true", help="train for a moment only")
     options = parser.parse_args(command_line)
-    epochs = 2 if options.smoke else 25
+    epochs = 4 if options.smoke else 25
     folder = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -217,7 +219,7 @@ def main(command_line: list[str] | None = None) -> float:
     ]
     for method, rates in METHODS.items():
         runs = []
-        for rate in rates:
+        for rate in rates[-1:] if options.smoke else rates:
             model, trained = adapt(method, base, digits, rate, epochs)
             runs.append((accuracy(model, digits.turned["validation"]), rate, model))
         validation, rate, model = max(runs, key=lambda run: run[0])

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import DatasetDict, Features, Value
+from image_folder import UprightImage
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -49,13 +50,12 @@ class Transform:
     processor: Any
     augmentation: str = "none"
     size: tuple[int, int] | None = None
-    image: Image = field(default_factory=lambda: Image(mode="RGB"))
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
         """Turn lists `image` (or `pixels`) and `label` into `pixel_values` (B, C, H, W), normalised, and `labels`."""
         augment: Callable = AUGMENTATIONS[self.augmentation]
         if self.size is None:
-            images = [self.image.decode_example(row) if isinstance(row, dict) else row for row in rows["image"]]
+            images = [UprightImage().decode_example(row) for row in rows["image"]]
             pixel_values = self.processor(images=[augment(image) for image in images], return_tensors="pt")
         else:
             images = [augment(pixels_from_bytes(row, self.size)) for row in rows["pixels"]]
@@ -72,16 +72,13 @@ def pixels_from_bytes(row: bytes, size: tuple[int, int]) -> Tensor:
 def add_transforms(splits: dict[str, Any], processor: Any, augmentation: str) -> Transform:
     """Let each split turn its images into `pixel_values` as they are read, the training images augmented.
 
-    A stream is left alone: its images are decoded by `StreamCollator`.
-
     Returns:
         The transform without augmentation.
     """
     cached = "pixels" in splits["train"].column_names
     size = Preprocessing.from_processor(processor).output_size if cached else None
     for split, rows in splits.items():
-        if isinstance(rows, Dataset):
-            rows.set_transform(Transform(processor, augmentation if split == "train" else "none", size))
+        rows.set_transform(Transform(processor, augmentation if split == "train" else "none", size))
     return Transform(processor, "none", size)
 
 

@@ -27,31 +27,27 @@ from PIL import Image
 from tqdm import tqdm
 
 from pgn_peft import load_classifier
-
-EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+from pgn_peft.nn.image_files import is_image_file, list_files, open_image
 
 
 def find_images(folder: Path) -> list[Path]:
-    """List the files of a folder and its subfolders whose names end as an image's does, in order."""
+    """List the files of a folder and its subfolders whose names end as an image's does, in order; follow links."""
     if not folder.is_dir():
         raise SystemExit(f"`images` must be a folder, but got {str(folder)!r}. Look for a misspelt path.")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in EXTENSIONS)
+    files = [file for file in list_files(folder) if is_image_file(file)]
     if not files:
         raise SystemExit(f"`images` must hold images, but got none in {str(folder)!r}. Look for a misspelt path.")
     return files
 
 
 def read_images(files: list[Path], strict: bool, skipped: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
-    """Read images as RGB; name those that cannot be read, and list them in `skipped`."""
+    """Read images as upright RGB ones; name those that cannot be read, and list them in `skipped`."""
     for file in files:
         try:
-            with Image.open(file) as image:
-                image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = open_image(file)
+        except ValueError as error:
             if strict:
-                raise SystemExit(
-                    f"`images` must all be readable, but got {str(file)!r}: {error} Remove it, or leave --strict out."
-                ) from error
+                raise SystemExit(f"{error} Or leave --strict out.") from error
             tqdm.write(f"skipping {file}: {error}", file=sys.stderr)
             skipped.append(file)
         else:
@@ -60,7 +56,7 @@ def read_images(files: list[Path], strict: bool, skipped: list[Path]) -> Iterato
 
 def predict(options: argparse.Namespace) -> float:
     """Classify, write the CSV, and return the mean score of the best labels."""
-    folder = Path(options.images)
+    folder = Path(options.images).expanduser()
     files = find_images(folder)
     classifier = load_classifier(
         options.adapter,
@@ -75,7 +71,8 @@ def predict(options: argparse.Namespace) -> float:
     skipped: list[Path] = []
     best: list[float] = []
     images = read_images(files, options.strict, skipped)
-    with open(options.output, "w", newline="", encoding="utf-8") as output, tqdm(total=len(files)) as progress:
+    target = Path(options.output).expanduser()
+    with target.open("w", newline="", encoding="utf-8") as output, tqdm(total=len(files)) as progress:
         rows = csv.writer(output)
         rows.writerow(header)
         while batch := [pair for _, pair in zip(range(options.batch_size), images, strict=False)]:
@@ -89,7 +86,7 @@ def predict(options: argparse.Namespace) -> float:
         print(f"skipped {len(skipped)} of {len(files)} files that could not be read")
     if not best:
         raise SystemExit(f"`images` must hold a readable image, but got none in {str(folder)!r}. See above.")
-    print(f"wrote {options.output}")
+    print(f"wrote {target}")
     mean = sum(best) / len(best)
     print(f"{len(best)} images, mean score of the best label {mean:.3f}")
     return mean

@@ -31,7 +31,7 @@ from pgn_peft import CardFacts, Classifier, load_classifier
 def read_results(adapter: str) -> dict:
     """Read results.json of the training script; empty where it is not there."""
     file = Path(adapter, "results.json")
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def parse_metric(text: str) -> tuple[str, float]:
@@ -106,7 +106,7 @@ def main(command_line: list[str] | None = None) -> float | None:
         name = options.repo_id or Path(options.adapter).name
         target = Path(options.adapter, "to-publish", name.rpartition("/")[2])  # the card is named after its folder
         classifier.save_pretrained(target, facts)
-        print(target.joinpath("README.md").read_text())
+        print(target.joinpath("README.md").read_text(encoding="utf-8"))
         print(f"wrote {', '.join(sorted(path.name for path in target.iterdir()))} to {target}")
         difference = largest_difference(classifier, load_classifier(target))
         print(f"largest difference of a logit after loading {difference:.3f}")

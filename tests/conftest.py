@@ -1,6 +1,9 @@
 """Tiny seeded models, random images, and the real files in ../shared where a machine has them."""
 
+import json
+import os
 import socket
+import tempfile
 from pathlib import Path
 
 import peft
@@ -8,6 +11,7 @@ import pytest
 import torch
 import transformers
 import transformers.integrations.peft
+from loopback_hub import loopback_hub, use_hub
 from packaging.version import Version
 
 import pgn_peft  # noqa: F401  (registers the method)
@@ -16,7 +20,17 @@ from pgn_peft import PGNConfig
 # Tiny models gain nothing from threads, and lose much where the machine is busy.
 torch.set_num_threads(1)
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+# Environment of scripts in their own processes.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+TOKEN = "hf_secret"  # of the loopback Hub
+FILES = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", "README.md"}  # of an adapter
+
+HANG = 1800  # seconds after which a process that hangs is ended; no test may fail because a machine is slow
+
 
 # architecture -> its config class
 ARCHITECTURES = {
@@ -118,6 +132,12 @@ def assert_nearly_equal(found, expected, valid_pixels=False):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+def edit_json(file, **fields):
+    """Change fields of a saved configuration, which has no checksums afterwards."""
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None} | fields
+    file.write_text(json.dumps(settings), encoding="utf-8")
+
+
 def move_adapter(model, seed=1):
     """Give all adapters random weights and statistics, so that a lost tensor shows."""
     generator = torch.Generator().manual_seed(seed)
@@ -143,9 +163,26 @@ def _offline():
         yield
 
 
+def with_output(command, folder, *more):
+    """Replace the output folder in a training command, and add arguments."""
+    command = list(command)
+    command[command.index("--output_dir") + 1] = str(folder)
+    return [*command, *more]
+
+
 @pytest.fixture
 def pixel_values():
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process is a client of, logged in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with loopback_hub(token=TOKEN) as hub:
+        use_hub(monkeypatch, hub, tmp_path / "cache", TOKEN)
+        yield hub
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Runs of train_image_classifier.py that tell what each process saw and what it held at the end.
 
-As a script, all runs of a file after each other in the processes of one launch, whose start takes longer than they do.
+As a script, with `examples` in PYTHONPATH, it does all runs of a file in the processes of one launch, because a launch
+takes longer than a run.
 """
 
 import json
@@ -9,9 +10,6 @@ import zlib
 from pathlib import Path
 
 from safetensors.torch import save_file
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
 
 
 def recorded_run(command):

@@ -19,9 +19,9 @@ ALLOWED = {
     "tuner": {"nn", "utils", "version"},
     "inversion": {"nn", "prompter", "tuner"},
     "hub": {"nn", "tuner", "utils"},
-    "training": {"hub", "nn", "tuner"},
+    "training": {"hub", "nn", "tuner", "utils"},
     "official": {"nn", "tuner", "utils"},
-    "inspection": {"tuner"},
+    "inspection": {"nn", "tuner", "utils"},
     "plotting": set(),
 }
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import CLASSIFIERS, answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
+from conftest import CLASSIFIERS, answer, assert_nearly_equal, edit_json, move_adapter, tiny_config, tiny_vit
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -124,8 +124,16 @@ def test_a_frozen_head_with_a_label_mapping(base, tmp_path, pixel_values):
     assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
 
 
+def remove_checksums(adapter):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"checksums": None}))
+
+
 def test_without_a_processor_of_its_own_it_takes_the_bases_and_says_so(saved, base, caplog):
     (saved / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="preprocessor_config.json` must have the SHA-256.*but got no such file"):
+        load_classifier(saved)
+    remove_checksums(saved)
     with caplog.at_level(logging.WARNING, logger=logger.name):
         loaded = load_classifier(saved)
     assert list(loaded.image_processor.image_mean) == [0.1, 0.2, 0.3]
@@ -169,7 +177,9 @@ def test_the_saved_files_are_peft_own_and_load_everywhere(model, saved, tmp_path
         json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         for folder in (saved, tmp_path / "peft")
     ]
+    checksums = [config.pop("checksums") for config in configs]
     assert configs[0] == configs[1]
+    assert checksums[0]["adapter_model.safetensors"] == checksums[1]["adapter_model.safetensors"]
     assert_nearly_equal(answer(AutoPeftModel.from_pretrained(str(saved)), pixel_values), answer(model, pixel_values))
     load_classifier(saved).save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again/adapter_model.safetensors")
@@ -237,6 +247,7 @@ def sprung(saved, base, tmp_path):
                 json.dumps(settings | {"auto_map": dict.fromkeys(names, "code.Model")}), encoding="utf-8"
             )
     (saved / "config.json").unlink()
+    remove_checksums(saved)
     return sprung
 
 
@@ -279,9 +290,7 @@ def test_a_class_that_a_file_names_is_not_imported(saved, tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     file = saved / "adapter_config.json"
     mapping = {"base_model_class": "Model", "parent_library": "transformers_trap"}
-    file.write_text(
-        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"auto_mapping": mapping}), encoding="utf-8"
-    )
+    edit_json(file, auto_mapping=mapping)
     load_classifier(saved)
     assert not sprung.exists()
 

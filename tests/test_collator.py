@@ -1,5 +1,6 @@
 """The collator stacks good examples and finds bad ones."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +37,7 @@ def test_examples_without_labels_and_with_the_other_name():
     ("labels", "shape"), [((0.5, 1.5, 2.5), (3,)), (([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), (3, 2))]
 )
 def test_regression_and_multi_label_targets_stay_floats(labels, shape):
-    stacked = ImageCollator(num_labels=2)(examples(labels))["labels"]
+    stacked = ImageCollator(num_labels=shape[1] if len(shape) > 1 else 1)(examples(labels))["labels"]
     assert stacked.dtype == torch.float32
     assert stacked.shape == shape
     assert stacked.tolist() == [list(label) if isinstance(label, list) else label for label in labels]
@@ -77,8 +78,9 @@ def test_a_target_that_is_not_a_number_is_found():
 
 
 def test_integer_targets_of_several_labels_or_of_a_regression_become_floats():
-    assert ImageCollator(num_labels=2)(examples([[1, 0], [0, 1], [1, 1]]))["labels"].dtype == torch.float32
-    assert ImageCollator(num_labels=1)(examples([3, 7, 2]))["labels"].tolist() == [3.0, 7.0, 2.0]
+    for number, labels in ((2, [[1, 0], [0, 1], [1, 1]]), (1, [3, 7, 2])):
+        stacked = ImageCollator(num_labels=number)(examples(labels))["labels"]
+        assert torch.equal(stacked, torch.tensor(labels, dtype=torch.float32))
 
 
 def test_a_target_with_another_number_of_labels_is_found():
@@ -92,3 +94,19 @@ def test_a_missing_label_among_others_is_found(labels):
         ValueError, match=f"`labels` must be there for all .* got None in example {labels.index(None)}"
     ):
         ImageCollator()(examples(labels))
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ((0, 2.0, 1), TypeError, "class indices, integers, for a head of 3 labels, but got 2.0 in example 1"),
+        ((0.5, 0.5, 0.5), TypeError, "class indices, integers, for a head of 3 labels, but got 0.5 in example 0"),
+        ((0, "cat", 1), TypeError, "numbers, but got 'cat' in example 1.*label2id"),
+        (({"name": "cat"}, 0, 1), TypeError, "numbers, but got {'name': 'cat'} in example 0"),
+        (([1, 0, 0], [1, 0], [0, 0, 1]), ValueError, r"one shape, but got \[1, 0\] in example 1 beside \[1, 0, 0\]"),
+        ((np.array([1, 0, 0]), None, np.array([0, 0, 1])), ValueError, "for all .* got None in example 1"),
+    ],
+)
+def test_what_is_no_label_of_the_head_is_found(labels, error, message):
+    with pytest.raises(error, match="`labels` must .*" + message):
+        ImageCollator(num_labels=3)(examples(labels))

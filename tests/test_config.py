@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import edit_json
 from peft import PeftConfig
 
 from pgn_peft import PGNConfig
@@ -118,9 +119,7 @@ def test_json_round_trip(tmp_path):
 def test_unknown_field_of_a_later_version_is_ignored_with_a_warning(tmp_path):
     PGNConfig(library_size=9).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(
-        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"prompt_colour": "green"}), encoding="utf-8"
-    )
+    edit_json(file, prompt_colour="green")
     with pytest.warns(UserWarning, match="prompt_colour"):
         assert PGNConfig.from_pretrained(tmp_path).library_size == 9
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import answer, edit_json, move_adapter, tiny_config, tiny_vit
 from peft import AutoPeftModel, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -125,7 +125,7 @@ def test_tampered_tensors_are_refused_and_the_adapter_kept(change, message, save
 )
 def test_a_config_that_does_not_describe_the_weights_is_refused(change, saved):
     file = saved / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    edit_json(file, **change)
     base = tiny_vit()
     before = str(base)
     with pytest.raises(ValueError, match=r"must hold the tensors of the adapter|must name modules that were saved"):

@@ -1,8 +1,6 @@
 """Prompts in several layers: each layer has its own in place of the ones before, and nothing else changes."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,19 +13,15 @@ from conftest import (
     tiny_config,
     tiny_vit,
 )
+from methods import VPTDeep
 from peft import PeftModel, get_peft_model
 from transformers import ViTImageProcessor
 
+from pgn_peft import make_prompter
 from pgn_peft.training import parameter_groups
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.backbones import SUPPORTED
 from pgn_peft.tuner.encoder_layer import PGNBlock
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from methods import VPTDeep
-
-from pgn_peft import make_prompter
 
 LAYERS = 4
 

@@ -2,18 +2,22 @@
 
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import tiny_vit
 from peft import get_peft_model
 from PIL import Image
 
 import pgn_peft
 from pgn_peft import Classifier, PGNConfig
+from pgn_peft.utils.citation import CITATION
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted(str(path.relative_to(ROOT)) for path in ROOT.joinpath("docs").glob("*.md"))
@@ -54,9 +58,32 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+# What a guide's code leaves: the shapes and files that its comments name.
+OUTCOMES = {
+    "docs/backbones.md": lambda names: names["image_embeds"].shape == (6, 512) and names["loss"].isfinite(),
+    "docs/config.md": lambda names: True,  # configs, which check themselves
+    "docs/how-it-works.md": lambda names: (
+        [tuple(names[name].shape) for name in ("coefficients", "mixed", "attention")]
+        == [(2, 4, 10), (2, 4, 48), (2, 2, 4)]
+    ),
+    "docs/index.md": lambda names: (
+        {entry["label"] for entry in names["classify"](names["image"])} == {f"LABEL_{index}" for index in range(3)}
+    ),
+    "docs/share.md": lambda names: (
+        names["logits"].shape == (3, 2)
+        and names["classifier"].model.config.id2label[2] == "owl"
+        and Path("model.onnx").stat().st_size > 1000
+    ),
+    "docs/train.md": lambda names: (
+        names["trainer"].state.epoch == names["trainer"].args.num_train_epochs
+        and {group["lr"] for group in names["groups"]} == {1e-3, 1e-2, 3e-3}
+    ),
+}
+
+
 @pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page, "python") and page != "docs/deploy.md"])
 def test_the_guides_code_runs(page, run):
-    assert run(page)
+    assert OUTCOMES[page](run(page))
 
 
 def test_the_arithmetic_of_many_gpus_is_what_its_script_prints(capsys):
@@ -133,3 +160,15 @@ def test_the_picture_of_the_method_has_no_small_text(monkeypatch):
     texts = [text for text in draw_method.draw().findobj(matplotlib.text.Text) if text.get_text()]
     assert min(text.get_fontsize() for text in texts) >= 10  # points, at the SVG's own width of 9.6 inches
     assert draw_method.FILE.stat().st_size < 150_000
+
+
+def test_the_table_of_fields_is_up_to_date():
+    check = subprocess.run([sys.executable, ROOT / "docs/field_table.py", "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
+
+
+def test_the_citation_file_names_the_paper_of_the_model_cards():
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    for fact in (paper["title"], authors, paper["collection-title"], str(paper["year"])):
+        assert fact in CITATION

@@ -11,12 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub
+import image_data
 import pytest
 import torch
-from conftest import answer, tiny_vit
+import train_image_classifier
+from conftest import ENVIRONMENT, ROOT, answer, tiny_vit, with_output
 from huggingface_hub import ModelCard
 from peft import AutoPeftModel
 from PIL import Image
@@ -25,20 +26,14 @@ from transformers import AutoImageProcessor, BitImageProcessor
 
 from pgn_peft import PGNConfig, load_classifier
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-import image_data  # noqa: E402
-import train_image_classifier  # noqa: E402
-
 pytestmark = pytest.mark.slow
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 NUMBER = r"(\d+\.\d+)"
 ANY = (1e-9, 1e9)  # what depends on the machine: a time, or a ratio of times
 
 # script -> what its smoke mode prints in the end, and the bounds of the figure in it
 FIGURES = {
-    "demo": (f"test accuracy of PGN {NUMBER}", 0.15, 1),  # guessing gives 0.1
+    "demo": (f"test accuracy of PGN {NUMBER}", 0.2, 1),  # guessing gives 0.1
     "deploy_input_only": (f"accuracy prompted {NUMBER}", 1, 1),
     "import_official": (f"largest difference between the adapter's prompts and the network's: {NUMBER}", 0, 0),
     "predict": (f"80 images, mean score of the best label {NUMBER}", 0.51, 0.99),
@@ -46,8 +41,8 @@ FIGURES = {
     "show_prompts": (f"mean spread of a library patch's share from image to image: {NUMBER}", 0.01, 1),
     "train_image_classifier": (f"test accuracy {NUMBER}", 1, 1),
     "adaptation": (rf"\| full fine-tuning \| 23,970 \| {NUMBER} \|", 1, 1),
+    "data_path": (rf"fastest loader: (?:plain|cached), \d workers, ratio {NUMBER}", *ANY),
     "arithmetic": (f"share of a step, if nothing overlaps +{NUMBER}", 0.03, 0.04),
-    "data_path": (rf"fastest loader: cached, \d workers, ratio {NUMBER}", *ANY),
     "growth": (f"steepest training step: {NUMBER} of what its operations let one expect", *ANY),
     "input_only": (rf"\| pgn \| 321,680 \| 0.03 \| 1 \| 0.\d+ \| 0.\d+ \| {NUMBER} \|", 1, 1),  # as PNG as in training
     "inversion": (rf"\| 8-bit PNG \| images \| 32 \| 2 \| 4 \| 8 \| 1.000 \| {NUMBER} \|", 1, 1),
@@ -74,6 +69,8 @@ def test_every_script_has_a_figure():
 @pytest.mark.parametrize("name", FIGURES)
 def test_smoke_mode_ends_with_its_figure(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    # Offline the Hub's client calls nobody, not even the server that a script starts on this machine.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     script = importlib.import_module(name)
     if name == "memory":  # which measures each model in a process of its own
         monkeypatch.setattr(script, "in_own_process", script.measure)
@@ -99,12 +96,6 @@ def material(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("material")
     return folder, [*smoke_arguments(folder), "--disable_tqdm", "true"]
-
-
-def with_output(command, folder, *more):
-    command = list(command)
-    command[command.index("--output_dir") + 1] = str(folder)
-    return [*command, *more]
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +265,7 @@ def test_sources_that_are_none_are_named(material, tmp_path):
         split_sizes("./nowhere")
     flat = tmp_path / "flat"
     shutil.copytree(material[0] / "images/red", flat)
-    with pytest.raises(SystemExit, match="but got 'label'. It has: image.*one subfolder a class"):
+    with pytest.raises(SystemExit, match="one subfolder a class, .* but got .*flat' with 40 images and no subfolders"):
         split_sizes(flat)
 
 
@@ -333,6 +324,7 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     """The two commands of the README, typed as there, on a folder of JPEGs, for a server that is running."""
     import deploy_input_only
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     _, command = material
     folder = tmp_path / "input-only"
     more = "--prompt_space pixel --head frozen --label_mapping true --num_virtual_tokens 12 --learning_rate 0.03"
@@ -349,7 +341,7 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     assert figures["agreement with the model at hand"] == figures["accuracy prompted"] == 1
     assert "the server sees what it is sent" in capsys.readouterr().out
 
-    with pytest.raises(OSError, match="must be the folder of a prompter, but got one without prompter_config.json"):
+    with pytest.raises(OSError, match="must be a prompter, but got a folder without prompter_config.json"):
         deploy_input_only.main([*deploy, str(folder)])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit, match="`HF_HUB_OFFLINE` must not be set for this example"):

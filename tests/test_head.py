@@ -256,7 +256,46 @@ def test_a_subclass_counts_as_its_architecture(pixel_values):
     assert isinstance(model.get_base_model().vit, ViTModel)
 
 
-@pytest.mark.parametrize("door", ["PEFT", "Transformers", "Classifier"])
+def test_names_that_are_numbers_in_the_models_config_become_strings():
+    base = tiny_vit(num_labels=2)
+    base.config.id2label = {0: 3, 1: 8}
+    model = get_peft_model(base, tiny_config())
+    assert torch.equal(head_of(model).pgn_head["default"].weight, base.classifier.base_layer.weight)
+    assert model.config.id2label == model.peft_config["default"].id2label == {0: "3", 1: "8"}
+
+
+def load_offloaded(folder, parts, tmp_path):
+    places = dict.fromkeys(["vit.embeddings", "vit.layers", "vit.layernorm", "classifier"], "cpu")
+    places |= dict.fromkeys(parts, "disk")
+    return ViTForImageClassification.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
+
+
+@pytest.mark.parametrize("fields", [{}, {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}])
+def test_a_new_adapter_starts_from_weights_on_a_disk(fields, tmp_path, pixel_values):
+    tiny_vit().save_pretrained(tmp_path)
+    found = []
+    for parts in [], ["vit.embeddings", "classifier"]:
+        torch.manual_seed(0)
+        config = tiny_config(**fields, num_virtual_tokens=None if fields else 3)
+        model = get_peft_model(load_offloaded(tmp_path, parts, tmp_path), config).eval()
+        assert not any(parameter.is_meta for name, parameter in model.named_parameters() if "pgn_" in name)
+        found.append(answer(model, pixel_values))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("part", ["vit.embeddings", "classifier"])
+def test_a_saved_adapter_is_refused_where_its_weights_would_not_be_loaded(part, tmp_path):
+    tiny_vit().save_pretrained(tmp_path)
+    get_peft_model(tiny_vit(), tiny_config()).save_pretrained(tmp_path / "adapter")
+    for load in (
+        lambda: load_offloaded(tmp_path, [part], tmp_path).load_adapter(tmp_path / "adapter"),
+        lambda: PeftModel.from_pretrained(load_offloaded(tmp_path, [part], tmp_path), str(tmp_path / "adapter")),
+    ):
+        with pytest.raises(ValueError, match=f"`device_map` must keep '{part}' in memory .* but got .*: 'disk'"):
+            load()
+
+
+@pytest.mark.parametrize("door", ["PEFT", pytest.param("Transformers", marks=own_adapter_methods), "Classifier"])
 @pytest.mark.parametrize(
     ("num_labels", "labels", "inferred"),
     [

@@ -1,21 +1,17 @@
 """What training takes less memory with: gradient checkpointing and quantised backbones. The answers stay right."""
 
 import json
-import sys
 from pathlib import Path
 
+import memory
 import pytest
+import timing
 import torch
 from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments, ViTForImageClassification
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import memory
-import timing
 
 PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 KINDS = {

@@ -1,5 +1,6 @@
 """The wheel builds without a network, holds the package and nothing else, and imports."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,8 @@ def test_the_wheel_builds_and_imports(tmp_path):
         archive.extractall(tmp_path / "site")
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"pgn_peft"}
     assert "pgn_peft/py.typed" in names
-    assert {Path(name).name for name in names if name.startswith("pgn_peft/")} == {
-        path.name for path in (ROOT / "pgn_peft").iterdir() if path.is_file()
+    assert {name for name in names if name.startswith("pgn_peft/")} == {
+        path.relative_to(source).as_posix() for path in (source / "pgn_peft").rglob("*") if path.is_file()
     }
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import pgn_peft; print(pgn_peft.__file__, pgn_peft.PGNConfig())"
@@ -44,3 +45,12 @@ def test_the_wheel_builds_and_imports(tmp_path):
         encoding="utf-8",
     )
     assert outcome.stdout.startswith(str(tmp_path / "site"))
+
+
+def test_text_files_are_read_and_written_in_one_encoding():
+    """On Windows the default is another one."""
+    for folder in ("pgn_peft", "examples", "benchmarks"):
+        for path in ROOT.joinpath(folder).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(call, ast.Call) and getattr(call.func, "attr", None) in ("read_text", "write_text"):
+                    assert "encoding" in {keyword.arg for keyword in call.keywords}, f"{path}:{call.lineno}"

@@ -138,3 +138,31 @@ def test_normalisation_and_back():
     pixels = torch.rand(2, 3, 4, 5)
     torch.testing.assert_close(denormalize(normalize(pixels, MEAN, STD), MEAN, STD), pixels)
     assert normalize(torch.tensor(MEAN)[:, None, None], MEAN, STD).abs().max() == 0
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_wider_pixels_are_scaled_where_their_range_is_known(mode):
+    grey = np.arange(35, dtype=np.uint8).reshape(5, 7) * 7
+    wide = grey.astype(np.uint16) * 257 if mode == "I;16" else grey.astype(np.float32) / 255
+    image = Image.fromarray(wide)
+    assert image.mode == mode
+    for channels in 1, 3:
+        assert torch.equal(to_pixels(image, channels), torch.from_numpy(grey).expand(channels, -1, -1))
+    colour = np.stack([grey, grey[::-1], grey.T.reshape(5, 7)], axis=-1).astype(np.uint16) * 257
+    for array in (colour, colour.astype(">u2")):
+        assert torch.equal(to_pixels(array, 3), torch.from_numpy(colour // 257).to(torch.uint8).permute(2, 0, 1))
+    assert torch.equal(to_pixels(torch.from_numpy(colour).permute(2, 0, 1), 3), to_pixels(colour, 3))
+
+
+@pytest.mark.parametrize("values", [[0, 65535], [-1.0, 1.0], [0.0, float("nan")]])
+def test_pixels_of_an_unknown_range_are_refused(values):
+    image = Image.fromarray(np.array([values], np.int32 if values[1] == 65535 else np.float32))
+    with pytest.raises(ValueError, match="`images` must have .* as pixels, but got mode '[IF]' with values from"):
+        to_pixels(image, 3)
+
+
+@pytest.mark.parametrize("mode", ["La", "PA", "RGBa", "RGBX", "YCbCr", "LAB", "HSV", "I;16B", "I;16L"])
+def test_rare_modes_are_converted(mode):
+    image = Image.new(mode, (7, 5))
+    assert to_pixels(image, 3).shape == (3, 5, 7)
+    assert to_pixels(image, 1).shape == (1, 5, 7)

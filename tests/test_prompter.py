@@ -202,7 +202,7 @@ def test_exact_prompts_and_heads_are_saved_too(tmp_path):
 
 def edit(folder, change):
     file = folder / "prompter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None}
     change(config)
     file.write_text(json.dumps(config), encoding="utf-8")
 
@@ -256,13 +256,13 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
             ImagePrompter.from_pretrained(tmp_path)
     file.write_bytes(whole)
     (tmp_path / "prompter_config.json").write_text("[1, 2", encoding="utf-8")
-    with pytest.raises(ValueError, match="must be JSON, but got"):
+    with pytest.raises(ValueError, match="`prompter_config.json` must be a JSON object, but got"):
         ImagePrompter.from_pretrained(tmp_path)
     file.unlink()
-    with pytest.raises(OSError, match="one without prompter.safetensors"):
+    with pytest.raises(OSError, match="a folder without prompter.safetensors"):
         ImagePrompter.from_pretrained(tmp_path)
     with pytest.raises(
-        OSError, match="must be an existing folder, or the id of a prompter on the Hub, but got neither"
+        OSError, match="must be a folder, or the id of a repository that can be read, but got .*/misspelt'"
     ):
         ImagePrompter.from_pretrained(tmp_path / "misspelt")
 
@@ -336,7 +336,7 @@ def test_onnx_gives_the_same_pixels_to_one_level(form, tmp_path):
         expected = prompter(images)
         assert found.shape == expected.shape
         assert np.abs(found.astype(int) - expected.numpy().astype(int)).max() <= 1
-    with pytest.raises(ValueError, match="`prompter` must prompt with valid images to be exported"):
+    with pytest.raises(ValueError, match="`in_range` must be True for a prompter that is exported, but got False"):
         make_prompter(make("latent"), PROCESSOR).export_onnx(tmp_path / "exact.onnx")
 
 
@@ -412,3 +412,20 @@ def test_pushed_to_a_hub_and_loaded_from_it(tmp_path, monkeypatch):
         files = {"prompter.safetensors", "prompter_config.json", "README.md"}
         assert set(hub.repositories["someone/prompter"]) == files
         assert same_tensors(ImagePrompter.from_pretrained("someone/prompter"), prompter)
+
+
+def test_wide_pixels_and_exif_orientations_are_what_a_server_would_see():
+    _, prompter = prompter_of("canvas")
+    upright = photos()[1]
+    expected = np.array(prompter(upright))
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    sent = prompter(Image.open(file))
+    assert np.array_equal(np.array(sent), expected)
+    assert sent.getexif().get(0x0112) is None
+    assert np.array_equal(prompter(np.array(upright).astype(np.uint16) * 257), expected)
+    grey = upright.convert("L")
+    wide = Image.fromarray(np.array(grey).astype(np.uint16) * 257)
+    assert np.array_equal(np.array(prompter(wide)), np.array(prompter(grey)))

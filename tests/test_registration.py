@@ -12,7 +12,7 @@ from peft import mapping
 
 import pgn_peft
 from pgn_peft.tuner import registration
-from pgn_peft.tuner.config import PGNPeftType
+from pgn_peft.tuner.fields import PGNPeftType
 
 MAPPINGS = (
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING,

@@ -1,15 +1,9 @@
 """What the benchmarks count rather than time: operations, and bytes that are kept for the way back."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import timing
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import timing
 
 
 def test_operations_of_a_linear_layer_by_hand():

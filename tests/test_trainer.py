@@ -5,12 +5,11 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_vit
+from conftest import FILES, tiny_config, tiny_vit
 from huggingface_hub import ModelCard
 from loopback_hub import Fault
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
-from test_hub import FILES, hub  # noqa: F401  (a fixture)
 from transformers import Trainer, TrainingArguments, ViTImageProcessor
 
 from pgn_peft import AdapterTrainer, CardFacts, ImageCollator
@@ -122,7 +121,7 @@ def publisher(**options):
     return make_trainer("pets", push_to_hub=True, hub_model_id="user/pets", **options)
 
 
-def test_a_run_publishes_the_adapter_and_no_pickle(hub, tmp_path):  # noqa: F811
+def test_a_run_publishes_the_adapter_and_no_pickle(hub, tmp_path):
     trainer = publisher(hub_always_push=True)
     trainer.train()
     trainer.push_to_hub()
@@ -141,7 +140,7 @@ def test_a_run_publishes_the_adapter_and_no_pickle(hub, tmp_path):  # noqa: F811
     assert set(FILES) <= {path.name for path in (tmp_path / "pets").iterdir()}
 
 
-def test_a_failed_push_does_not_end_the_training(hub, caplog):  # noqa: F811
+def test_a_failed_push_does_not_end_the_training(hub, caplog):
     hub.faults.append(Fault("POST", "/commit/", 500, times=2))
     trainer = publisher(hub_always_push=True)
     with caplog.at_level(logging.WARNING):
@@ -163,7 +162,7 @@ def test_a_failed_push_does_not_end_the_training(hub, caplog):  # noqa: F811
         ({"hub_strategy": "checkpoint"}, "`hub_strategy` must be one of end, every_save, but got 'checkpoint'"),
     ],
 )
-def test_what_cannot_be_published_is_refused_before_training(hub, change, message):  # noqa: F811
+def test_what_cannot_be_published_is_refused_before_training(hub, change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         publisher(**change)
 
@@ -184,7 +183,7 @@ def test_the_best_weights_come_back_whatever_the_adapter_is_called(adapter_name,
 
 def test_loading_the_best_weights_of_an_adapter_that_transformers_added_is_refused_before_training(tmp_path):
     vit = tiny_vit(num_labels=10)
-    vit.add_adapter(tiny_config(id2label=NAMES))
+    inject_adapter_in_model(tiny_config(id2label=NAMES), vit)  # which is what `vit.add_adapter` does
     options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "use_cpu": True}
     with pytest.raises(ValueError, match="`load_best_model_at_end` must be False"):
         AdapterTrainer(vit, TrainingArguments(str(tmp_path), **options), train_dataset=rows(), eval_dataset=rows())

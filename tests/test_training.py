@@ -178,3 +178,22 @@ def test_checkpoints_are_ordered_by_number(run):
     shutil.copytree(run / "checkpoint-2", run / "checkpoint-100")
     assert last_complete_checkpoint(run) == run / "checkpoint-100"
     assert json.loads((run / "checkpoint-100/trainer_state.json").read_text(encoding="utf-8"))["global_step"] == 2
+
+
+def test_a_checkpoint_without_the_optimizer_is_not_blamed_on_a_crash(run, caplog):
+    def save_only_model(checkpoint):
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (checkpoint / name).unlink()
+
+    newest = run / "checkpoint-20"
+    save_only_model(newest)
+    assert last_complete_checkpoint(run) == run / "checkpoint-18"
+    assert "checkpoint-20, which was saved with save_only_model=True" in caplog.text
+    assert "crash" not in caplog.text
+    for checkpoint in run.glob("checkpoint-*"):
+        if checkpoint != newest:
+            save_only_model(checkpoint)
+    with pytest.raises(
+        ValueError, match="must hold a checkpoint with the optimizer's state .* but got '.*checkpoint-20'"
+    ):
+        last_complete_checkpoint(run)

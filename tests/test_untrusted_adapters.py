@@ -8,7 +8,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_nearly_equal, edit_json, move_adapter, tiny_config, tiny_vit
 from peft import (
     AutoPeftModel,
     PeftConfig,
@@ -56,11 +56,12 @@ def on_the_hub(saved, tmp_path, monkeypatch):
 
 def edit_config(folder, **fields):
     file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+    edit_json(file, **fields)
 
 
 def edit_weights(folder, **tensors):
     save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    edit_config(folder)  # as whoever exchanges weights on purpose would
 
 
 class Bomb:
@@ -204,6 +205,7 @@ def test_text_in_a_field_is_never_evaluated(saved, tmp_path):
     trick = f"__import__('os').mkdir({str(tmp_path / 'evaluated')!r})"
     config = json.loads(saved.joinpath("adapter_config.json").read_text(encoding="utf-8"))
     config |= {"prompt_space": "pixel", "slot_prompts": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    del config["checksums"]
     for field in ("generator", "mixing", "library_size", "target_modules", "image_mean", "label_mapping", "head"):
         with pytest.raises((ValueError, TypeError), match="__import__"):
             inject_adapter_in_model(PGNConfig(**config | {field: trick}), tiny_vit())

@@ -1,11 +1,10 @@
 """Adapters of other versions: those of older ones give what they gave, those of newer ones are read or refused."""
 
-import json
 import warnings
 
 import pytest
 import torch
-from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_nearly_equal, edit_json, move_adapter, tiny_config, tiny_vit
 from make_golden import ADAPTERS, GOLDEN, golden_images
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -43,7 +42,7 @@ def saved(tmp_path):
 
 def edit(folder, **fields):
     file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+    edit_json(file, **fields)
 
 
 LOADERS = {

@@ -22,18 +22,19 @@ from pgn_peft.hub.downloads import (
     ADAPTER_FILES,
     BASE_FILES,
     check_base_folder,
+    check_processor_files,
     has_processor,
     read_adapter_config,
 )
+from pgn_peft.hub.image_size import interpolate_if_needed, made_of_square
 from pgn_peft.hub.model_card import CardFacts
 from pgn_peft.tuner.adapters import prompt_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.positions import interpolate_if_needed, made_of_square
-from pgn_peft.utils.sources import find_folder
+from pgn_peft.utils.sources import find_folder, one_line
 
 if TYPE_CHECKING:
-    from transformers import ImageClassificationPipeline
+    from transformers import ImageClassificationPipeline, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,11 @@ class Classifier(NamedTuple):
         model = self._as_called()
         onnx_export.export_model(model, made_of_square(prompt_layer(model), self.image_processor), Path(path))
 
-    def _as_called(self) -> nn.Module:
+    def _as_called(self) -> PreTrainedModel:
         """Return the Transformers model, which takes the image processor's size."""
         model = unwrap(self.model)
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
         interpolate_if_needed(model, self.image_processor)
         return model
 
@@ -167,7 +169,11 @@ def load_classifier(
         ValueError: a file is damaged, or the adapter is not one of PGN for a classifier, or does not fit the base.
         TypeError: the base is not a supported architecture.
     """
-    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    if subfolder is not None and (".." in Path(subfolder).parts or Path(subfolder).is_absolute()):
+        raise ValueError(
+            f"`subfolder` must lie in the adapter's repository or folder, but got {subfolder!r}. Name it from there."
+        )
+    options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     name = str(pretrained_model_name_or_path)
     patterns = [file if subfolder is None else f"{subfolder}/{file}" for file in ADAPTER_FILES]
     folder = find_folder("pretrained_model_name_or_path", name, patterns, revision=revision, **options)
@@ -188,20 +194,32 @@ def load_classifier(
     model.load_adapter(str(folder), use_safetensors=True)
 
     if has_processor(folder):
-        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor_folder = folder
     elif has_processor(base_folder):
         logger.warning("%s has no image processor of its own; taking that of its base model, %s", name, base)
-        image_processor = AutoImageProcessor.from_pretrained(base_folder, trust_remote_code=False)
+        processor_folder = base_folder
     else:
         raise OSError(
             f"`preprocessor_config.json` must be in the adapter or in its base model, but got neither in {name!r} nor "
             f"in {str(base)!r}. Save the processor that it was trained with beside the adapter."
         )
-    interpolate_if_needed(model, image_processor)
-    return Classifier(model, image_processor)
+    return Classifier(model, _load_processor(processor_folder, model))
 
 
-def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | torch.dtype) -> nn.Module:
+def _load_processor(folder: Path, model: nn.Module) -> Any:
+    try:
+        check_processor_files(folder)
+        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        interpolate_if_needed(model, image_processor)
+    except Exception as error:  # many kinds, where a field has another type
+        raise ValueError(
+            f"`preprocessor_config.json` must describe an image processor, but got {one_line(error)} in "
+            f"{str(folder)!r}. Save the processor that the adapter was trained with there."
+        ) from error
+    return image_processor
+
+
+def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | torch.dtype) -> PreTrainedModel:
     base_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     base_config._attn_implementation = None  # a file could name a kernel on the Hub, which is code
     made_for = (config.auto_mapping or {}).get("base_model_class")

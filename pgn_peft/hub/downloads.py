@@ -5,12 +5,14 @@ What runs code when it is read - pickles, Python files - is neither downloaded n
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from pgn_peft.tuner.config import PGNConfig, PGNPeftType
+from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.utils.checksums import compare_file
+from pgn_peft.utils.files import finish_save, read_settings
+from pgn_peft.utils.values import check_processor
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
@@ -36,27 +38,18 @@ def read_adapter_config(folder: Path, name: str) -> PGNConfig:
         OSError: a file is not there.
         ValueError: it is an adapter of another method, or not of a classifier; or its files are damaged.
     """
+    finish_save(folder)
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not folder.joinpath(file).is_file():
             raise OSError(f"`{file}` must be in the adapter, but got none in {name!r}. {_pickle_remedy(folder, file)}")
-    try:
-        settings = json.loads(folder.joinpath(CONFIG_NAME).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"`{CONFIG_NAME}` must be JSON, but got {error} in {name!r}. Save or fetch the adapter again."
-        ) from error
-    method = settings.get("peft_type") if isinstance(settings, dict) else None
-    if method != PGNPeftType.PGN.value:
-        raise ValueError(
-            f"`peft_type` must be {PGNPeftType.PGN.value!r}, but got {method!r} in {name!r}. Load adapters of other "
-            "methods with PEFT."
-        )
     config = PGNConfig.from_pretrained(str(folder))
     if config.num_labels is None:
         raise ValueError(
             f"`num_labels` must be recorded in a classifier's adapter, but got None in {name!r}, which answers with "
             "features. Load it with peft.AutoPeftModel."
         )
+    for file in PROCESSOR_FILES:
+        compare_file(folder / file, config.saved_checksums, CONFIG_NAME)
     return config
 
 
@@ -89,6 +82,20 @@ def check_base_folder(folder: Path, name: str) -> None:
             f"`base_model_name_or_path` must have {BASE_CONFIG_FILE} and weights in safetensors, but got {name!r} "
             "without. Pickled weights are never read, because they can run code. Pass the path of a converted copy."
         )
+
+
+def check_processor_files(folder: Path) -> None:
+    """Check what an image processor's files hold.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a file is damaged, or a field has an impossible value.
+    """
+    for name in PROCESSOR_FILES:
+        if folder.joinpath(name).is_file():
+            settings = read_settings(folder / name)
+            nested = settings.get("image_processor")
+            check_processor(nested if isinstance(nested, dict) else settings)
 
 
 def has_processor(folder: Path) -> bool:

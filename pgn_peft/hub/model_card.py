@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -13,8 +14,9 @@ from torch import nn
 from pgn_peft.tuner.adapters import active_adapter, num_parameters
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.utils.citation import CITATION
-from pgn_peft.utils.markdown import list_names, property_table, row_table
+from pgn_peft.utils.markdown import cell, list_names
 from pgn_peft.utils.sources import is_repo_id
+from pgn_peft.utils.values import filled
 
 
 @dataclass(frozen=True)
@@ -76,27 +78,35 @@ def make_card(model: nn.Module, name: str, facts: CardFacts, *, interpolate: boo
         TypeError: the model carries no PGN adapter.
     """
     adapter_name, config = active_adapter(model)
-    sections = {
-        "Use": _use(name, interpolate),
-        "What it is": property_table(_properties(model, adapter_name, config)),
-        "Labels": list_names(config.id2label),
-    }
-    if facts.metrics:
-        measured_on = {"data set": facts.dataset, "split": facts.split}
-        results = [measured_on | {"metric": metric, "value": value} for metric, value in facts.metrics.items()]
-        sections["Results"] = row_table(results)
-    if facts.hyperparameters or facts.training_log:
-        tables = [property_table(facts.hyperparameters)] if facts.hyperparameters else []
-        tables += [row_table(facts.training_log)] if facts.training_log else []
-        sections["Training"] = "\n\n".join(tables)
-    licence = f"{facts.license}." if facts.license else "The author has not stated one for the adapter."
-    sections["Licence"] = f"{licence} The base model keeps its own."
-    sections["Citation"] = f"```bibtex\n{CITATION}\n```"
-    text = "\n\n".join(f"## {heading}\n\n{section}" for heading, section in sections.items())
-    return ModelCard(
-        f"---\n{_metadata(name, config, facts).to_yaml()}\n---\n\n"
-        f"# {name.rpartition('/')[2]}\n\n{_introduction(config, facts)}\n\n{text}\n"
+    return ModelCard.from_template(
+        _metadata(name, config, facts),
+        template_path=str(Path(__file__).with_name("card_template.md")),
+        title=name.rpartition("/")[2],
+        name=name,
+        base_model=config.base_model_name_or_path,
+        dataset=None if facts.dataset is None else cell(facts.dataset),
+        in_pixels=config.prompt_space == "pixel",
+        description=facts.description,
+        interpolate=interpolate,
+        properties=_cells(_properties(model, adapter_name, config)),
+        labels=list_names(config.id2label),
+        metrics=_cells(facts.metrics),
+        split=facts.split,
+        hyperparameters=_cells(facts.hyperparameters),
+        training_log=_table(facts.training_log) if facts.training_log else None,
+        license=facts.license,
+        citation=CITATION,
     )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """List the cells of each row, those of the head first; the columns are the first row's."""
+    columns = list(rows[0])
+    return [[cell(column) for column in columns], *([cell(row.get(column, "")) for column in columns] for row in rows)]
+
+
+def _cells(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(cell(name), cell(value)) for name, value in values.items()]
 
 
 def _metadata(name: str, config: PGNConfig, facts: CardFacts) -> ModelCardData:
@@ -105,7 +115,7 @@ def _metadata(name: str, config: PGNConfig, facts: CardFacts) -> ModelCardData:
             task_type="image-classification",
             task_name="Image Classification",
             dataset_type=facts.dataset_id or "imagefolder",
-            dataset_name=facts.dataset,
+            dataset_name=filled(facts.dataset),
             dataset_split=facts.split,
             metric_type=metric,
             metric_name=metric.replace("_", " ").capitalize(),
@@ -125,45 +135,6 @@ def _metadata(name: str, config: PGNConfig, facts: CardFacts) -> ModelCardData:
         pipeline_tag="image-classification",
         tags=["pgn-peft", "image-classification", "vision"],
     )
-
-
-def _introduction(config: PGNConfig, facts: CardFacts) -> str:
-    base = config.base_model_name_or_path
-    trained_on = "" if facts.dataset is None else f", trained on {facts.dataset}"
-    prompts = (
-        "valid pixels, laid into the image" if config.prompt_space == "pixel" else "tokens, appended to its input"
-    )
-    introduction = (
-        "A [Prompt Generation Network](https://arxiv.org/abs/2210.06466) for the frozen Vision Transformer "
-        f"`{base}`{trained_on}. For each image a light CNN mixes prompts out of a learned library: {prompts}. It is a "
-        "[PEFT](https://github.com/huggingface/peft) adapter, made with pgn-peft."
-    )
-    return introduction if facts.description is None else f"{introduction}\n\n{facts.description}"
-
-
-def _use(name: str, interpolate: bool) -> str:
-    call = ", interpolate_pos_encoding=True" if interpolate else ""
-    return f"""\
-```python
-import pgn_peft
-
-classify = pgn_peft.load_classifier("{name}").pipeline()
-for answer in classify("image.jpg"):
-    print(answer["label"], answer["score"])
-```
-
-Or step by step, with PEFT's own loader:
-
-```python
-import pgn_peft  # first: without it PEFT answers KeyError: 'PGN'
-from peft import AutoPeftModel
-from transformers import AutoImageProcessor
-
-model = AutoPeftModel.from_pretrained("{name}")
-image_processor = AutoImageProcessor.from_pretrained("{name}")
-logits = model(**image_processor(images=image, return_tensors="pt"){call}).logits
-label = model.config.id2label[logits.argmax(-1).item()]
-```"""
 
 
 def _properties(model: nn.Module, adapter_name: str, config: PGNConfig) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.nn.modes import evaluating
 from pgn_peft.utils.onnx import export_module
 
 
@@ -30,18 +32,9 @@ def export_model(model: nn.Module, image_size: tuple[int, int], path: Path) -> N
         image_size: height and width of its images, in pixels.
         path: the file. Weights of more than 2 GiB go into a second file beside it.
     """
+    config: Any = model.config
     weight = next(model.parameters())
-    example = torch.zeros(2, model.config.num_channels, *image_size, device=weight.device)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        export_module(
-            _Logits(model).eval(),
-            example,
-            path,
-            "pixel_values",
-            "logits",
-            {"id2label": json.dumps(model.config.id2label)},
-        )
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    example = torch.zeros(2, config.num_channels, *image_size, device=weight.device)
+    with evaluating(model):
+        metadata = {"id2label": json.dumps(config.id2label)}
+        export_module(_Logits(model).eval(), example, path, "pixel_values", "logits", metadata)

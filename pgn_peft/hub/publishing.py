@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from pgn_peft.hub.downloads import ADAPTER_FILES
+from pgn_peft.hub.downloads import ADAPTER_FILES, PROCESSOR_FILES
+from pgn_peft.hub.image_size import makes_another_size
 from pgn_peft.hub.model_card import CardFacts, make_card
 from pgn_peft.tuner.adapters import active_adapter, adapter_tensors, prompt_layer
-from pgn_peft.tuner.positions import makes_another_size
+from pgn_peft.tuner.saved_weights import checksums_of_parts
+from pgn_peft.utils.checksums import record
+from pgn_peft.utils.files import replacing
 from pgn_peft.utils.sources import is_repo_id, one_line
 
 CARD_FILE = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE)
+CHECKED_FILES = (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 
 # What can be done about an answer of the Hub.
-REMEDIES = {
+REMEDIES: dict[int | None, str] = {
     401: "Log in with `hf auth login`, or pass a token",
     403: "Use a token with write access, or a repository of your own",
     404: "Look for a misspelt name or branch",
@@ -39,7 +43,7 @@ class Upload:
     private: bool | None = None
     token: str | bool | None = None
     revision: str | None = None
-    commit_message: str = "Upload adapter"
+    commit_message: str | None = "Upload adapter"
     create_pr: bool = False
 
 
@@ -51,19 +55,19 @@ def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts,
             f"`image_processor` must be an image processor, but got {type(image_processor).__name__}. Load it: "
             "AutoImageProcessor.from_pretrained(model_id)."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(model, adapter_name), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
-    image_processor.save_pretrained(folder)
-    write_card(model, image_processor, folder, facts, name)
+    with replacing(folder) as staged:
+        image_processor.save_pretrained(staged)
+        save_file(adapter_tensors(model, adapter_name), staged / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(staged))
+        files = [file for name in CHECKED_FILES if (file := staged / name).is_file()]
+        record(staged / CONFIG_NAME, files, checksums_of_parts(staged / SAFETENSORS_WEIGHTS_NAME))
+        write_card(model, image_processor, staged, facts, name or folder.name)
 
 
-def write_card(
-    model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str | None = None
-) -> None:
+def write_card(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str) -> None:
     """Write an adapter's card; see `save`."""
     interpolate = makes_another_size(prompt_layer(model), image_processor)
-    make_card(model, name or folder.name, facts, interpolate=interpolate).save(folder / CARD_FILE)
+    make_card(model, name, facts, interpolate=interpolate).save(folder / CARD_FILE)
 
 
 def check_shareable(model: nn.Module, repo_id: str) -> None:

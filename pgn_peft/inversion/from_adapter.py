@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from pgn_peft.inversion.library import invert_library, invert_static_prompts
 from pgn_peft.nn.layout import PromptLayout, make_layout
+from pgn_peft.nn.library import PatchLibrary
+from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.pixel_prompts import PixelPrompts
-from pgn_peft.nn.preprocessing import Preprocessing, normalize, to_pixels
+from pgn_peft.nn.preprocessing import PILLOW_MODES, Preprocessing, normalize, to_pixels
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.offloading import loaded, loaded_copy
 
 
 def make_prompter(
@@ -46,8 +49,8 @@ def make_prompter(
     Raises:
         TypeError: the model carries no adapter.
         ValueError: there is no such adapter, it has prompts in several layers, they do not fill rows of patches, the
-            model averages its patches and the prompts are latent, or the processor is not the one that it was trained
-            with.
+            model averages its patches and the prompts are latent, its images have other channels than files have, or
+            the processor is not the one that it was trained with.
     """
     layer = find_layer(model, adapter_name)
     config = layer.configs[adapter_name]
@@ -61,11 +64,15 @@ def make_prompter(
             f"`prompt_space` must be 'pixel' for an adapter that is to become pixels on this model, but got 'latent' "
             f"for {adapter_name!r}: {AVERAGES_PATCHES}. Train one with prompt_space='pixel'."
         )
+    if layer.num_channels not in PILLOW_MODES:
+        raise ValueError(
+            f"`num_channels` must be one of {', '.join(map(str, PILLOW_MODES))} for a client that sends images, but "
+            f"got {layer.num_channels}. Use the adapter inside its model."
+        )
     preprocessing = Preprocessing.from_processor(processor)
     layout = _layout(layer, adapter_name, preprocessing)
-    generator = dict(layer.pgn_generator).get(adapter_name)
-    library = layer.pgn_library[adapter_name]
-    if config.prompt_space == "pixel":
+    generator, library = layer.generator(adapter_name), layer.library(adapter_name)
+    if isinstance(library, PatchLibrary):
         offset = None if library.image_offset is None else library.image_offset.detach().float().cpu().clone()
         prompts = PixelPrompts(library.patches.detach().float().cpu(), image_offset=offset)
     else:
@@ -75,14 +82,14 @@ def make_prompter(
                 "coefficients that sum to 1 mix valid patches into a valid patch. Train with mixing='softmax'."
             )
         scale = (preprocessing.image_mean, preprocessing.image_std)
-        options = {"in_range": in_range}
+        embeddings, tokens = loaded_copy(layer.base_layer), library.tokens
         if generator is None:
-            prompts = invert_static_prompts(layer.get_base_layer(), library.tokens, layout, *scale, **options)
+            prompts = invert_static_prompts(embeddings, tokens, layout, *scale, in_range=in_range)
         else:
-            options["slot_prompts"] = library.slot_prompts
-            prompts = invert_library(layer.get_base_layer(), library.tokens, layout, *scale, **options)
+            slots = library.slot_prompts
+            prompts = invert_library(embeddings, tokens, layout, *scale, in_range=in_range, slot_prompts=slots)
     head = next((module for module in model.modules() if isinstance(module, PGNHead)), None)
-    own_head = None if head is None else dict(head.pgn_head).get(adapter_name)
+    own_head = None if head is None else head.head(adapter_name)
     prompter = ImagePrompter(
         layout,
         preprocessing,
@@ -126,16 +133,16 @@ def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) ->
 
 def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) -> Tensor:
     """Compute the unmodified model's scores for the prompter's probe: (M,)."""
-    weight = layer.projection.weight
+    with loaded(layer.projection):
+        device, dtype = layer.projection.weight.device, layer.projection.weight.dtype
     pixels = to_pixels(prompter.probe(), prompter.num_channels)
     if prompter.layout.name == "canvas":
         pixels = prompter.preprocessing.apply(pixels)  # cuts its margins off
-    pixels = pixels[None].to(weight.device).float() / 255
+    pixels = pixels[None].to(device).float() / 255
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
-    pixel_values = normalize(pixels, mean, std).to(weight.dtype)
-    interpolate = prompter.layout.size != layer.fixed_size
+    pixel_values = normalize(pixels, mean, std).to(dtype)
     with _unmodified(model), torch.inference_mode():
-        logits = model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate).logits
+        logits = model(pixel_values=pixel_values, **layer.size_options(prompter.layout.size)).logits
     return logits[0].float().softmax(-1).cpu().clone()
 
 
@@ -143,15 +150,12 @@ def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) ->
 def _unmodified(model: nn.Module) -> Iterator[None]:
     """Turn adapters off, and dropout; what is trainable stays so, which PEFT's own switch would change."""
     layers = [module for module in model.modules() if isinstance(module, PGNTunerLayer)]
-    modes = [(module, module.training) for module in model.modules()]
     before = [layer._disable_adapters for layer in layers]
-    try:
-        model.eval()
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
-        for module, training in modes:
-            module.training = training
+    with evaluating(model):
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +16,12 @@ from torch.nn import functional as F
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
 # Pillow's name for images of so many channels.
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Modes that Pillow converts to few others, and one of those.
+INTERMEDIATE_MODES = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB"}
+# Formats whose pixels Pillow scales to 16 bits where it opens them as 32-bit integers.
+SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
+# The number of a TIFF file's tag with the bits of a pixel.
+TIFF_BITS = 258
 
 
 def normalize(pixels: Tensor, image_mean: Sequence[float], image_std: Sequence[float]) -> Tensor:
@@ -82,14 +88,14 @@ class Preprocessing:
             )
         size, shortest_edge, crop_size, resample = None, None, None, "bicubic"
         if processor.do_resize:
-            wanted = dict(processor.size)
-            if set(wanted) - {"height", "width", "shortest_edge"} or not wanted:
+            described = dict(processor.size)
+            if set(described) - {"height", "width", "shortest_edge"} or not described:
                 raise ValueError(
                     f"`size` must have height and width, or shortest_edge, in the image processor, but got "
-                    f"{wanted!r}. Use a processor that resizes to a fixed size."
+                    f"{described!r}. Use a processor that resizes to a fixed size."
                 )
-            shortest_edge = wanted.get("shortest_edge")
-            size = None if shortest_edge is not None else (wanted["height"], wanted["width"])
+            shortest_edge = described.get("shortest_edge")
+            size = None if shortest_edge is not None else (described["height"], described["width"])
             if int(processor.resample) not in RESAMPLING:
                 raise ValueError(
                     f"`resample` must be bilinear (2) or bicubic (3) in the image processor, but got "
@@ -111,7 +117,7 @@ class Preprocessing:
         """Pixels to add at the left, right, top and bottom of a finished image, for the processor to cut off again."""
         if self.crop_size is None or (self.size is None and self.shortest_edge is None):
             return (0, 0, 0, 0)
-        outer = self.size or (self.shortest_edge, self.shortest_edge)
+        outer = self.size or (self.shortest_edge or 0, self.shortest_edge or 0)
         if outer[0] < self.crop_size[0] or outer[1] < self.crop_size[1]:
             return (0, 0, 0, 0)  # it pads by itself
         top, left = ((whole - part) // 2 for whole, part in zip(outer, self.crop_size, strict=True))
@@ -123,9 +129,10 @@ class Preprocessing:
         size = self.size
         if self.shortest_edge is not None:
             scale = self.shortest_edge / min(height, width)
-            size = tuple(
+            sides = (
                 self.shortest_edge if side == min(height, width) else int(side * scale) for side in (height, width)
             )
+            size = cast("tuple[int, int]", tuple(sides))
         if size is not None and size != (height, width):
             # On 8-bit pixels, as torchvision does it: rounding is part of what the model was trained with.
             image = F.interpolate(image[None], size=size, mode=self.resample, antialias=True)[0]
@@ -136,12 +143,60 @@ class Preprocessing:
         return image
 
 
+def convert_image(image: Image.Image, mode: str = "RGB", name: str | None = None) -> Image.Image:
+    """Turn a Pillow image of any mode into an upright one of 8-bit pixels.
+
+    The EXIF orientation is applied, and transparency is dropped, as Transformers' pipelines do. Wider pixels are
+    scaled, where Pillow would clip them at 255: 16-bit integers from 0..65535, and floats from [0, 1].
+
+    Args:
+        image: the image.
+        mode: Pillow's name for the channels: "RGB", "L" or "RGBA".
+        name: what an error calls the image; None: its file's name.
+
+    Returns:
+        An image of that mode, without an EXIF orientation.
+
+    Raises:
+        ValueError: the range of the pixels is not known: 32-bit integers, or floats outside of [0, 1].
+    """
+    largest = _largest_value(image, getattr(image, "filename", "") if name is None else name)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if largest is not None:
+        pixels = np.asarray(image, dtype=np.float32) * (255 / largest)
+        image = Image.fromarray(pixels.round().astype(np.uint8))
+    if image.mode in INTERMEDIATE_MODES and image.mode != mode:
+        image = image.convert(INTERMEDIATE_MODES[image.mode])
+    return image.convert(mode)
+
+
+def _largest_value(image: Image.Image, name: str) -> int | None:
+    """Return the largest value that a pixel of more than 8 bits can have; None for 8 bits."""
+    if image.mode.startswith("I;16"):
+        # A TIFF file can have 12 bits.
+        bits = getattr(image, "tag_v2", {}).get(TIFF_BITS, (16,))[0]
+        return 2**bits - 1
+    if image.mode not in ("I", "F"):
+        return None
+    if image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS:
+        return 65535
+    pixels = np.asarray(image)
+    if image.mode == "F" and bool(((pixels >= 0) & (pixels <= 1)).all()):
+        return 1
+    rule = "floats in [0, 1]" if image.mode == "F" else "integers of 8 or 16 bits"
+    raise ValueError(
+        f"`images` must have {rule} as pixels, but got mode {image.mode!r} with values from {pixels.min():g} to "
+        f"{pixels.max():g}{f' in {name!r}' if name else ''}. Scale them to 0..255, and save them as 8-bit images."
+    )
+
+
 def to_pixels(image: Any, num_channels: int) -> Tensor:
     """Turn one image into 8-bit pixels.
 
     Args:
-        image: a Pillow image of any mode; a numpy array (H, W, C) or a tensor (C, H, W), of 8-bit integers or of
-            floats in [0, 1].
+        image: a Pillow image of any mode; a numpy array (H, W, C) or a tensor (C, H, W), of unsigned integers of 8 or
+            16 bits, or of floats in [0, 1].
         num_channels: channels C that the model takes.
 
     Returns:
@@ -152,12 +207,13 @@ def to_pixels(image: Any, num_channels: int) -> Tensor:
         ValueError: it has another number of channels, or values out of range.
     """
     if isinstance(image, Image.Image):
-        image = np.array(image.convert(PILLOW_MODES[num_channels]))
+        image = np.array(convert_image(image, PILLOW_MODES[num_channels]))
         return torch.from_numpy(image if image.ndim == 3 else image[:, :, None]).permute(2, 0, 1)
     if isinstance(image, np.ndarray):
         if image.ndim != 3:
             raise ValueError(f"`images` must have the axes (H, W, C) as arrays, but got {image.shape}. {_GREY}")
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        native = image.dtype.newbyteorder("=")  # torch has no other byte order
+        image = torch.from_numpy(np.ascontiguousarray(image, dtype=native)).permute(2, 0, 1)
     if not isinstance(image, Tensor):
         raise TypeError(
             f"`images` must be Pillow images, numpy arrays or tensors, but got {type(image).__name__}. Open files "
@@ -172,8 +228,13 @@ def to_pixels(image: Any, num_channels: int) -> Tensor:
         raise ValueError(f"`images` must have pixels, but got none in {tuple(image.shape)}. Drop empty images.")
     if image.dtype == torch.uint8:
         return image.cpu()
+    if image.dtype == torch.uint16:
+        return to_8_bit(image.float() / 65535).cpu()
     if not image.is_floating_point():
-        raise TypeError(f"`images` must be 8-bit integers or floats in [0, 1], but got {image.dtype}. Convert them.")
+        raise TypeError(
+            f"`images` must be unsigned 8-bit integers or floats in [0, 1], or unsigned 16-bit integers, but got "
+            f"{image.dtype}. Convert them."
+        )
     if not bool(((image >= 0) & (image <= 1)).all()):
         raise ValueError(
             f"`images` must lie in [0, 1] as floats, but got {image.min().item():g} to {image.max().item():g}. Give "

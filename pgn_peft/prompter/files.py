@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pgn_peft.utils.checksums import FIELD, compare_file, record
+from pgn_peft.utils.files import finish_save, replacing
 from pgn_peft.utils.sources import find_folder
 from pgn_peft.utils.tensors import compare_tensors
 
@@ -19,10 +21,15 @@ WEIGHTS_FILE = "prompter.safetensors"
 
 
 def write_files(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files into a folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
-    folder.joinpath(CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    """Write both files into a folder, which is made.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    with replacing(folder) as staged:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged / WEIGHTS_FILE)
+        staged.joinpath(CONFIG_FILE).write_text(json.dumps(settings), encoding="utf-8")
+        record(staged / CONFIG_FILE, [staged / WEIGHTS_FILE])
 
 
 def find_files(name_or_path: str | Path, revision: str | None, token: str | None) -> Path:
@@ -33,6 +40,7 @@ def find_files(name_or_path: str | Path, revision: str | None, token: str | None
     """
     files = (CONFIG_FILE, WEIGHTS_FILE)
     folder = find_folder("pretrained_model_name_or_path", name_or_path, files, revision=revision, token=token)
+    finish_save(folder)
     for name in files:
         if not folder.joinpath(name).is_file():
             raise OSError(
@@ -42,27 +50,12 @@ def find_files(name_or_path: str | Path, revision: str | None, token: str | None
     return folder
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Read the configuration, which is not trusted.
-
-    Raises:
-        ValueError: the file is not a JSON object.
-    """
-    file = folder / CONFIG_FILE
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"`{file}` must be JSON, but got {error}. Save or fetch the prompter again.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"`{file}` must be a JSON object, but got {settings!r}. Save or fetch the prompter again.")
-    return settings
-
-
-def read_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_tensors(folder: Path, settings: Mapping[str, Any], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors that the configuration declares.
 
     Args:
         folder: the prompter's.
+        settings: its configuration, whose checksums are compared too.
         expected: tensors of the same names, shapes and dtypes, on any device.
 
     Raises:
@@ -82,4 +75,5 @@ def read_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
                 f"`{file}` must hold {name} as {expected[name].dtype}, but got {tensor.dtype}. Save or fetch the "
                 "prompter again."
             )
+    compare_file(file, settings.get(FIELD), CONFIG_FILE)
     return tensors

@@ -22,8 +22,11 @@ from pgn_peft.nn.preprocessing import Preprocessing, normalize, read_images, to_
 from pgn_peft.prompter import files, settings
 from pgn_peft.prompter.answers import compare_with_probe, map_scores, read_scores
 from pgn_peft.prompter.card import make_prompter_card
+from pgn_peft.utils.checksums import compare_settings
+from pgn_peft.utils.files import read_settings
 from pgn_peft.utils.markdown import list_names
 from pgn_peft.utils.onnx import export_module
+from pgn_peft.utils.values import filled
 from pgn_peft.version import __version__
 
 
@@ -44,6 +47,11 @@ class ImagePrompter(nn.Module):
         head: the adapter's own head, for a server that answers with features.
         probe_scores: the unmodified model's scores (M,) for `probe`.
     """
+
+    library: Tensor
+    offsets: Tensor | None
+    image_offset: Tensor | None
+    probe_scores: Tensor | None
 
     def __init__(
         self,
@@ -122,15 +130,16 @@ class ImagePrompter(nn.Module):
 
         Args:
             images: Pillow images of any mode, arrays (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), one
-                or a list of them; 8-bit integers, or floats in [0, 1]; of any size.
+                or a list of them; unsigned integers of 8 or 16 bits, or floats in [0, 1]; of any size. The EXIF
+                orientation of Pillow images is applied, as servers apply it.
 
         Returns:
-            The same kind, one or several, with 8-bit pixels (also for floats), prompted. Save them as PNG: JPEG
-            changes what they say. With a processor that crops they carry a margin for it to cut off.
+            The same kind, one or several, upright, with 8-bit pixels (also for wider ones), prompted. Save them as
+            PNG: JPEG changes what they say. With a processor that crops they carry a margin for it to cut off.
 
         Raises:
             TypeError: an image is of another kind.
-            ValueError: its values are impossible, or the prompts are no valid images.
+            ValueError: its values are impossible or of an unknown range, or the prompts are no valid images.
         """
         if not self.in_range:
             raise ValueError(
@@ -168,14 +177,14 @@ class ImagePrompter(nn.Module):
                 not.
         """
         scores = read_scores(answer)
-        if self.head is not None and not scores.keys() <= set(self.id2label.values()):
+        if self.head is not None and not scores.keys() <= set(filled(self.id2label).values()):
             raise ValueError(
                 f"`answer` must be about the adapter's own classes, but got {', '.join(map(repr, list(scores)[:3]))}. "
                 "The adapter was trained with a head of its own: pass the server's features to `classify`, host the "
                 "model with this head, or train with head='frozen'."
             )
         if self.label_mapping is not None:
-            scores = map_scores(scores, self.id2label, self.label_mapping, self.server_labels)
+            scores = map_scores(scores, filled(self.id2label), self.label_mapping, filled(self.server_labels))
         return [{"label": label, "score": score} for label, score in sorted(scores.items(), key=lambda item: -item[1])]
 
     @torch.inference_mode()
@@ -215,7 +224,7 @@ class ImagePrompter(nn.Module):
                 "`probe_scores` must be known to check a server, but got None: the model has no classification head. "
                 "Make the prompter from a model that has one."
             )
-        return compare_with_probe(read_scores(answer), self.probe_scores.tolist(), self.server_labels)
+        return compare_with_probe(read_scores(answer), self.probe_scores.tolist(), filled(self.server_labels))
 
     # Files.
 
@@ -248,7 +257,7 @@ class ImagePrompter(nn.Module):
             ValueError: a file is damaged, or does not hold what the configuration declares.
         """
         folder = files.find_files(pretrained_model_name_or_path, revision, token)
-        described = files.read_settings(folder)
+        described = read_settings(folder / files.CONFIG_FILE)
         try:
             prompter = cls(**settings.read_parts(described))
         except (KeyError, TypeError, AttributeError) as error:
@@ -256,7 +265,8 @@ class ImagePrompter(nn.Module):
                 f"`{folder / files.CONFIG_FILE}` must be the configuration of a prompter, but got "
                 f"{type(error).__name__}: {error}. Save or fetch the prompter again."
             ) from error
-        prompter.load_state_dict(files.read_tensors(folder, prompter.state_dict()), assign=True)
+        compare_settings(described, files.CONFIG_FILE)
+        prompter.load_state_dict(files.read_tensors(folder, described, prompter.state_dict()), assign=True)
         return prompter.requires_grad_(False).eval()
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:

@@ -13,7 +13,14 @@ from pgn_peft.nn.layout import LAYOUTS, PromptLayout, make_layout
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import RESAMPLING, Preprocessing
 from pgn_peft.utils.labels import normalize_id2label
-from pgn_peft.utils.values import check_choice, read_channel_values, read_indices, read_integer
+from pgn_peft.utils.values import (
+    check_choice,
+    filled,
+    read_channel_values,
+    read_indices,
+    read_integer,
+    read_pair,
+)
 
 # Upper bounds, far beyond what is used, so that no file can make the client allocate large tensors.
 LARGEST_SIDE, LARGEST_LIBRARY, LARGEST_WIDTH = 4096, 65_536, 1024
@@ -60,17 +67,18 @@ def read_parts(settings: dict[str, Any]) -> dict[str, Any]:
         image_offset = torch.empty(channels, *size) if settings["image_offset"] else None
         head = None
         if settings["head"] is not None:
-            num_labels, width = (read_integer("head", size, 1, 1_000_000) for size in settings["head"])
+            num_labels, width = read_pair("head", settings["head"], 1_000_000)
             head = nn.Linear(width, num_labels)
         server_labels = _read_labels(settings["server_labels"])
-        probe_scores = torch.empty(len(server_labels)) if settings["probe"] else None
+        probe_scores = torch.empty(len(filled(server_labels))) if settings["probe"] else None
     id2label, label_mapping = _read_labels(settings["id2label"]), settings["label_mapping"]
     if label_mapping is not None:
         label_mapping = read_indices("label_mapping", label_mapping)
-        if len(label_mapping) != len(id2label) or max(label_mapping) >= len(server_labels):
+        own, others = len(filled(id2label)), len(filled(server_labels))  # TypeError for None
+        if len(label_mapping) != own or max(label_mapping) >= others:
             raise ValueError(
-                f"`label_mapping` must map the {len(id2label)} classes to the server's {len(server_labels)}, but got "
-                f"{label_mapping}. Save or fetch the prompter again."
+                f"`label_mapping` must map the {own} classes to the server's {others}, but got {label_mapping}. "
+                "Save or fetch the prompter again."
             )
     return {
         "layout": layout,
@@ -91,18 +99,15 @@ def _read_labels(labels: dict[str, str] | None) -> dict[int, str] | None:
 
 def _read_layout(settings: dict[str, Any]) -> PromptLayout:
     check_choice("prompt_layout", settings["name"], LAYOUTS)
-    height, width = (read_integer("image_size", side, 1, LARGEST_SIDE) for side in settings["image_size"])
+    image_size = read_pair("image_size", settings["image_size"], LARGEST_SIDE)
     patch_size = read_integer("patch_size", settings["patch_size"], 1, LARGEST_SIDE)
     num_prompts = read_integer("num_virtual_tokens", settings["num_virtual_tokens"], 1, LARGEST_LIBRARY)
-    return make_layout(settings["name"], (height, width), patch_size, num_prompts)
+    return make_layout(settings["name"], image_size, patch_size, num_prompts)
 
 
 def _read_preprocessing(settings: dict[str, Any]) -> Preprocessing:
     def size(name: str) -> tuple[int, int] | None:
-        if settings[name] is None:
-            return None
-        height, width = (read_integer(name, side, 1, LARGEST_SIDE) for side in settings[name])
-        return height, width
+        return None if settings[name] is None else read_pair(name, settings[name], LARGEST_SIDE)
 
     check_choice("resample", settings["resample"], tuple(RESAMPLING.values()))
     return Preprocessing(

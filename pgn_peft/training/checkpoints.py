@@ -8,10 +8,12 @@ import re
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pgn_peft.tuner.config import PGNConfig
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +22,8 @@ def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> Pat
     """Find the newest checkpoint that a run can go on from.
 
     Trainer does not write checkpoints atomically: a crash can leave one with files missing or cut short. Every file
-    that resuming reads is read here; a checkpoint that fails is passed over with a warning.
+    that resuming reads is read here; a checkpoint that fails is passed over with a warning. So is one that was saved
+    with `save_only_model=True`, from which Trainer would go on with a new optimizer and a new schedule.
 
     One that another number of processes has saved will do: weights, optimizer and schedule are the same for all. Only
     the random numbers start anew, which is warned of.
@@ -31,7 +34,11 @@ def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> Pat
 
     Returns:
         The folder, or None if there is no complete one.
+
+    Raises:
+        ValueError: no checkpoint is complete, and one was saved with `save_only_model=True`.
     """
+    model_only: Path | None = None
     checkpoints = {
         int(match[1]): path
         for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -41,13 +48,23 @@ def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> Pat
         try:
             processes = _read_checkpoint(path, world_size)
         except (OSError, ValueError, BadZipFile, SafetensorError) as error:
-            logger.warning("Passing over %s, which a crash seems to have left incomplete: %s", path, error)
+            if _holds_the_model_only(path):
+                model_only = model_only or path
+                logger.warning("Passing over %s, which was saved with save_only_model=True", path)
+            else:
+                logger.warning("Passing over %s, which a crash seems to have left incomplete: %s", path, error)
         else:
             if processes != world_size:
                 logger.warning(
                     "%s was saved by %d process(es), not %d: random numbers start anew.", path, processes, world_size
                 )
             return path
+    if model_only is not None:
+        raise ValueError(
+            f"`output_dir` must hold a checkpoint with the optimizer's state to go on from, but got "
+            f"{str(model_only)!r}, which was saved with save_only_model=True. Train anew in another folder, or start "
+            "from its weights: PeftModel.from_pretrained(model, checkpoint, is_trainable=True)."
+        )
     return None
 
 
@@ -59,6 +76,8 @@ def _read_checkpoint(path: Path, world_size: int) -> int:
         raise FileNotFoundError(f"no {SAFETENSORS_WEIGHTS_NAME}")
     for file in weights:
         load_file(file)
+        if file.with_name(CONFIG_NAME).is_file():
+            PGNConfig.from_pretrained(str(file.parent))  # compares both with their checksums
     random_states = _random_states(path, world_size)
     for name in ("optimizer.pt", "scheduler.pt", *random_states):
         # torch.save writes zip archives. Their checksums are enough here, and nothing is unpickled.
@@ -66,6 +85,13 @@ def _read_checkpoint(path: Path, world_size: int) -> int:
             if (damaged := archive.testzip()) is not None:
                 raise BadZipFile(f"{name} is damaged at {damaged}")
     return len(random_states)
+
+
+def _holds_the_model_only(path: Path) -> bool:
+    """Whether a checkpoint is complete but for the state of the optimizer, the schedule and the random numbers."""
+    complete = (path / "trainer_state.json").is_file() and any(path.rglob(SAFETENSORS_WEIGHTS_NAME))
+    # Trainer writes trainer_state.json last.
+    return complete and not any((path / name).exists() for name in ("optimizer.pt", "scheduler.pt"))
 
 
 def _random_states(path: Path, world_size: int) -> list[str]:

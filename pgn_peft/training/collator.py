@@ -43,7 +43,8 @@ class ImageCollator:
             (B, n).
 
         Raises:
-            TypeError: an image is not there or not a floating-point tensor.
+            TypeError: an image is not there or not a floating-point tensor, or a label is not a number, or not an
+                integer where the head has several classes.
             ValueError: images differ in shape, hold NaN, infinity or pixels in 0..255, or a label is out of range.
         """
         for index, example in enumerate(examples):
@@ -64,12 +65,20 @@ class ImageCollator:
         return batch
 
     def _stack_labels(self, labels: list[Any]) -> Tensor:
-        if None in labels:
-            raise ValueError(
-                f"`labels` must be there for all examples of a batch or for none, but got None in example "
-                f"{labels.index(None)}. Drop examples without a label."
-            )
-        stacked = torch.stack([torch.as_tensor(label) for label in labels])
+        tensors = [_read_label(index, label) for index, label in enumerate(labels)]
+        for index, tensor in enumerate(tensors):
+            if tensor.shape != tensors[0].shape:
+                raise ValueError(
+                    f"`labels` must all have one shape, but got {labels[index]!r} in example {index} beside "
+                    f"{labels[0]!r}. Give one class each, or one number for each label."
+                )
+            if tensor.ndim == 0 and tensor.is_floating_point() and (self.num_labels or 1) > 1:
+                raise TypeError(
+                    f"`labels` must be class indices, integers, for a head of {self.num_labels} labels, but got "
+                    f"{tensor.item()!r} in example {index}. Convert it with int(label), or give {self.num_labels} "
+                    "numbers each if an image can have several labels."
+                )
+        stacked = torch.stack(tensors)
         if not torch.isfinite(stacked).all():
             raise ValueError(f"`labels` must be finite, but got {stacked.tolist()}. Drop those examples.")
         if stacked.ndim > 1:  # one number for each label: multi-label or regression
@@ -89,6 +98,21 @@ class ImageCollator:
                     "The data set has other labels than the adapter; make one with PGNConfig(id2label=...) of these."
                 )
         return stacked.long()
+
+
+def _read_label(index: int, label: Any) -> Tensor:
+    if label is None:
+        raise ValueError(
+            f"`labels` must be there for all examples of a batch or for none, but got None in example {index}. Drop "
+            "examples without a label."
+        )
+    try:
+        return torch.as_tensor(label)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`labels` must be numbers, but got {label!r} in example {index}. Give the number of the class, "
+            "model.config.label2id[name], instead of its name."
+        ) from error
 
 
 def _check_image(index: int, image: Tensor, first: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -15,8 +16,9 @@ from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.tuner.backbones import SUPPORTED, Backbone, architecture_of, find_backbone, find_layers
 from pgn_peft.tuner.batch_adapters import BASE
-from pgn_peft.tuner.config import PGNConfig, refuse_head_in_modules_to_save
+from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.encoder_layer import PGNBlock
+from pgn_peft.tuner.fields import refuse_head_in_modules_to_save
 from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
 from pgn_peft.tuner.recorded_fields import record_base, record_depth, record_labels
@@ -67,7 +69,8 @@ def plan_injection(model: nn.Module, config: PGNConfig, adapter_name: str) -> In
     completed.validate()
     is_loaded = completed.inference_mode and completed.hidden_size is not None
     check_origin(completed, model)
-    backbone = find_backbone(model, completed.target_modules)
+    backbone = find_backbone(model, cast("list[str] | None", completed.target_modules))
+    check_offloading(completed, model, backbone)
     check_adapter_name(adapter_name, model)
     layers = _find_wrapped_layers(model, completed, backbone)
     check_modules_to_save(completed, model, backbone, layers)
@@ -110,11 +113,17 @@ def refuse_other_adapters(model: nn.Module) -> None:
 
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
-    """Refuse a name that could be mistaken for a part of a tensor's name.
+    """Refuse a name that is no name of a folder, or that could be mistaken for a part of a tensor's name.
 
     Raises:
-        ValueError: it could.
+        ValueError: it is one of these.
     """
+    # PEFT saves an adapter in a folder of its name, which "../other" would put elsewhere.
+    if len(adapter_name) > 100 or not adapter_name.isprintable() or set(adapter_name) & set('/\\:*?"<>|'):
+        raise ValueError(
+            f"`adapter_name` must be a name for a folder, but got {adapter_name!r}: PEFT saves the adapter there. "
+            "Use letters and digits."
+        )
     # PEFT tells adapters apart by looking for their names between the dots of tensor names.
     with torch.device("meta"):
         own = (
@@ -147,6 +156,26 @@ def check_origin(config: PGNConfig, model: nn.Module) -> None:
             f"`model` must be a {made_for}, which the adapter was made for, but got a {type(model).__name__}. Load "
             f"the checkpoint as {made_for}."
         )
+
+
+def check_offloading(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    """Refuse a saved adapter where the modules that it wraps lie on a disk.
+
+    Transformers would leave its weights as they were initialised, and PEFT would put them on the meta device. A new
+    adapter is made in memory.
+
+    Raises:
+        ValueError: `device_map` has the embeddings or the head on "disk".
+    """
+    if config.hidden_size is None:  # recorded in what was saved
+        return
+    for part, device in (getattr(model, "hf_device_map", None) or {}).items():
+        for name in (backbone.embeddings, backbone.head):
+            if device == "disk" and name is not None and (part == "" or _overlap(part, name)):
+                raise ValueError(
+                    f"`device_map` must keep {name!r} in memory for a saved adapter, whose weights lie beside it, but "
+                    f"got {{{part!r}: 'disk'}}. Put the embeddings and the head on a device, and other parts on disk."
+                )
 
 
 def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbone, layers: list[str]) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
+from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.layout import PromptLayout, compose, make_layout
+from pgn_peft.nn.library import PatchLibrary, TokenLibrary
 from pgn_peft.nn.patch_inverse import PatchInverse
 from pgn_peft.nn.preprocessing import denormalize, normalize
-from pgn_peft.tuner.backbones import own_image_size, patch_projection, takes_any_size
+from pgn_peft.tuner.backbones import patch_projection
 from pgn_peft.tuner.batch_adapters import BASE, adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.checks import check_pixel_values, check_together
 from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.offloading import loaded
+from pgn_peft.tuner.positions import fixed_size, size_options
+from pgn_peft.utils.checksums import compare_part
+from pgn_peft.utils.values import filled
 
 NO_MERGE = (
     "A PGN adapter cannot be merged into the model's weights: its prompts depend on the image. Call `unload()` to get "
@@ -24,8 +31,14 @@ NO_MERGE = (
 )
 
 
-class ForwardsAttributes:
-    """A wrapper around `base_layer` that answers for attributes which it does not have itself."""
+class PGNTunerLayer(BaseTunerLayer, nn.Module):
+    """What PGN's tuner layers have in common: those of the prompts, of the head and around the backbone's layers."""
+
+    # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
+    adapter_layer_names: tuple[str, ...] = ()
+    base_layer: nn.Module
+    # Saved adapters whose tensors have not been loaded yet; see `expect_tensors`.
+    _expected: frozenset[str] = frozenset()
 
     def __getattr__(self, name: str) -> Any:
         # Transformers reads attributes such as `embeddings.patch_embeddings` through the wrapper.
@@ -36,21 +49,19 @@ class ForwardsAttributes:
                 raise
             return getattr(self.base_layer, name)
 
-
-class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
-    """What PGN's tuner layers have in common: those of the prompts, of the head and around the backbone's layers."""
-
-    # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
-    adapter_layer_names: tuple[str, ...] = ()
-    # Saved adapters whose tensors have not been loaded yet; see `expect_tensors`.
-    _expected: frozenset[str] = frozenset()
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: prompts depend on the image."""
         raise ValueError(NO_MERGE)
 
     def unmerge(self) -> None:
         """Do nothing: an adapter is never merged."""
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn adapters on or off, and leave it as it is which of them are trained.
+
+        PEFT would make a frozen adapter trainable when it is turned on again, as `disable_adapter()` does on leaving.
+        """
+        self._disable_adapters = not enabled
 
     def adapter_modules(self, adapter_name: str) -> list[nn.Module]:
         """List the modules of an adapter in this layer."""
@@ -61,32 +72,43 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
         """Fill the new tensors of a saved adapter with NaN, until its file is loaded.
 
         Transformers' `load_adapter` only reports the tensors that it did not find, and initialises them at random.
-        `train` and `eval`, which every loader calls at its end, raise if one was left out.
         """
         for module in self.adapter_modules(adapter_name):
             for part in module.modules():
-                part._is_hf_initialized = True  # Transformers' mark: it leaves such modules as they are
+                # Transformers' mark: it leaves such modules as they are.
+                part._is_hf_initialized = True  # type: ignore[assignment]  # torch knows tensors and modules only
             for tensor in _floating_tensors(module):
                 tensor.fill_(math.nan)
         self._expected |= {adapter_name}
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, as in torch.
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze. Freezing checks the tensors of saved adapters that Transformers has loaded.
+
+        Its `load_adapter` shows a tuner neither the file nor the tensors, but freezes each tuner layer afterwards.
 
         Raises:
-            ValueError: a tensor of a saved adapter was not loaded.
+            ValueError: a tensor was not loaded, or differs from the one that was saved.
         """
-        for adapter_name in self._expected:
-            tensors = [tensor for module in self.adapter_modules(adapter_name) for tensor in _floating_tensors(module)]
-            if any(tensor.is_meta for tensor in tensors):
-                continue  # still being loaded
-            self._expected -= {adapter_name}
-            if any(bool(tensor.isnan().any()) for tensor in tensors):
+        if not requires_grad:
+            for adapter_name in self._expected:
+                self._check_loaded(adapter_name)
+            self._expected = frozenset()
+        return super().requires_grad_(requires_grad)
+
+    def _check_loaded(self, adapter_name: str) -> None:
+        for container in self.adapter_layer_names:
+            if adapter_name not in getattr(self, container):
+                continue
+            module = getattr(self, container)[adapter_name]
+            if any(bool(tensor.isnan().any()) for tensor in _floating_tensors(module)):
                 raise ValueError(
                     f"`{adapter_name}` must be loaded from a file with all tensors of the adapter, but got one "
-                    "without some of them; `PGNConfig.from_pretrained` names these. Save or fetch the adapter again."
+                    f"without some of {container}; `PGNConfig.from_pretrained` names these. Save or fetch the adapter "
+                    "again."
                 )
-        return super().train(mode)
+            checksum = self.configs[adapter_name].saved_checksums.get(container)
+            if checksum is not None:
+                compare_part(container, module.state_dict(), checksum, CONFIG_NAME)
 
     def cast_adapter(self, adapter_name: str, upcast: bool) -> None:
         """Cast an adapter's part of this layer, buffers included; PEFT's own function leaves BatchNorm's as they are.
@@ -112,9 +134,11 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
 
         Without this, an adapter added to a model in eval mode would update its BatchNorm during inference.
         """
-        weight = next(self.base_layer.parameters(), None)
-        if weight is not None and not any(parameter.is_meta for parameter in module.parameters()):
-            module.to(weight.device)
+        with loaded(self.base_layer):
+            weight = next(self.base_layer.parameters(), None)
+            device = None if weight is None else weight.device
+        if device is not None and not any(parameter.is_meta for parameter in module.parameters()):
+            module.to(device)
         return module.train(self.base_layer.training)
 
 
@@ -123,7 +147,7 @@ def _floating_tensors(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
-class PGNLayer(PGNTunerLayer, nn.Module):
+class PGNLayer(PGNTunerLayer):
     """The backbone's embeddings, with the prompts of the active adapters.
 
     Prompts in latent space are appended to the tokens. Prompts in pixel space are laid into the image, which the
@@ -147,7 +171,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         self.layouts: dict[str, PromptLayout] = {}  # of adapters in pixel space
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
-        self._any_size = takes_any_size(base_layer)
+        self.fixed_size = fixed_size(base_layer)  # height and width of its images, in pixels; None: any
         self.training = base_layer.training
 
     @property
@@ -165,11 +189,6 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         """The channels C of the backbone's images."""
         return self.projection.in_channels
 
-    @property
-    def fixed_size(self) -> tuple[int, int] | None:
-        """Height and width of the backbone's images in pixels; None where it takes any without being told."""
-        return None if self._any_size else own_image_size(self.base_layer)
-
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
         """Create the generator and the library of an adapter."""
         self.configs[adapter_name] = config
@@ -177,9 +196,13 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         directions = None
         if config.prompt_space == "pixel":
             self.layouts[adapter_name] = make_layout(
-                config.prompt_layout, (config.image_size,) * 2, config.patch_size, config.num_virtual_tokens
+                filled(config.prompt_layout),
+                (filled(config.image_size),) * 2,
+                filled(config.patch_size),
+                config.num_virtual_tokens,
             )
-            directions = PatchInverse(self.projection.weight).directions(config.image_std)
+            with loaded(self.projection):
+                directions = PatchInverse(self.projection.weight).directions(filled(config.image_std))
         library = make_library(config, self.hidden_size, self.num_channels, directions)
         self.pgn_library[adapter_name] = self._settle(library)
         generator = make_generator(config, self.num_channels)
@@ -187,6 +210,16 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             self._forget(self.pgn_generator, adapter_name)
         else:
             self.pgn_generator[adapter_name] = self._settle(generator)
+
+    def library(self, adapter_name: str) -> TokenLibrary | PatchLibrary:
+        """Return the library of an adapter."""
+        return cast("TokenLibrary | PatchLibrary", self.pgn_library[adapter_name])
+
+    def generator(self, adapter_name: str) -> PromptGenerator | None:
+        """Return the generator of an adapter; None for static prompts."""
+        if adapter_name not in self.pgn_generator:
+            return None
+        return cast(PromptGenerator, self.pgn_generator[adapter_name])
 
     def prompts(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
         """Generate the prompts of one adapter for a batch of images.
@@ -199,10 +232,10 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             (B, P, D) prompts; for an adapter with prompts in several layers (B, depth * P, D), layer by layer; for one
             in pixel space (B, P, C, p, p) patches in [0, 1].
         """
-        library = self.pgn_library[adapter_name]
-        if adapter_name not in self.pgn_generator:
+        library, generator = self.library(adapter_name), self.generator(adapter_name)
+        if generator is None:
             return library.static_prompts(pixel_values.shape[0])
-        return library(self.pgn_generator[adapter_name](pixel_values))
+        return library(generator(pixel_values))
 
     def prompted_images(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
         """Lay the prompts of an adapter in pixel space into a batch of images.
@@ -214,12 +247,13 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         Returns:
             (B, C, H', W') prompted images, normalised.
         """
-        config, offset = self.configs[adapter_name], self.pgn_library[adapter_name].image_offset
+        config, library = self.configs[adapter_name], cast(PatchLibrary, self.library(adapter_name))
+        mean, std = filled(config.image_mean), filled(config.image_std)
         # In float32, whatever the backbone computes in: half precision does not hold 8 bits of a normalised pixel.
-        pixels = denormalize(pixel_values.float(), config.image_mean, config.image_std)
+        pixels = denormalize(pixel_values.float(), mean, std)
         patches = self.prompts(adapter_name, pixel_values).float()
-        prompted = compose(pixels, patches, self.layouts[adapter_name], offset)
-        return normalize(prompted, config.image_mean, config.image_std).to(pixel_values.dtype)
+        prompted = compose(pixels, patches, self.layouts[adapter_name], library.image_offset)
+        return normalize(prompted, mean, std).to(pixel_values.dtype)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Make the tokens of the image and the prompts of the active adapters: (B, N + P, D).
@@ -244,17 +278,15 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         for name in active:
             if name in self.layouts:  # one at most: PGNModel.set_adapter
                 images = self.prompted_images(name, pixel_values)
-                kwargs = self._with_positions(name, kwargs)
+                kwargs = kwargs | self.size_options(self.layouts[name].size)
         tokens = self.base_layer(images, *args, **kwargs)  # (B, N, D)
         # Appended after the position embeddings were added: a prompt has no place in the image.
         prompts = [self.prompts(name, pixel_values).to(tokens.dtype) for name in active if name not in self.layouts]
         return torch.cat([tokens, *prompts], dim=1) if prompts else tokens
 
-    def _with_positions(self, adapter_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Have the position embeddings interpolated where the prompted image is not of the backbone's own size."""
-        if self.fixed_size in (None, self.layouts[adapter_name].size):
-            return kwargs
-        return kwargs | {"interpolate_pos_encoding": True}
+    def size_options(self, size: tuple[int, int]) -> dict[str, bool]:
+        """Return the options that the backbone must be called with for images of this height and width, in pixels."""
+        return size_options(self.fixed_size, size)
 
     def token_counts(self, adapter_name: str, image_size: tuple[int, int]) -> tuple[int, ...]:
         """Return what decides how many tokens an image becomes: the size that is embedded, prompts, and their depth.
@@ -280,7 +312,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         if adapter_name == BASE or adapter_name in self.layouts:
             return 0, 1
         config = self.configs[adapter_name]
-        return config.num_virtual_tokens, config.prompt_depth
+        return filled(config.num_virtual_tokens), filled(config.prompt_depth)
 
     def check_calls_of(self, backbone: nn.Module) -> None:
         """Run `check_inputs` before each forward pass of the backbone, until `release`."""
@@ -306,7 +338,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             ValueError: it has the wrong number of axes, channels or pixels; or `adapter_names` came past PEFT.
         """
         interpolate = kwargs.get("interpolate_pos_encoding")
-        if self._any_size:
+        if self.fixed_size is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "interpolate_pos_encoding"}
         if self.disable_adapters:
             return args, kwargs

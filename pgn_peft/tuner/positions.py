@@ -1,57 +1,28 @@
-"""Images of another size than the backbone's: who makes them, and a model that takes them without being told."""
+"""The one place that knows whether a backbone's position embeddings may be interpolated, and how it is told."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.backbones import own_image_size, patch_projection, takes_any_size
-from pgn_peft.tuner.layer import PGNLayer
 
 
-def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
-    """Whether an image processor makes images of another size than the backbone takes without being told."""
-    if layer.fixed_size is None:
-        return False
-    height, width = layer.fixed_size
-    # Not square, so that a processor that keeps the proportions shows it.
-    return made_size(image_processor, (height, 2 * width), layer.num_channels) != (height, width)
+def fixed_size(embeddings: nn.Module) -> tuple[int, int] | None:
+    """Return height and width, in pixels, of the images that embeddings take without an option; None: any."""
+    return None if takes_any_size(embeddings) else own_image_size(embeddings)
 
 
-def made_of_square(layer: PGNLayer, image_processor: Any) -> tuple[int, int]:
-    """Return height and width of what an image processor makes of a square image, in pixels."""
-    return made_size(image_processor, own_image_size(layer), layer.num_channels)
-
-
-def made_size(image_processor: Any, size: tuple[int, int], num_channels: int = 3) -> tuple[int, int]:
-    """Return height and width in pixels of what an image processor makes of an image of this height and width."""
-    sample = np.zeros((*size, num_channels), dtype=np.uint8)
-    made = image_processor(images=sample, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-    return tuple(made.shape[-2:])
-
-
-def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
-    """Have a model interpolate its position embeddings where its processor makes images of another size than its own.
-
-    A pipeline has no option for that. Calling it again is harmless.
+def size_options(fixed: tuple[int, int] | None, size: tuple[int, int]) -> dict[str, bool]:
+    """Return the options that a model must be called with for images of some size.
 
     Args:
-        model: a Transformers model with a PGN adapter.
-        image_processor: its image processor.
+        fixed: the `fixed_size` of its embeddings.
+        size: height and width of the images, in pixels.
     """
-    if _interpolate in model._forward_pre_hooks.values():
-        return
-    if makes_another_size(prompt_layer(model), image_processor):
-        model.register_forward_pre_hook(_interpolate, with_kwargs=True)
-
-
-def _interpolate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {"interpolate_pos_encoding": True} | kwargs
+    return {} if fixed in (None, tuple(size)) else {"interpolate_pos_encoding": True}
 
 
 def position_tokens(embeddings: nn.Module, size: tuple[int, int]) -> Tensor:
@@ -67,8 +38,7 @@ def position_tokens(embeddings: nn.Module, size: tuple[int, int]) -> Tensor:
     embeddings = copy.deepcopy(embeddings).double().eval()
     projection = patch_projection(embeddings)
     black = torch.zeros(1, projection.in_channels, *size, dtype=torch.float64, device=projection.weight.device)
-    own_size = tuple(size) == own_image_size(embeddings)
-    options = {} if own_size or takes_any_size(embeddings) else {"interpolate_pos_encoding": True}
+    options = size_options(fixed_size(embeddings), size)
     with torch.no_grad():
         tokens = embeddings(black, **options)[0]
     number = (size[0] // projection.kernel_size[0]) * (size[1] // projection.kernel_size[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pgn_peft.tuner.backbones import HEAD
 from pgn_peft.tuner.build import make_generator, make_library
+from pgn_peft.tuner.fields import PGNFields
+from pgn_peft.utils.checksums import of_tensors
 from pgn_peft.utils.tensors import compare_tensors
-
-if TYPE_CHECKING:
-    from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.utils.values import filled
 
 # What PEFT puts before the names of tensors in a file; and torch.compile's part of a name, which no file may have.
 PREFIX = "base_model.model."
@@ -27,7 +27,7 @@ WRAPPED = "_orig_mod."
 LARGEST_ADAPTER = 2**28
 
 
-def check_size(config: PGNConfig) -> None:
+def check_size(config: PGNFields) -> None:
     """Refuse an adapter that cannot be meant, before memory is taken for it.
 
     Args:
@@ -71,7 +71,7 @@ def find_weights(name_or_path: str, subfolder: str | None, download_kwargs: dict
     return Path(file).parent
 
 
-def check_saved_weights(folder: Path, config: PGNConfig) -> None:
+def check_saved_weights(folder: Path, config: PGNFields) -> None:
     """Check the weights in an adapter's folder against its config, before a model is touched or memory is taken.
 
     Args:
@@ -112,7 +112,17 @@ def check_saved_weights(folder: Path, config: PGNConfig) -> None:
         ) from error
 
 
-def describe_weights(config: PGNConfig) -> dict[str, Tensor]:
+def checksums_of_parts(file: Path) -> dict[str, str]:
+    """Return checksums of generator, library and head in an adapter's file, by the names of their containers."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file).items():
+        part, _, own_name = name.rpartition(".pgn_")[2].partition(".")
+        if ".pgn_" in name:
+            parts.setdefault(f"pgn_{part}", {})[own_name] = tensor
+    return {part: of_tensors(tensors) for part, tensors in parts.items()}
+
+
+def describe_weights(config: PGNFields) -> dict[str, Tensor]:
     """Return the tensors of an adapter by name, on the meta device: all of them but those of `modules_to_save`.
 
     Args:
@@ -121,12 +131,12 @@ def describe_weights(config: PGNConfig) -> dict[str, Tensor]:
     num_channels = config.num_channels or 3
     with torch.device("meta"):
         modules: dict[str, nn.Module | None] = {
-            "library": make_library(config, config.hidden_size, num_channels),
+            "library": make_library(config, filled(config.hidden_size), num_channels),
             "generator": make_generator(config, num_channels),
         }
         if config.head == "trained" and config.num_labels is not None:
-            modules["head"] = nn.Linear(config.head_features or config.hidden_size, config.num_labels)
-    embeddings = f"{PREFIX}{config.target_modules[0]}"
+            modules["head"] = nn.Linear(config.head_features or filled(config.hidden_size), config.num_labels)
+    embeddings = f"{PREFIX}{filled(config.target_modules)[0]}"
     places = {"library": embeddings, "generator": embeddings, "head": f"{PREFIX}{HEAD}"}
     return {
         f"{places[part]}.pgn_{part}.{name}": tensor
@@ -142,7 +152,7 @@ def _empty(tensor: Any) -> Tensor:
     return torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
 
 
-def _compare(expected: dict[str, Tensor], tensors: dict[str, Tensor], config: PGNConfig, source: str) -> None:
+def _compare(expected: dict[str, Tensor], tensors: dict[str, Tensor], config: PGNFields, source: str) -> None:
     saved = [name for name in tensors if name.startswith(PREFIX) and WRAPPED not in name]
     wanted = {module: [name for name in saved if f"{module}." in name] for module in config.modules_to_save or ()}
     allowed = {name for names in wanted.values() for name in names}

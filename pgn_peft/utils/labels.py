@@ -33,6 +33,8 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
     for key, name in id2label.items():
         if not isinstance(name, str):
             raise TypeError(f"`id2label` must hold strings, but got {name!r} for class {key!r}. Use str(name).")
+        if not name.isascii():
+            _check_encodable(name)
         try:
             index = int(key)
         except (TypeError, ValueError):
@@ -48,6 +50,16 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
     return dict(sorted(labels.items()))
 
 
+def _check_encodable(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        # Python reads names of files, and so of classes, into such text where their encoding is another.
+        raise ValueError(
+            f"`id2label` must hold text that can be written to a file, but got {name!r}: {error}. Rename the class."
+        ) from error
+
+
 @dataclass(frozen=True)
 class Labels:
     """What a classification head answers with: names by class index, and Transformers' `problem_type`."""
@@ -61,8 +73,9 @@ class Labels:
         id2label = getattr(model_config, "id2label", None)
         if id2label is None:
             return None
-        # Transformers writes no labels as {}: a backbone for features.
-        return cls(normalize_id2label(id2label) if id2label else {}, getattr(model_config, "problem_type", None))
+        # Names can be numbers there. Transformers writes no labels as {}: a backbone for features.
+        id2label = normalize_id2label({key: str(name) for key, name in id2label.items()}) if id2label else {}
+        return cls(id2label, getattr(model_config, "problem_type", None))
 
     def show_in(self, model_config: Any) -> None:
         """Make `model_config` show these labels: `id2label`, `label2id`, hence `num_labels`, and `problem_type`."""

@@ -1,23 +1,11 @@
-"""Tables and lists of a model card, which no name can break."""
+"""Values in the Markdown of a model card."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 LARGEST_LIST = 50  # names that are shown
-
-
-def property_table(values: Mapping[str, Any]) -> str:
-    """Write a table of two columns, names and values, without a head."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {cell(name)} | {cell(value)} |" for name, value in values.items())])
-
-
-def row_table(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Write a table of entries, whose columns are those of the first."""
-    columns = list(entries[0])
-    lines = [columns, ["---"] * len(columns), *([entry.get(column, "") for column in columns] for entry in entries)]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
 def list_names(id2label: Mapping[int, str] | None) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pgn_peft.utils.files import is_folder
+
 
 def find_folder(
     field: str,
@@ -34,9 +36,8 @@ def find_folder(
         OSError: there is neither a folder nor a repository of that name, the Hub refused or could not be reached, or
             `huggingface_hub` is not installed.
     """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
+    if is_folder(name_or_path):
+        return Path(name_or_path)
     problem = f"`{field}` must be a folder, or the id of a repository that can be read, but got {str(name_or_path)!r}"
     try:
         from huggingface_hub import snapshot_download
@@ -66,7 +67,7 @@ def find_folder(
 def is_repo_id(name: Any) -> bool:
     """Whether `name` can be the id of a repository on the Hub, and is not a folder or file of this machine."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     if not isinstance(name, str) or not name or Path(name).exists():
         return False

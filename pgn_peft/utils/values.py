@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, TypeVar, cast, overload
+
+T = TypeVar("T")
+
+
+@overload
+def read_integer(name: str, value: Any, minimum: int, maximum: int, optional: Literal[False] = False) -> int: ...
+
+
+@overload
+def read_integer(name: str, value: Any, minimum: int, maximum: int, optional: bool) -> int | None: ...
 
 
 def read_integer(name: str, value: Any, minimum: int, maximum: int, optional: bool = False) -> int | None:
@@ -17,9 +28,14 @@ def read_integer(name: str, value: Any, minimum: int, maximum: int, optional: bo
         return None
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer, but got {value!r}. Use a whole number of at least {minimum}.")
-    if not minimum <= value <= maximum:
+    if not minimum <= int(value) <= maximum:
         raise ValueError(f"`{name}` must lie in {minimum}..{maximum}, but got {value!r}. Use a number in this range.")
     return int(value)
+
+
+def filled(value: T | None) -> T:
+    """Return a value that is never None at this point, such as a field that an adapter's config has by now."""
+    return cast(T, value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -36,6 +52,22 @@ def check_boolean(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be True or False, but got {value!r}. Write one of these.")
 
 
+def check_text(name: str, value: Any) -> None:
+    """Raise unless `value` is a string or None."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a string, but got {value!r}. Leave it out if there is none.")
+
+
+def check_texts(name: str, value: Any) -> None:
+    """Raise unless `value` is a dictionary of strings, or None."""
+    if value is not None and not (
+        isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
+    ):
+        raise TypeError(
+            f"`{name}` must be a dictionary of strings, but got {value!r}. It is recorded when an adapter is made."
+        )
+
+
 def check_scale(name: str, value: Any, official: str, zero: bool = False) -> None:
     """Raise unless `value` is a number above 0, or 0 where `zero`, and at most 1000."""
     remedy = f"The official code uses {official}."
@@ -44,6 +76,41 @@ def check_scale(name: str, value: Any, official: str, zero: bool = False) -> Non
     if not (0 < value <= 1000 or (zero and value == 0)):
         bound = "" if zero else ", above 0"
         raise ValueError(f"`{name}` must lie in 0..1000{bound}, but got {value!r}. {remedy}")
+
+
+def check_processor(settings: Mapping[str, Any]) -> None:
+    """Check the fields of an image processor's file. Transformers takes any text for True, and True for a number.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has an impossible value.
+    """
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if name.startswith("do_"):
+            check_boolean(name, value)
+        elif name in ("image_mean", "image_std"):
+            read_channel_values(name, value if isinstance(value, list) else [value], positive=name == "image_std")
+        elif name == "rescale_factor":
+            check_scale(name, value, "1/255")
+        elif name == "resample":
+            read_integer(name, value, 0, 5)
+        elif name in ("size", "crop_size"):
+            for side in value.values() if isinstance(value, Mapping) else [value]:
+                read_integer(name, side, 1, 65_536, optional=True)
+
+
+def read_pair(name: str, value: Any, maximum: int) -> tuple[int, int]:
+    """Return a list of two integers in 1..maximum as a tuple.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: one lies outside.
+    """
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise TypeError(f"`{name}` must be a list of two integers, but got {value!r}. Write both.")
+    return read_integer(name, value[0], 1, maximum), read_integer(name, value[1], 1, maximum)
 
 
 def read_channel_values(name: str, value: Any, positive: bool) -> list[float]:

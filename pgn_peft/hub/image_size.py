@@ -1,0 +1,52 @@
+"""The size of the images that an image processor makes, and a model that takes them although its own is another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from pgn_peft.tuner.adapters import prompt_layer
+from pgn_peft.tuner.backbones import own_image_size
+from pgn_peft.tuner.layer import PGNLayer
+
+
+def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
+    """Whether an image processor makes images of another size than the backbone takes without being told."""
+    if layer.fixed_size is None:
+        return False
+    height, width = layer.fixed_size
+    # Not square, so that a processor that keeps the proportions shows it.
+    return made_size(image_processor, (height, 2 * width), layer.num_channels) != (height, width)
+
+
+def made_of_square(layer: PGNLayer, image_processor: Any) -> tuple[int, int]:
+    """Return height and width of what an image processor makes of a square image, in pixels."""
+    return made_size(image_processor, own_image_size(layer), layer.num_channels)
+
+
+def made_size(image_processor: Any, size: tuple[int, int], num_channels: int = 3) -> tuple[int, int]:
+    """Return height and width in pixels of what an image processor makes of an image of this height and width."""
+    sample = np.zeros((*size, num_channels), dtype=np.uint8)
+    made = image_processor(images=sample, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    return tuple(made.shape[-2:])
+
+
+def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
+    """Have a model interpolate its position embeddings where its processor makes images of another size than its own.
+
+    A pipeline has no option for that. Calling it again is harmless.
+
+    Args:
+        model: a Transformers model with a PGN adapter.
+        image_processor: its image processor.
+    """
+    if _interpolate in model._forward_pre_hooks.values():
+        return
+    if makes_another_size(prompt_layer(model), image_processor):
+        model.register_forward_pre_hook(_interpolate, with_kwargs=True)
+
+
+def _interpolate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {"interpolate_pos_encoding": True} | kwargs

@@ -1,0 +1,166 @@
+"""Faults that users of PEFT, Transformers and datasets have reported, tried here; each test names its report."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import answer, move_adapter, tiny_config, tiny_vit
+from peft import PeftModel, get_peft_model
+from PIL import Image
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import TrainingArguments, ViTImageProcessor
+
+from pgn_peft import AdapterTrainer, ImageCollator, make_prompter
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+NAMES = {0: "cat", 1: "dog"}
+SCRIPT_ARGUMENTS = ["--model_name_or_path", "path/to/vit", "--output_dir", "path/to/adapter", "--use_cpu"]
+
+
+def adapted(**overrides):
+    return move_adapter(get_peft_model(tiny_vit(), tiny_config(**({"id2label": NAMES} | overrides)))).eval()
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_adapters_that_were_off_for_a_while_are_as_frozen_as_before(pixel_values, tmp_path):
+    """huggingface/peft#3447: a frozen adapter came back trainable; here its BatchNorm would move too."""
+    model = adapted()
+    before = trainable(model)
+    with model.disable_adapter():
+        pass
+    assert trainable(model) == before != set()
+    model.save_pretrained(tmp_path)
+    frozen = PeftModel.from_pretrained(tiny_vit(), tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    with frozen.disable_adapter():
+        assert torch.equal(answer(frozen, pixel_values), answer(tiny_vit(), pixel_values))
+    assert trainable(frozen) == set()
+    frozen.train()(pixel_values)
+    for name, tensor in tensors.items():
+        assert torch.equal(frozen.state_dict()[name], tensor), name
+
+
+def test_an_adapter_that_follows_a_deleted_one_has_its_own_modules(pixel_values):
+    """huggingface/peft#3716: it had the base's in their place, frozen, if the deleted adapter had none."""
+    model = get_peft_model(tiny_vit(), tiny_config(id2label=NAMES, modules_to_save=["vit.layernorm"]))
+    move_adapter(model).eval()
+    with torch.no_grad():
+        model.get_base_model().vit.layernorm.modules_to_save["default"].weight.mul_(2)
+    expected, before = answer(model, pixel_values), trainable(model)
+    model.add_adapter("second", tiny_config(id2label=NAMES))
+    model.set_adapter("second")
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        model.delete_adapter("second")
+    assert torch.equal(answer(model, pixel_values), expected)
+    assert trainable(model) == before
+
+
+def first_gradient_norm(folder, batch_size, accumulated, labels, **overrides):
+    """Train for one step on eight images, and return the norm of its gradient."""
+    torch.manual_seed(0)
+    config = tiny_config(num_labels=len(labels[0]), generator_norm="group")
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulated, max_steps=1,
+        logging_steps=1, max_grad_norm=1e9, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = AdapterTrainer(
+        get_peft_model(tiny_vit(), config),
+        arguments,
+        train_dataset=[{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)],
+        data_collator=ImageCollator(num_labels=len(labels[0])),
+        **overrides,
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["grad_norm"]
+
+
+def test_a_loss_function_of_the_users_is_told_the_number_of_labels(tmp_path):
+    """huggingface/transformers#34198: without it accumulated gradients are too large."""
+
+    def loss_function(outputs, labels, num_items_in_batch):
+        loss = binary_cross_entropy_with_logits(outputs["logits"], labels, reduction="sum")
+        return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+    labels = [[float(n % 2), float(n % 3 == 0)] for n in range(8)]
+    at_once, accumulated = (
+        first_gradient_norm(tmp_path, batch_size, 8 // batch_size, labels, compute_loss_func=loss_function)
+        for batch_size in (8, 2)
+    )
+    assert accumulated == pytest.approx(at_once, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluations_that_would_round_the_weights_are_refused(name, tmp_path):
+    """huggingface/transformers#10268: the weights stay rounded afterwards, the frozen ones too, and are saved so."""
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **{name: True})
+    with pytest.raises(ValueError, match=f"`{name}` must be False, but got True.* rounds the weights.*Use .*16=True"):
+        AdapterTrainer(adapted(), arguments)
+
+
+def test_the_script_evaluates_all_images():
+    """huggingface/transformers#9662: `dataloader_drop_last` leaves images out of evaluations too."""
+    from train_image_classifier import main
+
+    with pytest.raises(SystemExit, match="`dataloader_drop_last` must be False, but got True"):
+        main([*SCRIPT_ARGUMENTS, "--dataset", "path/to/images", "--dataloader_drop_last", "true"])
+
+
+def test_a_data_set_of_one_class_is_refused(tmp_path, monkeypatch):
+    """huggingface/transformers#45611: one label is no classification; here it became a regression, 100 % accurate."""
+    from datasets import ClassLabel, Dataset, Features, config
+    from datasets import Image as ImageColumn
+    from train_image_classifier import main
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = Features({"image": ImageColumn(), "label": ClassLabel(names=["cat"])})
+    tmp_path.joinpath("images").mkdir()
+    rows = {"image": [Image.new("RGB", (8, 8))] * 20, "label": [0] * 20}
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "images" / "train.parquet"))
+    with pytest.raises(SystemExit, match=r"`dataset` must have at least two classes, but got \['cat'\]"):
+        main([*SCRIPT_ARGUMENTS, "--dataset", str(tmp_path / "images"), "--output_dir", str(tmp_path / "adapter")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"lr": 0.2}, "lr=0.2 for generator, but got one with 0.1"),
+        ({"weight_decay": 0.5}, "weight_decay=0.5 for generator, but got one with 0.0"),
+        ({"kind": torch.optim.SGD}, "momentum=0 for generator, but got one with None"),
+    ],
+)
+def test_a_resumed_run_has_the_optimizer_that_is_asked_for(change, message, tmp_path):
+    """huggingface/transformers#9099: the checkpoint's is restored, and another learning rate was recorded."""
+    from train_image_classifier import check_same_optimizer
+
+    def make(lr=0.1, weight_decay=0.0, kind=torch.optim.AdamW):
+        groups = [{"name": "generator", "params": [torch.nn.Parameter(torch.zeros(2))]}]
+        optimizer = kind(groups, lr=lr, weight_decay=weight_decay)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+
+    torch.save(make()[0].state_dict(), tmp_path / "optimizer.pt")
+    wanted = make(**change)[0]
+    for group in wanted.param_groups:
+        group["lr"] = group.pop("initial_lr")  # as before training, when there is no schedule
+    if message is None:
+        check_same_optimizer(wanted, tmp_path)
+    else:
+        with pytest.raises(SystemExit, match=f"`resume_from_checkpoint` must name a run .* {message}"):
+            check_same_optimizer(wanted, tmp_path)
+
+
+def test_a_prompter_of_images_that_no_file_holds_is_refused():
+    """huggingface/transformers#21981: images of other than 1, 3 or 4 channels ended in a KeyError."""
+    scale = {"image_mean": [0.5, 0.5], "image_std": [0.5, 0.5]}
+    config = tiny_config(prompt_space="pixel", image_size=32, num_virtual_tokens=None, id2label=NAMES, **scale)
+    model = get_peft_model(tiny_vit(num_channels=2), config).eval()
+    assert answer(model, torch.zeros(1, 2, 32, 32)).shape == (1, 2)
+    with pytest.raises(ValueError, match="`num_channels` must be one of 1, 3, 4 .*, but got 2"):
+        make_prompter(model, ViTImageProcessor(size={"height": 32, "width": 32}, **scale))
