@@ -150,6 +150,17 @@ def test_the_floor_of_peft_is_the_same_everywhere():
     assert (ROOT / "pgn_peft/py.typed").exists()
 
 
+def test_the_picture_of_the_method_has_no_small_text(monkeypatch):
+    import matplotlib.text
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import draw_method
+
+    texts = [text for text in draw_method.draw().findobj(matplotlib.text.Text) if text.get_text()]
+    assert min(text.get_fontsize() for text in texts) >= 10  # points, at the SVG's own width of 9.6 inches
+    assert draw_method.FILE.stat().st_size < 150_000
+
+
 def test_the_table_of_fields_is_up_to_date():
     page = runpy.run_path(str(ROOT / "docs/field_table.py"))["page_with_table"]()
     assert page == (ROOT / "docs/config.md").read_text(encoding="utf-8"), "run docs/field_table.py"
