@@ -25,7 +25,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from smoke_material import smoke_arguments
 
-from pgn_peft import Classifier, ImagePrompter
+from pgn_peft import Classifier, make_prompter
 from pgn_peft.training import last_complete_checkpoint
 
 Outcome = tuple[str, str]
@@ -95,9 +95,7 @@ class Pair:
             Classifier(material.adapted(form, seed=3), processor)
             for form, processor in zip(FORMS, processors, strict=True)
         ]
-        self.prompters = [
-            ImagePrompter.from_adapter(material.adapted("pixel", seed), material.processor) for seed in (3, 4)
-        ]
+        self.prompters = [make_prompter(material.adapted("pixel", seed), material.processor) for seed in (3, 4)]
         folder = material.root / "pair"
         self.answers, self.logits, self.prompted = [], [], []
         for classifier, prompter in zip(self.classifiers, self.prompters, strict=True):
@@ -365,12 +363,12 @@ def full_disks(tally: Tally, material: Material, cases: int, seed: int) -> None:
                 )
                 filler.unlink()
                 tally.add(f"saving {what} on a full disk", f"{left} bytes left", outcome)
-    with small_disk(disk, "4m"):
+    with small_disk(disk, "8m"):
         for _ in range(max(1, cases // 4)):
             folder = disk / "run"
             shutil.rmtree(folder, ignore_errors=True)
             pair.save(0, folder)
-            left = rng.randrange(1_000_000)
+            left = rng.randrange(2_000_000)
             filler = fill(disk, left)
             outcome = in_child(train(material, folder), log, str(folder))
             outcome = afterwards(outcome, nothing_lost(judge(lambda f=folder: classify(f), lambda _: True)))
@@ -404,6 +402,7 @@ def in_child(act: Callable[[], Any], log: Path, named: str) -> Outcome:
 def read_only(tally: Tally, material: Material, cases: int, seed: int) -> None:
     """Save to a read-only disk, and as a user who may not write; load from both."""
     pair = Pair(material)
+    training(material)  # another user could not make its images
     disk, log = material.root / "readonly", material.root / "readonly.log"
     acts: dict[str, Callable[[Path], Callable[[], Any]]] = {
         "saving an adapter": lambda folder: lambda: pair.save(1, folder),
