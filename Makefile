@@ -32,6 +32,7 @@ coverage: $(VENV)/installed
 quality: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 style: $(VENV)/installed
 	$(RUN) -m ruff check --fix .

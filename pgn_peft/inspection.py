@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.nn.library import PatchLibrary
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import has_class_token
+from pgn_peft.utils.values import filled
 
 
 @torch.no_grad()
@@ -31,12 +33,12 @@ def mixing_coefficients(
         ValueError: there is no such adapter, or its prompts are static and not mixed.
     """
     layer = find_layer(model, adapter_name)
-    if adapter_name not in layer.pgn_generator:
+    generator = layer.generator(adapter_name)
+    if generator is None:
         raise ValueError(
             f"`adapter_name` must be an adapter with a generator, but got {adapter_name!r}, whose prompts are static. "
             "There is nothing mixed in it."
         )
-    generator = layer.pgn_generator[adapter_name]
     device = next(generator.parameters()).device
     with evaluating(generator):
         parts = [generator(part.to(device)).float().cpu() for part in pixel_values.split(batch_size)]
@@ -60,7 +62,9 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         ValueError: there is no such adapter, it is not the only active one, or the backbone has no CLS.
     """
     layer = find_layer(model, adapter_name)
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(model, "get_base_model"):
+        base = base.get_base_model()
     if not has_class_token(layer):
         raise ValueError(
             f"`model` must have a CLS token whose attention can be measured, but got a {type(base).__name__} whose "
@@ -72,7 +76,8 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
             "active. Call set_adapter first."
         )
     before = base.config._attn_implementation
-    options = layer.size_options(tuple(pixel_values.shape[2:]))
+    height, width = pixel_values.shape[2:]
+    options = layer.size_options((height, width))
     with evaluating(model):
         try:
             base.set_attn_implementation("eager")
@@ -80,7 +85,7 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         finally:
             base.set_attn_implementation(before)
     # Each (B, heads, tokens, tokens). CLS is token 0; prompts are the last tokens, or some of the last patches.
-    places = torch.arange(-layer.configs[adapter_name].num_virtual_tokens, 0)
+    places = torch.arange(-filled(layer.configs[adapter_name].num_virtual_tokens), 0)
     if adapter_name in layer.layouts:
         layout = layer.layouts[adapter_name]
         places = torch.as_tensor(layout.slots) - layout.grid[0] * layout.grid[1]
@@ -96,8 +101,8 @@ def library_tokens(model: nn.Module, adapter_name: str = "default") -> Tensor:
     Raises:
         ValueError: there is no such adapter.
     """
-    library = find_layer(model, adapter_name).pgn_library[adapter_name]
-    tensor = library.patches if hasattr(library, "patches") else library.tokens
+    library = find_layer(model, adapter_name).library(adapter_name)
+    tensor = library.patches if isinstance(library, PatchLibrary) else library.tokens
     return tensor.detach().float().cpu()
 
 

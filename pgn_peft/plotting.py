@@ -145,12 +145,13 @@ def plot_library(tokens: Tensor, usage: Tensor | None = None, method: str = "pca
         places = TSNE(perplexity=min(30, (len(flat) - 1) / 3), random_state=0).fit_transform(flat)
         shares = ["", ""]
     ax = ax if ax is not None else _new_axes(width=5, height=4.5)
+    x, y = places.T
     if usage is None:
-        ax.scatter(*places.T)
+        ax.scatter(x, y)
     else:
         total = usage.sum(dim=0)
         sizes = 10 + 290 * total / total.max().clamp(min=1e-12)
-        ax.scatter(*places.T, s=sizes.numpy(), c=usage.argmax(dim=0).numpy(), cmap="tab20", alpha=0.8)
+        ax.scatter(x, y, s=sizes.numpy(), c=usage.argmax(dim=0).numpy(), cmap="tab20", alpha=0.8)
     ax.set(xlabel=f"first axis{shares[0]}", ylabel=f"second axis{shares[1]}")
     return ax
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "hub": {"nn", "tuner", "utils"},
     "training": {"hub", "nn", "tuner", "utils"},
     "official": {"nn", "tuner", "utils"},
-    "inspection": {"nn", "tuner"},
+    "inspection": {"nn", "tuner", "utils"},
     "plotting": set(),
 }
 

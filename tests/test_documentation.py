@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_vit
 from PIL import Image
 
 import pgn_peft
+from pgn_peft.utils.citation import CITATION
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted(str(path.relative_to(ROOT)) for path in ROOT.joinpath("docs").glob("*.md"))
@@ -135,3 +137,10 @@ def test_the_floor_of_peft_is_the_same_everywhere():
 def test_the_table_of_fields_is_up_to_date():
     check = subprocess.run([sys.executable, ROOT / "docs/field_table.py", "--check"], capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+def test_the_citation_file_names_the_paper_of_the_model_cards():
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    for fact in (paper["title"], authors, paper["collection-title"], str(paper["year"])):
+        assert fact in CITATION

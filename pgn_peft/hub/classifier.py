@@ -34,7 +34,7 @@ from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.utils.sources import find_folder, one_line
 
 if TYPE_CHECKING:
-    from transformers import ImageClassificationPipeline
+    from transformers import ImageClassificationPipeline, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +77,11 @@ class Classifier(NamedTuple):
         model = self._as_called()
         onnx_export.export_model(model, made_of_square(prompt_layer(model), self.image_processor), Path(path))
 
-    def _as_called(self) -> nn.Module:
+    def _as_called(self) -> PreTrainedModel:
         """Return the Transformers model, which takes the image processor's size."""
         model = unwrap(self.model)
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
         interpolate_if_needed(model, self.image_processor)
         return model
 
@@ -172,7 +173,7 @@ def load_classifier(
         raise ValueError(
             f"`subfolder` must lie in the adapter's repository or folder, but got {subfolder!r}. Name it from there."
         )
-    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     name = str(pretrained_model_name_or_path)
     patterns = [file if subfolder is None else f"{subfolder}/{file}" for file in ADAPTER_FILES]
     folder = find_folder("pretrained_model_name_or_path", name, patterns, revision=revision, **options)
@@ -218,7 +219,7 @@ def _load_processor(folder: Path, model: nn.Module) -> Any:
     return image_processor
 
 
-def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | torch.dtype) -> nn.Module:
+def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | torch.dtype) -> PreTrainedModel:
     base_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     base_config._attn_implementation = None  # a file could name a kernel on the Hub, which is code
     made_for = (config.auto_mapping or {}).get("base_model_class")

@@ -16,6 +16,7 @@ from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.utils.citation import CITATION
 from pgn_peft.utils.markdown import cell, list_names
 from pgn_peft.utils.sources import is_repo_id
+from pgn_peft.utils.values import filled
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _metadata(name: str, config: PGNConfig, facts: CardFacts) -> ModelCardData:
             task_type="image-classification",
             task_name="Image Classification",
             dataset_type=facts.dataset_id or "imagefolder",
-            dataset_name=facts.dataset,
+            dataset_name=filled(facts.dataset),
             dataset_split=facts.split,
             metric_type=metric,
             metric_name=metric.replace("_", " ").capitalize(),

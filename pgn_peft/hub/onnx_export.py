@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,9 @@ def export_model(model: nn.Module, image_size: tuple[int, int], path: Path) -> N
         image_size: height and width of its images, in pixels.
         path: the file. Weights of more than 2 GiB go into a second file beside it.
     """
+    config: Any = model.config
     weight = next(model.parameters())
-    example = torch.zeros(2, model.config.num_channels, *image_size, device=weight.device)
+    example = torch.zeros(2, config.num_channels, *image_size, device=weight.device)
     with evaluating(model):
-        metadata = {"id2label": json.dumps(model.config.id2label)}
+        metadata = {"id2label": json.dumps(config.id2label)}
         export_module(_Logits(model).eval(), example, path, "pixel_values", "logits", metadata)

@@ -27,7 +27,7 @@ PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE)
 CHECKED_FILES = (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 
 # What can be done about an answer of the Hub.
-REMEDIES = {
+REMEDIES: dict[int | None, str] = {
     401: "Log in with `hf auth login`, or pass a token",
     403: "Use a token with write access, or a repository of your own",
     404: "Look for a misspelt name or branch",
@@ -43,7 +43,7 @@ class Upload:
     private: bool | None = None
     token: str | bool | None = None
     revision: str | None = None
-    commit_message: str = "Upload adapter"
+    commit_message: str | None = "Upload adapter"
     create_pr: bool = False
 
 

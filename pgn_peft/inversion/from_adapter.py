@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pgn_peft.inversion.library import invert_library, invert_static_prompts
 from pgn_peft.nn.layout import PromptLayout, make_layout
+from pgn_peft.nn.library import PatchLibrary
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.pixel_prompts import PixelPrompts
-from pgn_peft.nn.preprocessing import Preprocessing, normalize, to_pixels
+from pgn_peft.nn.preprocessing import PILLOW_MODES, Preprocessing, normalize, to_pixels
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES
@@ -48,8 +49,8 @@ def make_prompter(
     Raises:
         TypeError: the model carries no adapter.
         ValueError: there is no such adapter, it has prompts in several layers, they do not fill rows of patches, the
-            model averages its patches and the prompts are latent, or the processor is not the one that it was trained
-            with.
+            model averages its patches and the prompts are latent, its images have other channels than files have, or
+            the processor is not the one that it was trained with.
     """
     layer = find_layer(model, adapter_name)
     config = layer.configs[adapter_name]
@@ -63,11 +64,15 @@ def make_prompter(
             f"`prompt_space` must be 'pixel' for an adapter that is to become pixels on this model, but got 'latent' "
             f"for {adapter_name!r}: {AVERAGES_PATCHES}. Train one with prompt_space='pixel'."
         )
+    if layer.num_channels not in PILLOW_MODES:
+        raise ValueError(
+            f"`num_channels` must be one of {', '.join(map(str, PILLOW_MODES))} for a client that sends images, but "
+            f"got {layer.num_channels}. Use the adapter inside its model."
+        )
     preprocessing = Preprocessing.from_processor(processor)
     layout = _layout(layer, adapter_name, preprocessing)
-    generator = dict(layer.pgn_generator).get(adapter_name)
-    library = layer.pgn_library[adapter_name]
-    if config.prompt_space == "pixel":
+    generator, library = layer.generator(adapter_name), layer.library(adapter_name)
+    if isinstance(library, PatchLibrary):
         offset = None if library.image_offset is None else library.image_offset.detach().float().cpu().clone()
         prompts = PixelPrompts(library.patches.detach().float().cpu(), image_offset=offset)
     else:
@@ -77,15 +82,14 @@ def make_prompter(
                 "coefficients that sum to 1 mix valid patches into a valid patch. Train with mixing='softmax'."
             )
         scale = (preprocessing.image_mean, preprocessing.image_std)
-        options = {"in_range": in_range}
-        embeddings = loaded_copy(layer.get_base_layer())
+        embeddings, tokens = loaded_copy(layer.base_layer), library.tokens
         if generator is None:
-            prompts = invert_static_prompts(embeddings, library.tokens, layout, *scale, **options)
+            prompts = invert_static_prompts(embeddings, tokens, layout, *scale, in_range=in_range)
         else:
-            options["slot_prompts"] = library.slot_prompts
-            prompts = invert_library(embeddings, library.tokens, layout, *scale, **options)
+            slots = library.slot_prompts
+            prompts = invert_library(embeddings, tokens, layout, *scale, in_range=in_range, slot_prompts=slots)
     head = next((module for module in model.modules() if isinstance(module, PGNHead)), None)
-    own_head = None if head is None else dict(head.pgn_head).get(adapter_name)
+    own_head = None if head is None else head.head(adapter_name)
     prompter = ImagePrompter(
         layout,
         preprocessing,

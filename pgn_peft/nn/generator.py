@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ class ResNet10(nn.Module):
         return features.mean(dim=(2, 3))  # (B, 8 * width)
 
 
-TRUNKS: dict[str, type[nn.Module]] = {"resnet10": ResNet10}
+TRUNKS = {"resnet10": ResNet10}
 MIXINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
@@ -229,7 +230,7 @@ class PromptGenerator(nn.Module):
         self.library_size = library_size
         self.image_size = image_size
         self.mixing = mixing
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "num_virtual_tokens": num_virtual_tokens,
             "library_size": library_size,
             "trunk": trunk,

@@ -80,6 +80,8 @@ class PatchLibrary(nn.Module):
     Differs from the paper, which trains tokens and turns them into pixels afterwards.
     """
 
+    directions: Tensor
+
     def __init__(
         self,
         library_size: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -88,14 +88,14 @@ class Preprocessing:
             )
         size, shortest_edge, crop_size, resample = None, None, None, "bicubic"
         if processor.do_resize:
-            wanted = dict(processor.size)
-            if set(wanted) - {"height", "width", "shortest_edge"} or not wanted:
+            described = dict(processor.size)
+            if set(described) - {"height", "width", "shortest_edge"} or not described:
                 raise ValueError(
                     f"`size` must have height and width, or shortest_edge, in the image processor, but got "
-                    f"{wanted!r}. Use a processor that resizes to a fixed size."
+                    f"{described!r}. Use a processor that resizes to a fixed size."
                 )
-            shortest_edge = wanted.get("shortest_edge")
-            size = None if shortest_edge is not None else (wanted["height"], wanted["width"])
+            shortest_edge = described.get("shortest_edge")
+            size = None if shortest_edge is not None else (described["height"], described["width"])
             if int(processor.resample) not in RESAMPLING:
                 raise ValueError(
                     f"`resample` must be bilinear (2) or bicubic (3) in the image processor, but got "
@@ -117,7 +117,7 @@ class Preprocessing:
         """Pixels to add at the left, right, top and bottom of a finished image, for the processor to cut off again."""
         if self.crop_size is None or (self.size is None and self.shortest_edge is None):
             return (0, 0, 0, 0)
-        outer = self.size or (self.shortest_edge, self.shortest_edge)
+        outer = self.size or (self.shortest_edge or 0, self.shortest_edge or 0)
         if outer[0] < self.crop_size[0] or outer[1] < self.crop_size[1]:
             return (0, 0, 0, 0)  # it pads by itself
         top, left = ((whole - part) // 2 for whole, part in zip(outer, self.crop_size, strict=True))
@@ -129,9 +129,10 @@ class Preprocessing:
         size = self.size
         if self.shortest_edge is not None:
             scale = self.shortest_edge / min(height, width)
-            size = tuple(
+            sides = (
                 self.shortest_edge if side == min(height, width) else int(side * scale) for side in (height, width)
             )
+            size = cast("tuple[int, int]", tuple(sides))
         if size is not None and size != (height, width):
             # On 8-bit pixels, as torchvision does it: rounding is part of what the model was trained with.
             image = F.interpolate(image[None], size=size, mode=self.resample, antialias=True)[0]

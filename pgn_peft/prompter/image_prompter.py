@@ -26,6 +26,7 @@ from pgn_peft.utils.checksums import compare_settings
 from pgn_peft.utils.files import read_settings
 from pgn_peft.utils.markdown import list_names
 from pgn_peft.utils.onnx import export_module
+from pgn_peft.utils.values import filled
 from pgn_peft.version import __version__
 
 
@@ -46,6 +47,11 @@ class ImagePrompter(nn.Module):
         head: the adapter's own head, for a server that answers with features.
         probe_scores: the unmodified model's scores (M,) for `probe`.
     """
+
+    library: Tensor
+    offsets: Tensor | None
+    image_offset: Tensor | None
+    probe_scores: Tensor | None
 
     def __init__(
         self,
@@ -171,14 +177,14 @@ class ImagePrompter(nn.Module):
                 not.
         """
         scores = read_scores(answer)
-        if self.head is not None and not scores.keys() <= set(self.id2label.values()):
+        if self.head is not None and not scores.keys() <= set(filled(self.id2label).values()):
             raise ValueError(
                 f"`answer` must be about the adapter's own classes, but got {', '.join(map(repr, list(scores)[:3]))}. "
                 "The adapter was trained with a head of its own: pass the server's features to `classify`, host the "
                 "model with this head, or train with head='frozen'."
             )
         if self.label_mapping is not None:
-            scores = map_scores(scores, self.id2label, self.label_mapping, self.server_labels)
+            scores = map_scores(scores, filled(self.id2label), self.label_mapping, filled(self.server_labels))
         return [{"label": label, "score": score} for label, score in sorted(scores.items(), key=lambda item: -item[1])]
 
     @torch.inference_mode()
@@ -218,7 +224,7 @@ class ImagePrompter(nn.Module):
                 "`probe_scores` must be known to check a server, but got None: the model has no classification head. "
                 "Make the prompter from a model that has one."
             )
-        return compare_with_probe(read_scores(answer), self.probe_scores.tolist(), self.server_labels)
+        return compare_with_probe(read_scores(answer), self.probe_scores.tolist(), filled(self.server_labels))
 
     # Files.
 

@@ -13,7 +13,14 @@ from pgn_peft.nn.layout import LAYOUTS, PromptLayout, make_layout
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import RESAMPLING, Preprocessing
 from pgn_peft.utils.labels import normalize_id2label
-from pgn_peft.utils.values import check_choice, read_channel_values, read_indices, read_integer, read_pair
+from pgn_peft.utils.values import (
+    check_choice,
+    filled,
+    read_channel_values,
+    read_indices,
+    read_integer,
+    read_pair,
+)
 
 # Upper bounds, far beyond what is used, so that no file can make the client allocate large tensors.
 LARGEST_SIDE, LARGEST_LIBRARY, LARGEST_WIDTH = 4096, 65_536, 1024
@@ -63,14 +70,15 @@ def read_parts(settings: dict[str, Any]) -> dict[str, Any]:
             num_labels, width = read_pair("head", settings["head"], 1_000_000)
             head = nn.Linear(width, num_labels)
         server_labels = _read_labels(settings["server_labels"])
-        probe_scores = torch.empty(len(server_labels)) if settings["probe"] else None
+        probe_scores = torch.empty(len(filled(server_labels))) if settings["probe"] else None
     id2label, label_mapping = _read_labels(settings["id2label"]), settings["label_mapping"]
     if label_mapping is not None:
         label_mapping = read_indices("label_mapping", label_mapping)
-        if len(label_mapping) != len(id2label) or max(label_mapping) >= len(server_labels):
+        own, others = len(filled(id2label)), len(filled(server_labels))  # TypeError for None
+        if len(label_mapping) != own or max(label_mapping) >= others:
             raise ValueError(
-                f"`label_mapping` must map the {len(id2label)} classes to the server's {len(server_labels)}, but got "
-                f"{label_mapping}. Save or fetch the prompter again."
+                f"`label_mapping` must map the {own} classes to the server's {others}, but got {label_mapping}. "
+                "Save or fetch the prompter again."
             )
     return {
         "layout": layout,

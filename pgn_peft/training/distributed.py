@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pgn_peft.tuner.layer import PGNTunerLayer
@@ -44,17 +43,17 @@ class EqualStatistics(TrainerCallback):
     """Keep BatchNorm's running statistics equal in all processes whenever they are evaluated or saved."""
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Broadcast before an evaluation or a checkpoint in the middle of an epoch."""
         if control.should_evaluate or control.should_save or control.should_training_stop:
-            broadcast_statistics(model)
+            broadcast_statistics(kwargs["model"])
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Broadcast before an evaluation or a checkpoint at the end of an epoch."""
-        broadcast_statistics(model)
+        broadcast_statistics(kwargs["model"])
 
 
 class SameSteps(TrainerCallback):
@@ -69,7 +68,7 @@ class SameSteps(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        train_dataloader: DataLoader | None = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Compare the steps of an epoch with those that the checkpoint's epochs had.

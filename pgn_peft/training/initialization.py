@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.nn.library import PatchLibrary
 from pgn_peft.tuner.layer import PGNLayer
 
 
@@ -22,9 +23,10 @@ def start_library_from_images(model: nn.Module, images: Tensor, adapter_name: st
         ValueError: there is no such adapter in pixel space, or the images are no such images.
     """
     libraries = [
-        layer.pgn_library[adapter_name]
+        library
         for layer in model.modules()
         if isinstance(layer, PGNLayer) and adapter_name in layer.layouts
+        if isinstance(library := layer.library(adapter_name), PatchLibrary)
     ]
     if not libraries:
         raise ValueError(

@@ -7,7 +7,7 @@ import logging
 import math
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer, parse_log_history
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
+from transformers.utils.hub import PushInProgress
 
 from pgn_peft.hub import publishing
 from pgn_peft.hub.classifier import Classifier
@@ -25,6 +25,7 @@ from pgn_peft.hub.model_card import CardFacts
 from pgn_peft.training.distributed import check_processes_meet
 from pgn_peft.tuner.adapters import unwrap
 from pgn_peft.utils.files import replacing
+from pgn_peft.utils.values import filled
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ class AdapterTrainer(Trainer):
             else has, evaluations would round the weights (`bf16_full_eval`, `fp16_full_eval`), or processes were
             started together that do not know each other.
     """
+
+    hub_model_id: Any  # Trainer annotates neither, and begins with None
+    push_in_progress: Any
 
     def __init__(
         self, model: nn.Module | None = None, *args: Any, facts: CardFacts | None = None, **kwargs: Any
@@ -82,7 +86,8 @@ class AdapterTrainer(Trainer):
         if self.args.push_to_hub and self.args.hub_strategy not in STRATEGIES:
             raise ValueError(
                 f"`hub_strategy` must be one of {', '.join(strategy.value for strategy in STRATEGIES)}, but got "
-                f"{self.args.hub_strategy.value!r}: a whole checkpoint holds pickles. Keep checkpoints to yourself."
+                f"{HubStrategy(self.args.hub_strategy).value!r}: a whole checkpoint holds pickles. Keep "
+                "checkpoints to yourself."
             )
         if self.args.push_to_hub and not hasattr(self.processing_class, "image_mean"):
             raise TypeError(
@@ -95,8 +100,9 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         # PEFT saves an adapter that is not called "default" in a folder of its name, where Trainer does not look.
-        checkpoint = Path(self.state.best_model_checkpoint)
-        named = checkpoint / self.model.active_adapters[0]
+        checkpoint = Path(filled(self.state.best_model_checkpoint))
+        model: Any = self.model
+        named = checkpoint / model.active_adapters[0]
         self.state.best_model_checkpoint = str(named if named.is_dir() else checkpoint)
         try:
             super()._load_best_model()
@@ -148,14 +154,14 @@ class AdapterTrainer(Trainer):
                 f"{self.args.output_dir!r}: {error}. Free space, and go on from the last complete checkpoint."
             ) from error
 
-    def create_model_card(self, model_name: str | None = None) -> None:
+    def create_model_card(self, model_name: str | None = None) -> None:  # type: ignore[override]  # rest: `facts`
         """Write the adapter's card into the output folder, where `Trainer` would write its own."""
         if self.is_world_process_zero():
-            name = model_name or self.hub_model_id or Path(self.args.output_dir).name
-            with replacing(Path(self.args.output_dir)) as folder:
+            name = model_name or self.hub_model_id or Path(filled(self.args.output_dir)).name
+            with replacing(Path(filled(self.args.output_dir))) as folder:
                 publishing.write_card(*self.classifier, folder, self.card_facts(), name)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # no options for a card, None in all processes but the first
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -193,7 +199,7 @@ class AdapterTrainer(Trainer):
             commit_message=commit_message,
         )
         publishing.check_shareable(self.classifier.model, self.hub_model_id)
-        folder = Path(self.args.output_dir)
+        folder = Path(filled(self.args.output_dir))
         publishing.save(*self.classifier, folder, self.card_facts(), self.hub_model_id)
         if blocking:
             return publishing.push_folder(folder, upload)
@@ -207,9 +213,9 @@ class AdapterTrainer(Trainer):
         if running and not self.args.hub_always_push:
             return
         message = f"Training in progress, step {self.state.global_step}"
-        push = self.push_to_hub(commit_message=message, blocking=False)
+        push = cast("Future[CommitInfo]", self.push_to_hub(commit_message=message, blocking=False))
         push.add_done_callback(_report)
-        self.push_in_progress = PushInProgress([push])
+        self.push_in_progress = PushInProgress([push])  # type: ignore[arg-type]  # annotated as one job
 
 
 def _report(push: Future[CommitInfo]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -159,17 +160,17 @@ def find_layers(model: nn.Module, embeddings: str) -> list[str]:
 
 def patch_projection(embeddings: nn.Module) -> nn.Conv2d:
     """Return the convolution that makes a token (D,) of each patch (C, p, p), whatever the architecture calls it."""
-    if hasattr(embeddings, "patch_embeddings"):
-        return embeddings.patch_embeddings.projection
-    return embeddings.patch_embedding
+    parts: Any = embeddings
+    return parts.patch_embeddings.projection if hasattr(parts, "patch_embeddings") else parts.patch_embedding
 
 
 def own_image_size(embeddings: nn.Module) -> tuple[int, int]:
     """Return height and width in pixels of the images that the position embeddings were trained for."""
-    if hasattr(embeddings, "patch_embeddings"):
-        height, width = embeddings.patch_embeddings.image_size
+    parts: Any = embeddings
+    if hasattr(parts, "patch_embeddings"):
+        height, width = parts.patch_embeddings.image_size
         return height, width
-    return embeddings.image_size, embeddings.image_size
+    return parts.image_size, parts.image_size
 
 
 def has_class_token(embeddings: nn.Module) -> bool:

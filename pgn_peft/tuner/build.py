@@ -7,18 +7,19 @@ from torch import Tensor
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import PatchLibrary, TokenLibrary
 from pgn_peft.tuner.fields import PGNFields
+from pgn_peft.utils.values import filled
 
 
 def make_library(
     config: PGNFields, hidden_size: int, num_channels: int, directions: Tensor | None = None
 ) -> TokenLibrary | PatchLibrary:
     """Create the library that a config describes; for the "static" generator it is the prompts themselves."""
-    size = config.num_virtual_tokens if config.generator == "static" else config.library_size
+    size = filled(config.num_virtual_tokens) if config.generator == "static" else config.library_size
     if config.prompt_space == "pixel":
         return PatchLibrary(
             size,
             num_channels,
-            config.patch_size,
+            filled(config.patch_size),
             hidden_size,
             initializer_range=config.initializer_range,
             directions=directions,
@@ -39,7 +40,7 @@ def make_generator(config: PGNFields, num_channels: int) -> PromptGenerator | No
     if config.generator == "static":
         return None
     return PromptGenerator(
-        config.num_virtual_tokens,
+        filled(config.num_virtual_tokens),
         config.library_size,
         trunk=config.generator,
         num_channels=num_channels,
@@ -47,6 +48,6 @@ def make_generator(config: PGNFields, num_channels: int) -> PromptGenerator | No
         width=config.generator_width,
         norm=config.generator_norm,
         mixing=config.mixing,
-        initial_logit_std=config.initial_logit_std,
+        initial_logit_std=filled(config.initial_logit_std),
         rank=config.generator_rank,
     )

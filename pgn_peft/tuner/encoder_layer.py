@@ -11,7 +11,7 @@ from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
 
 
-class PGNBlock(PGNTunerLayer, nn.Module):
+class PGNBlock(PGNTunerLayer):
     """A layer of the backbone. Where a deep adapter is active, the next layer's prompts take the place of this one's.
 
     As the last layer of a backbone that reads all its tokens, it also takes the prompts away, so that what is averaged

@@ -7,13 +7,16 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from packaging.version import InvalidVersion, Version
 
 from pgn_peft.version import __version__
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def is_newer(version: Any) -> bool:
@@ -80,7 +83,7 @@ def reads_newer(config_class: type[Config]) -> type[Config]:
         with name_newer(version):
             init(self, *args, **{name: value for name, value in fields.items() if name not in unknown})
 
-    config_class.__init__ = __init__
+    config_class.__init__ = __init__  # type: ignore[assignment, method-assign]  # a decorator wraps it
     return config_class
 
 

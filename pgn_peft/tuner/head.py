@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.layer import PGNTunerLayer
 from pgn_peft.tuner.offloading import loaded
 from pgn_peft.utils.labels import Labels
+from pgn_peft.utils.values import filled
 
 
-class PGNHead(PGNTunerLayer, nn.Module):
+class PGNHead(PGNTunerLayer):
     """The head of the first active adapter, or the model's own.
 
     It also keeps the model's config in step with the head that answers, since Transformers' losses and pipelines read
@@ -54,22 +55,29 @@ class PGNHead(PGNTunerLayer, nn.Module):
         if config.head == "frozen":
             self._forget(self.pgn_head, adapter_name)
             return
-        head = nn.Linear(config.head_features or config.hidden_size, config.num_labels)
+        base = cast(nn.Linear, self.base_layer)  # or a quantised one: `record_labels`
+        head = nn.Linear(config.head_features or filled(config.hidden_size), filled(config.num_labels))
         with torch.no_grad():
             if self.base_labels.id2label == config.id2label:
                 with loaded(self.base_layer):
-                    head.weight.copy_(plain_weight(self.base_layer))
-                    head.bias.copy_(self.base_layer.bias if self.base_layer.bias is not None else torch.zeros(()))
+                    head.weight.copy_(plain_weight(base))
+                    head.bias.copy_(base.bias if base.bias is not None else torch.zeros(()))
             else:
                 # What Transformers' ViTs start a new head from.
                 head.weight.normal_(std=0.02)
                 head.bias.zero_()
         self.pgn_head[adapter_name] = self._settle(head)
 
+    def head(self, adapter_name: str | None) -> nn.Linear | None:
+        """Return the head of an adapter; None where the model's own answers for it."""
+        if adapter_name is None or adapter_name not in self.pgn_head:
+            return None
+        return cast(nn.Linear, self.pgn_head[adapter_name])
+
     @property
     def labels(self) -> dict[str, Labels]:
         """Each adapter's labels."""
-        return {name: Labels(config.id2label, config.problem_type) for name, config in self.configs.items()}
+        return {name: Labels(filled(config.id2label), config.problem_type) for name, config in self.configs.items()}
 
     def forward(self, features: Tensor) -> Tensor:
         """Answer with logits (B, number of the active adapter's labels).
@@ -82,8 +90,8 @@ class PGNHead(PGNTunerLayer, nn.Module):
         return self._classify(None if self.disable_adapters else next(iter(self.active_adapters), None), features)
 
     def _classify(self, adapter_name: str | None, features: Tensor) -> Tensor:
-        if adapter_name in self.pgn_head:
-            head = self.pgn_head[adapter_name]
+        head = self.head(adapter_name)
+        if head is not None:
             return head(features.to(head.weight.dtype))
         logits = self.base_layer(features)
         if adapter_name in self.label_mapping:
@@ -118,14 +126,15 @@ class PGNHead(PGNTunerLayer, nn.Module):
         self.record_problem_type()
         self._shown = adapter_name if adapter_name in self.configs else None
         if hasattr(self._model_config, "id2label"):
-            self.labels.get(self._shown, self.base_labels).show_in(self._model_config)
+            shown = self.base_labels if self._shown is None else self.labels[self._shown]
+            shown.show_in(self._model_config)
 
     def record_problem_type(self) -> None:
         """Enter the problem type that Transformers inferred from the first labels into the adapter's config.
 
         Transformers' losses write it into the model's config alone, where the next adapter's would replace it.
         """
-        config = self.configs.get(self._shown)
+        config = None if self._shown is None else self.configs.get(self._shown)
         if config is not None and config.problem_type is None:
             config.problem_type = getattr(self._model_config, "problem_type", None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -68,7 +69,7 @@ def plan_injection(model: nn.Module, config: PGNConfig, adapter_name: str) -> In
     completed.validate()
     is_loaded = completed.inference_mode and completed.hidden_size is not None
     check_origin(completed, model)
-    backbone = find_backbone(model, completed.target_modules)
+    backbone = find_backbone(model, cast("list[str] | None", completed.target_modules))
     check_offloading(completed, model, backbone)
     check_adapter_name(adapter_name, model)
     layers = _find_wrapped_layers(model, completed, backbone)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
+from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.layout import PromptLayout, compose, make_layout
+from pgn_peft.nn.library import PatchLibrary, TokenLibrary
 from pgn_peft.nn.patch_inverse import PatchInverse
 from pgn_peft.nn.preprocessing import denormalize, normalize
 from pgn_peft.tuner.backbones import patch_projection
@@ -21,6 +23,7 @@ from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.offloading import loaded
 from pgn_peft.tuner.positions import fixed_size, size_options
 from pgn_peft.utils.checksums import compare_part
+from pgn_peft.utils.values import filled
 
 NO_MERGE = (
     "A PGN adapter cannot be merged into the model's weights: its prompts depend on the image. Call `unload()` to get "
@@ -28,8 +31,14 @@ NO_MERGE = (
 )
 
 
-class ForwardsAttributes:
-    """A wrapper around `base_layer` that answers for attributes which it does not have itself."""
+class PGNTunerLayer(BaseTunerLayer, nn.Module):
+    """What PGN's tuner layers have in common: those of the prompts, of the head and around the backbone's layers."""
+
+    # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
+    adapter_layer_names: tuple[str, ...] = ()
+    base_layer: nn.Module
+    # Saved adapters whose tensors have not been loaded yet; see `expect_tensors`.
+    _expected: frozenset[str] = frozenset()
 
     def __getattr__(self, name: str) -> Any:
         # Transformers reads attributes such as `embeddings.patch_embeddings` through the wrapper.
@@ -39,15 +48,6 @@ class ForwardsAttributes:
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
-
-
-class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
-    """What PGN's tuner layers have in common: those of the prompts, of the head and around the backbone's layers."""
-
-    # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
-    adapter_layer_names: tuple[str, ...] = ()
-    # Saved adapters whose tensors have not been loaded yet; see `expect_tensors`.
-    _expected: frozenset[str] = frozenset()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: prompts depend on the image."""
@@ -75,7 +75,8 @@ class PGNTunerLayer(ForwardsAttributes, BaseTunerLayer):
         """
         for module in self.adapter_modules(adapter_name):
             for part in module.modules():
-                part._is_hf_initialized = True  # Transformers' mark: it leaves such modules as they are
+                # Transformers' mark: it leaves such modules as they are.
+                part._is_hf_initialized = True  # type: ignore[assignment]  # torch knows tensors and modules only
             for tensor in _floating_tensors(module):
                 tensor.fill_(math.nan)
         self._expected |= {adapter_name}
@@ -146,7 +147,7 @@ def _floating_tensors(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
-class PGNLayer(PGNTunerLayer, nn.Module):
+class PGNLayer(PGNTunerLayer):
     """The backbone's embeddings, with the prompts of the active adapters.
 
     Prompts in latent space are appended to the tokens. Prompts in pixel space are laid into the image, which the
@@ -195,10 +196,13 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         directions = None
         if config.prompt_space == "pixel":
             self.layouts[adapter_name] = make_layout(
-                config.prompt_layout, (config.image_size,) * 2, config.patch_size, config.num_virtual_tokens
+                filled(config.prompt_layout),
+                (filled(config.image_size),) * 2,
+                filled(config.patch_size),
+                config.num_virtual_tokens,
             )
             with loaded(self.projection):
-                directions = PatchInverse(self.projection.weight).directions(config.image_std)
+                directions = PatchInverse(self.projection.weight).directions(filled(config.image_std))
         library = make_library(config, self.hidden_size, self.num_channels, directions)
         self.pgn_library[adapter_name] = self._settle(library)
         generator = make_generator(config, self.num_channels)
@@ -206,6 +210,16 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             self._forget(self.pgn_generator, adapter_name)
         else:
             self.pgn_generator[adapter_name] = self._settle(generator)
+
+    def library(self, adapter_name: str) -> TokenLibrary | PatchLibrary:
+        """Return the library of an adapter."""
+        return cast("TokenLibrary | PatchLibrary", self.pgn_library[adapter_name])
+
+    def generator(self, adapter_name: str) -> PromptGenerator | None:
+        """Return the generator of an adapter; None for static prompts."""
+        if adapter_name not in self.pgn_generator:
+            return None
+        return cast(PromptGenerator, self.pgn_generator[adapter_name])
 
     def prompts(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
         """Generate the prompts of one adapter for a batch of images.
@@ -218,10 +232,10 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             (B, P, D) prompts; for an adapter with prompts in several layers (B, depth * P, D), layer by layer; for one
             in pixel space (B, P, C, p, p) patches in [0, 1].
         """
-        library = self.pgn_library[adapter_name]
-        if adapter_name not in self.pgn_generator:
+        library, generator = self.library(adapter_name), self.generator(adapter_name)
+        if generator is None:
             return library.static_prompts(pixel_values.shape[0])
-        return library(self.pgn_generator[adapter_name](pixel_values))
+        return library(generator(pixel_values))
 
     def prompted_images(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
         """Lay the prompts of an adapter in pixel space into a batch of images.
@@ -233,12 +247,13 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         Returns:
             (B, C, H', W') prompted images, normalised.
         """
-        config, offset = self.configs[adapter_name], self.pgn_library[adapter_name].image_offset
+        config, library = self.configs[adapter_name], cast(PatchLibrary, self.library(adapter_name))
+        mean, std = filled(config.image_mean), filled(config.image_std)
         # In float32, whatever the backbone computes in: half precision does not hold 8 bits of a normalised pixel.
-        pixels = denormalize(pixel_values.float(), config.image_mean, config.image_std)
+        pixels = denormalize(pixel_values.float(), mean, std)
         patches = self.prompts(adapter_name, pixel_values).float()
-        prompted = compose(pixels, patches, self.layouts[adapter_name], offset)
-        return normalize(prompted, config.image_mean, config.image_std).to(pixel_values.dtype)
+        prompted = compose(pixels, patches, self.layouts[adapter_name], library.image_offset)
+        return normalize(prompted, mean, std).to(pixel_values.dtype)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Make the tokens of the image and the prompts of the active adapters: (B, N + P, D).
@@ -297,7 +312,7 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         if adapter_name == BASE or adapter_name in self.layouts:
             return 0, 1
         config = self.configs[adapter_name]
-        return config.num_virtual_tokens, config.prompt_depth
+        return filled(config.num_virtual_tokens), filled(config.prompt_depth)
 
     def check_calls_of(self, backbone: nn.Module) -> None:
         """Run `check_inputs` before each forward pass of the backbone, until `release`."""

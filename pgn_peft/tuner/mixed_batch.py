@@ -57,7 +57,7 @@ def _check_names(tuner: BaseTuner, adapter_names: Any) -> tuple[str, ...]:
             "model.eval(); an adapter is trained as the active one: set_adapter."
         )
     names = tuple(adapter_names)
-    configs = tuner.peft_config
+    configs: Mapping[str, Any] = tuner.peft_config
     unknown = [name for name in dict.fromkeys(names) if name != BASE and name not in configs]
     if unknown:
         raise ValueError(

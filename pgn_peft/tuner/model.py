@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -23,7 +23,7 @@ from pgn_peft.tuner.mixed_batch import mixed_batch
 from pgn_peft.utils.tensors import compare_tensors
 
 
-class PGNConfigs(dict):
+class PGNConfigs(dict[str, PeftConfig]):
     """The adapters' configs by name. Refuses another method's: PEFT puts it here before it changes the model."""
 
     def __setitem__(self, adapter_name: str, config: PeftConfig) -> None:
@@ -94,7 +94,7 @@ class PGNModel(BaseTuner):
     ) -> None:
         """Add an adapter to the model; see `BaseTuner.inject_adapter` and `plan_injection`."""
         try:
-            injection = plan_injection(model, self.peft_config[adapter_name], adapter_name)
+            injection = plan_injection(model, cast(PGNConfig, self.peft_config[adapter_name]), adapter_name)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -112,16 +112,18 @@ class PGNModel(BaseTuner):
                 if isinstance(layer, PGNTunerLayer):
                     layer.expect_tensors(adapter_name)
 
-    def _prepare_adapter_config(self, peft_config: PGNConfig, model_config: dict[str, Any]) -> PGNConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: PGNConfig, key: str) -> bool:
+    def _check_target_module_exists(  # type: ignore[override]  # PEFT's has no `self`
+        self, peft_config: PeftConfig, key: str
+    ) -> bool:
         injection = next(injection for injection in self.injections.values() if injection.config is peft_config)
         return key in injection.targets
 
     def _create_and_replace(
         self,
-        peft_config: PGNConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -134,11 +136,11 @@ class PGNModel(BaseTuner):
             if not isinstance(target, PGNHead):
                 target = PGNHead(target, getattr(self.model, "config", None))
                 setattr(parent, target_name, target)
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, injection.config)
             return
         layer = self._prompt_layer(injection.backbone)
         if current_key == injection.backbone.embeddings:
-            layer.update_layer(adapter_name, peft_config)
+            layer.update_layer(adapter_name, injection.config)
         elif not isinstance(target, PGNBlock):
             ends = injection.cuts_prompts_after(current_key)
             setattr(parent, target_name, PGNBlock(target, layer, int(target_name), ends))
@@ -169,7 +171,7 @@ class PGNModel(BaseTuner):
                     f"`adapter_name` must be one of {', '.join(self.peft_config) or 'none'}, but got {name!r}. "
                     "Load it first: load_adapter(path, adapter_name)."
                 )
-        check_together(names, self.peft_config)
+        check_together(names, cast("dict[str, PGNConfig]", self.peft_config))
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -8,6 +8,7 @@ from pgn_peft.nn.layout import make_layout
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES, Backbone, own_image_size, patch_projection
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.head import PGNHead, labels_of
+from pgn_peft.utils.values import filled
 
 
 def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
@@ -23,10 +24,10 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
             f"{config.prompt_layout!r}: {AVERAGES_PATCHES}. Use prompt_space='pixel' for prompts that become pixels."
         )
     projection = patch_projection(embeddings)
-    found = {"hidden_size": projection.out_channels, "num_channels": projection.in_channels}
+    found: dict[str, int | None] = {"hidden_size": projection.out_channels, "num_channels": projection.in_channels}
     if config.prompt_layout is not None:
         found["patch_size"] = _patch_size(projection)
-    found["head_features"] = None if backbone.head_width == 1 else backbone.head_width * found["hidden_size"]
+    found["head_features"] = None if backbone.head_width == 1 else backbone.head_width * projection.out_channels
     for name, value in found.items():
         recorded = getattr(config, name)
         if recorded is not None and recorded != value:
@@ -78,12 +79,15 @@ def _record_layout(config: PGNConfig, embeddings: nn.Module) -> None:
                 "pixels, but got None. Give the side of square images."
             )
         config.image_size = height
-    if config.prompt_space == "pixel" and not len(config.image_mean) == len(config.image_std) == config.num_channels:
+    mean, std = config.image_mean or [], config.image_std or []
+    if config.prompt_space == "pixel" and not len(mean) == len(std) == config.num_channels:
         raise ValueError(
             f"`image_mean` and `image_std` must have {config.num_channels} numbers, one a channel of the model, but "
-            f"got {len(config.image_mean)} and {len(config.image_std)}. Copy them from the model's image processor."
+            f"got {len(mean)} and {len(std)}. Copy them from the model's image processor."
         )
-    layout = make_layout(config.prompt_layout, (config.image_size,) * 2, config.patch_size, config.num_virtual_tokens)
+    layout = make_layout(
+        filled(config.prompt_layout), (config.image_size,) * 2, filled(config.patch_size), config.num_virtual_tokens
+    )
     config.num_virtual_tokens = layout.num_virtual_tokens
 
 
@@ -100,7 +104,7 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
         if given:
             raise ValueError(
                 f"`id2label` and `num_labels` must be left out for a {type(model).__name__}, which has no head, but "
-                f"got {config.num_labels or len(config.id2label)} labels. Use the ForImageClassification class."
+                f"got {config.num_labels or len(config.id2label or {})} labels. Use the ForImageClassification class."
             )
         return
     plain_head = head.get_base_layer() if isinstance(head, PGNHead) else head
@@ -119,7 +123,7 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
         config.id2label = base.id2label or None
         config.problem_type = config.problem_type or base.problem_type
     elif config.id2label is None:
-        config.id2label = {index: f"LABEL_{index}" for index in range(config.num_labels)}
+        config.id2label = {index: f"LABEL_{index}" for index in range(filled(config.num_labels))}
     if config.id2label is None:
         raise ValueError(
             f"`num_labels` must be given for a {type(model).__name__} without labels, but got None. Write "

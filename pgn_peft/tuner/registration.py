@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 
@@ -29,7 +30,7 @@ def register() -> None:
     Raises:
         ImportError: another package has taken the method's name.
     """
-    from peft import mapping
+    import peft.mapping
     from peft.utils import peft_types
 
     from pgn_peft.tuner.config import PGNConfig
@@ -37,6 +38,7 @@ def register() -> None:
     from pgn_peft.tuner.model import PGNModel
 
     name = PGNPeftType.PGN.value
+    mapping: Any = peft.mapping  # its keys are annotated as members of PEFT's enum
     taken = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
     if taken is not None and not _is_ours(taken, PGNConfig):
         raise ImportError(

@@ -18,6 +18,7 @@ from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.fields import PGNFields
 from pgn_peft.utils.checksums import of_tensors
 from pgn_peft.utils.tensors import compare_tensors
+from pgn_peft.utils.values import filled
 
 # What PEFT puts before the names of tensors in a file; and torch.compile's part of a name, which no file may have.
 PREFIX = "base_model.model."
@@ -130,12 +131,12 @@ def describe_weights(config: PGNFields) -> dict[str, Tensor]:
     num_channels = config.num_channels or 3
     with torch.device("meta"):
         modules: dict[str, nn.Module | None] = {
-            "library": make_library(config, config.hidden_size, num_channels),
+            "library": make_library(config, filled(config.hidden_size), num_channels),
             "generator": make_generator(config, num_channels),
         }
         if config.head == "trained" and config.num_labels is not None:
-            modules["head"] = nn.Linear(config.head_features or config.hidden_size, config.num_labels)
-    embeddings = f"{PREFIX}{config.target_modules[0]}"
+            modules["head"] = nn.Linear(config.head_features or filled(config.hidden_size), config.num_labels)
+    embeddings = f"{PREFIX}{filled(config.target_modules)[0]}"
     places = {"library": embeddings, "generator": embeddings, "head": f"{PREFIX}{HEAD}"}
     return {
         f"{places[part]}.pgn_{part}.{name}": tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ def export_module(
 ) -> None:
     """Write a module of one input (B, ...) and one output for batches of any size."""
     with torch.no_grad():
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             module,
             (example,),
             dynamo=True,

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, TypeVar, cast, overload
+
+T = TypeVar("T")
+
+
+@overload
+def read_integer(name: str, value: Any, minimum: int, maximum: int, optional: Literal[False] = False) -> int: ...
+
+
+@overload
+def read_integer(name: str, value: Any, minimum: int, maximum: int, optional: bool) -> int | None: ...
 
 
 def read_integer(name: str, value: Any, minimum: int, maximum: int, optional: bool = False) -> int | None:
@@ -18,9 +28,14 @@ def read_integer(name: str, value: Any, minimum: int, maximum: int, optional: bo
         return None
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer, but got {value!r}. Use a whole number of at least {minimum}.")
-    if not minimum <= value <= maximum:
+    if not minimum <= int(value) <= maximum:
         raise ValueError(f"`{name}` must lie in {minimum}..{maximum}, but got {value!r}. Use a number in this range.")
     return int(value)
+
+
+def filled(value: T | None) -> T:
+    """Return a value that is never None at this point, such as a field that an adapter's config has by now."""
+    return cast(T, value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
