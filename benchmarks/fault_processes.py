@@ -363,12 +363,12 @@ def full_disks(tally: Tally, material: Material, cases: int, seed: int) -> None:
                 )
                 filler.unlink()
                 tally.add(f"saving {what} on a full disk", f"{left} bytes left", outcome)
-    with small_disk(disk, "4m"):
+    with small_disk(disk, "8m"):
         for _ in range(max(1, cases // 4)):
             folder = disk / "run"
             shutil.rmtree(folder, ignore_errors=True)
             pair.save(0, folder)
-            left = rng.randrange(1_000_000)
+            left = rng.randrange(2_000_000)
             filler = fill(disk, left)
             outcome = in_child(train(material, folder), log, str(folder))
             outcome = afterwards(outcome, nothing_lost(judge(lambda f=folder: classify(f), lambda _: True)))
@@ -402,6 +402,7 @@ def in_child(act: Callable[[], Any], log: Path, named: str) -> Outcome:
 def read_only(tally: Tally, material: Material, cases: int, seed: int) -> None:
     """Save to a read-only disk, and as a user who may not write; load from both."""
     pair = Pair(material)
+    training(material)  # another user could not make its images
     disk, log = material.root / "readonly", material.root / "readonly.log"
     acts: dict[str, Callable[[Path], Callable[[], Any]]] = {
         "saving an adapter": lambda folder: lambda: pair.save(1, folder),

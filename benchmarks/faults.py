@@ -44,6 +44,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="faults-")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from fault_files import Material, damaged_files, other_types, path_tricks  # noqa: E402
+from fault_images import all_images  # noqa: E402
 from fault_outcomes import Tally, table  # noqa: E402
 from fault_processes import full_disks, kills, read_only, two_writers  # noqa: E402
 
@@ -52,6 +53,7 @@ CAMPAIGNS: dict[str, tuple[Callable[[Tally, Material, int, int], None], int, int
     "adapters": (damaged_files, 1000, 32),
     "json": (other_types, 10**6, 40),
     "names": (path_tricks, 10**6, 40),
+    "images": (all_images, 10**6, 12),
     "kill": (kills, 20, 1),
     "disk": (full_disks, 20, 2),
     "readonly": (read_only, 1, 1),
