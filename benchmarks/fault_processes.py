@@ -235,14 +235,14 @@ def kill_pushing(tally: Tally, material: Material, cases: int, rng: random.Rando
 def training(material: Material) -> list[str]:
     """Return the command line of a short training run, with three checkpoints an epoch."""
     folder = material.root / "training"
-    command = json.loads((folder / "command.json").read_text()) if folder.exists() else None
+    command = json.loads((folder / "command.json").read_text(encoding="utf-8")) if folder.exists() else None
     if command is None:
         folder.mkdir()
         command = smoke_arguments(folder)
         command[command.index("--augmentation") + 1] = "none"
         command += ["--save_strategy", "steps", "--eval_strategy", "steps", "--save_steps", "3", "--eval_steps", "3"]
         command += ["--disable_tqdm", "true", "--num_train_epochs", "2"]
-        (folder / "command.json").write_text(json.dumps(command))
+        (folder / "command.json").write_text(json.dumps(command), encoding="utf-8")
     return command
 
 
@@ -274,7 +274,7 @@ def kill_training(tally: Tally, material: Material, cases: int, rng: random.Rand
     for index in range(cases):
         shutil.rmtree(output, ignore_errors=True)
         pair.save(0, output)
-        (output / "results.json").write_text('{"earlier": true}')
+        (output / "results.json").write_text('{"earlier": true}', encoding="utf-8")
         place = rng.uniform(0, seconds)
         killed = kill_after(fork(train(material, output), log), place)
         outcome = after_kill(pair, output, final)
@@ -293,7 +293,7 @@ def after_kill(pair: Pair, output: Path, final: torch.Tensor) -> Outcome:
     outcome = nothing_lost(judge(lambda: classify(output), lambda found: one_of(found, [pair.answers[0], final])))
     if outcome[0] != RIGHT:
         return outcome
-    json.loads((output / "results.json").read_text())
+    json.loads((output / "results.json").read_text(encoding="utf-8"))
     # Trainer writes this file last.
     complete = [file.parent for file in output.glob("checkpoint-*/trainer_state.json") if file.stat().st_size]
     if len(complete) > 1 and last_complete_checkpoint(output) is None:

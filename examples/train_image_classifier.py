@@ -17,7 +17,7 @@ For a model that can only be called: prompts that are valid pixels, and the mode
         --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --initial_logit_std 4 \
         --output_dir outputs/my-adapter
 
-Several processes, on GPUs or (with --use_cpu) on a CPU; `docs/scaling.md`:
+Several processes, on GPUs or (with --use_cpu) on a CPU; `docs/train.md`:
 
     accelerate launch --config_file examples/accelerate/one_machine_gpus.yaml examples/train_image_classifier.py ...
 

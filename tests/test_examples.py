@@ -42,6 +42,7 @@ FIGURES = {
     "train_image_classifier": (f"test accuracy {NUMBER}", 1, 1),
     "adaptation": (rf"\| full fine-tuning \| 23,970 \| {NUMBER} \|", 1, 1),
     "data_path": (rf"fastest loader: (?:plain|cached), \d workers, ratio {NUMBER}", *ANY),
+    "arithmetic": (f"share of a step, if nothing overlaps +{NUMBER}", 0.03, 0.04),
     "growth": (f"steepest training step: {NUMBER} of what its operations let one expect", *ANY),
     "input_only": (rf"\| pgn \| 321,680 \| 0.03 \| 1 \| 0.\d+ \| 0.\d+ \| {NUMBER} \|", 1, 1),  # as PNG as in training
     "inversion": (rf"\| 8-bit PNG \| images \| 32 \| 2 \| 4 \| 8 \| 1.000 \| {NUMBER} \|", 1, 1),

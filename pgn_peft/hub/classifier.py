@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class Classifier(NamedTuple):
     """A model with an active PGN adapter, and the image processor that belongs to the adapter.
 
-    Args:
+    Attributes:
         model: a Transformers model that carries the adapter, or PEFT's model around one.
         image_processor: makes the `pixel_values` that the adapter was trained on.
     """

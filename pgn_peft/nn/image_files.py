@@ -28,8 +28,8 @@ def list_files(folder: str | Path) -> list[Path]:
 
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     above = (*above, os.path.realpath(folder))
-    with os.scandir(folder) as entries:
-        entries = sorted(entries, key=lambda entry: entry.name)
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
         if entry.name.startswith(".") or entry.name in NOT_FOLDERS_OF_IMAGES:
             continue

@@ -119,7 +119,8 @@ def checksums_of_parts(file: Path) -> dict[str, str]:
         part, _, own_name = name.rpartition(".pgn_")[2].partition(".")
         if ".pgn_" in name:
             parts.setdefault(f"pgn_{part}", {})[own_name] = tensor
-    return {part: of_tensors(tensors) for part, tensors in parts.items()}
+    checksums = {part: of_tensors(tensors) for part, tensors in parts.items()}
+    return {part: checksum for part, checksum in checksums.items() if checksum is not None}
 
 
 def describe_weights(config: PGNFields) -> dict[str, Tensor]:

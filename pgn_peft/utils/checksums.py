@@ -24,7 +24,7 @@ REMEDY = (
     f"remove `{FIELD}` from {{config}}, load the files and save them again."
 )
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Any)
 
 
 def record(config_file: Path, files: Iterable[Path] = (), parts: Mapping[str, str] | None = None) -> None:
