@@ -33,7 +33,7 @@ SIZES = [
     (10_000, 1),
     (2000, 2000),
 ]
-NEUTRAL = 0  # of the axes a and b
+NEUTRAL = 128  # of the axes a and b
 LARGEST = (10_000, 10_000)
 FORMATS = {
     "PNG": ("1", "L", "P", "RGB", "RGBA", "I;16"),
