@@ -20,7 +20,7 @@ from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES
 from pgn_peft.tuner.encoder_layer import PGNBlock
-from pgn_peft.tuner.head import PGNHead
+from pgn_peft.tuner.head import find_head
 from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
 from pgn_peft.tuner.offloading import loaded, loaded_copy
 
@@ -88,7 +88,7 @@ def make_prompter(
         else:
             slots = library.slot_prompts
             prompts = invert_library(embeddings, tokens, layout, *scale, in_range=in_range, slot_prompts=slots)
-    head = next((module for module in model.modules() if isinstance(module, PGNHead)), None)
+    head = find_head(model)
     own_head = None if head is None else head.head(adapter_name)
     prompter = ImagePrompter(
         layout,
