@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-avx2 quality style coverage wheel clean
+.PHONY: demo test test-avx2 quality style docs coverage wheel clean
 
 # An editable install of the package with all its extras; made again when the dependencies change.
 $(VENV)/installed: pyproject.toml
@@ -38,9 +38,17 @@ style: $(VENV)/installed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+$(VENV)/docs-installed: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# Builds the documentation into site/, with an API reference from the docstrings.
+docs: $(VENV)/docs-installed
+	$(RUN) -m mkdocs build --strict
+
 # Builds the wheel into dist/; tests/test_packaging.py imports one from outside the checkout.
 wheel: $(VENV)/installed
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist outputs demo-output *.egg-info
+	rm -rf $(VENV) build dist site outputs demo-output *.egg-info

@@ -3,9 +3,9 @@
     python benchmarks/data_path.py --data path/to/images --model path/to/deit-tiny-patch16-224
 
 `stages`: one batch in this process: encoded images read, decoded, augmented, resized and normalised, collated; the
-same from cached pixels; the batch augmented on the device. `loaders`: a DataLoader of `train_image_classifier.py`,
-with images as they are on the disk, cached or streamed, with 0, 1 and 2 workers. `ratio` is its speed divided by the
-step's: above 1 it is not the bottleneck. `training` is the speed of the step with this loader.
+same from cached pixels. `loaders`: a DataLoader of `train_image_classifier.py`, with images as they are on the disk or
+cached, with 0, 1 and 2 workers. `ratio` is its speed divided by the step's: above 1 it is not the bottleneck.
+`training` is the speed of the step with this loader.
 
 Everything is measured in turn, round after round, in one process; a figure is the median of its rounds, and a ratio
 that of the rounds' ratios. A step is forward, backward and AdamW on DeiT-Tiny with PGN as the script makes it. The row
@@ -33,11 +33,9 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 import image_data
-from datasets import Image, config
-from image_device import augment
+from datasets import Image
 from image_folder import UprightImage
-from image_stream import StreamCollator, load_images
-from image_transforms import AUGMENTATIONS, Transform, add_transforms, cache_images, pixels_from_bytes
+from image_transforms import AUGMENTATIONS, add_transforms, cache_images, pixels_from_bytes
 from smoke_material import smoke_arguments
 
 from pgn_peft import ImageCollator, PGNConfig
@@ -67,7 +65,7 @@ class Step:
 
 
 class Material:
-    """A data set's training images, as they are, cached and streamed, and the image processor."""
+    """A data set's training images, as they are and cached, and the image processor."""
 
     def __init__(self, data: str, model: str, side: int | None) -> None:
         self.model, self.side = model, side
@@ -75,8 +73,6 @@ class Material:
         arguments = image_data.DataArguments(data)
         self.plain = image_data.load_splits(arguments, seed=0)
         self.cached = cache_images(self.plain, self.processor)
-        arguments.streaming = True
-        self.stream = load_images(arguments, seed=0)["train"]
         self.names = self.plain["train"].features["label"].names
         self.collate = ImageCollator(len(self.names))
 
@@ -88,9 +84,6 @@ class Material:
             "pin_memory": bench.DEVICE.type == "cuda",
             "drop_last": True,
         }
-        if source == "streamed":
-            transform = Transform(self.processor, augmentation)
-            return DataLoader(self.stream, collate_fn=StreamCollator(transform, self.collate, seed=0), **more)
         splits = self.cached if source == "cached" else self.plain
         add_transforms(splits, self.processor, augmentation)
         # A view, which keeps its transform when the next loader's is set.
@@ -108,7 +101,6 @@ class Material:
         side = tuple(finished.shape[-2:])
         pixels = [pixels_from_bytes(row, side) for row in pixel_rows]
         examples = [{"pixel_values": values, "labels": 0} for values in finished]
-        batch = torch.rand(finished.shape, device=bench.DEVICE)
         as_they_are = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
         return {
             "read": lambda: encoded[:count],
@@ -120,7 +112,6 @@ class Material:
             "cached: read": lambda: [pixels_from_bytes(row, side) for row in cached[:count]["pixels"]],
             "cached: augment, official": lambda: [AUGMENTATIONS["official"](one) for one in pixels],
             "cached: normalise": lambda: self.processor(images=pixels, **as_they_are),
-            f"augment on the device ({bench.DEVICE.type}), official": lambda: augment(batch, "official"),
         }
 
 
@@ -155,7 +146,7 @@ def measure(material: Material, options: argparse.Namespace) -> dict[str, Any]:
     step, stages = Step(material, options.precision), material.stages(count)
     batch = next(iter(material.loader("plain", "none", 0, count)))
     step(batch)
-    loaders = list(itertools.product(("plain", "cached", "streamed"), options.augmentations, options.workers))
+    loaders = list(itertools.product(("plain", "cached"), options.augmentations, options.workers))
     steps: list[float] = []
     found: Rounds = {}
     for index in range(options.rounds):
@@ -242,8 +233,6 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--results", default="outputs/data_path.jsonl", help="file of JSON lines, appended to")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
     options = parser.parse_args(command_line)
-    # Whenever a stream of parquet files is closed, datasets waits five seconds for pyarrow's threads.
-    config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     with tempfile.TemporaryDirectory() as folder:
         if options.smoke:
             smoke_arguments(Path(folder))

@@ -41,9 +41,11 @@ class Material:
 
     Args:
         root: a folder for all of them.
+        hub: the Hub of this process, of `loopback_hub`.
     """
 
     root: Path
+    hub: Any = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -260,7 +262,7 @@ def other_types(tally: Tally, material: Material, cases: int, seed: int) -> None
     files = [(form, file) for form in FORMS for file in (CONFIG, PROCESSOR)] + [("prompter", PROMPTER_CONFIG)]
     todo = []
     for form, name in files:
-        settings = json.loads((material.root / form / name).read_text())
+        settings = json.loads((material.root / form / name).read_text(encoding="utf-8"))
         settings.pop("checksums", None)
         for path in places(settings):
             values = [value for value in VALUES if not is_possible(value, at(settings, path), path, name)]
@@ -278,7 +280,7 @@ def other_types(tally: Tally, material: Material, cases: int, seed: int) -> None
     for form, name, path, value, text in todo[:cases]:
         folder = copy_of(material, form)
         edit_json(folder / (PROMPTER_CONFIG if form == "prompter" else CONFIG), checksums=None)
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
         case = f"{form}/{name}, {'.'.join(map(str, path)) or 'all of it'} = {value!r:.40}"
         if form == "prompter":
             tally.add("`ImagePrompter.from_pretrained`", case, judge(prompt, folder, prompted))
@@ -297,7 +299,7 @@ def copy_of(material: Material, form: str) -> Path:
 
 
 def edit_json(file: Path, **fields: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | fields), encoding="utf-8")
 
 
 # Names with path tricks.

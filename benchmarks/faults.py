@@ -30,18 +30,34 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: names of nothing are looked up nowhere
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "examples"), str(ROOT / "tests")]
 
-import torch
-import transformers
-from fault_files import Material, damaged_files, other_types, path_tricks
-from fault_outcomes import Tally, table
+from loopback_hub import LoopbackHub, loopback_hub  # noqa: E402
+
+# Before huggingface_hub is imported, which reads its address then: a Hub in this process, and no other.
+SERVER = loopback_hub()
+HUB: LoopbackHub = SERVER.__enter__()
+os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="faults-")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from fault_files import Material, damaged_files, other_types, path_tricks  # noqa: E402
+from fault_images import all_images  # noqa: E402
+from fault_outcomes import Tally, table  # noqa: E402
+from fault_processes import full_disks, kills, read_only, two_writers  # noqa: E402
 
 # campaign -> function, cases, cases with --smoke
 CAMPAIGNS: dict[str, tuple[Callable[[Tally, Material, int, int], None], int, int]] = {
     "adapters": (damaged_files, 1000, 32),
     "json": (other_types, 10**6, 40),
     "names": (path_tricks, 10**6, 40),
+    "images": (all_images, 10**6, 12),
+    "kill": (kills, 20, 1),
+    "disk": (full_disks, 20, 2),
+    "readonly": (read_only, 1, 1),
+    "two_writers": (two_writers, 10, 1),
 }
 
 
@@ -60,7 +76,9 @@ def main(command_line: list[str] | None = None) -> int:
         campaign, cases, few = CAMPAIGNS[name]
         tally, start = Tally(), time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            campaign(tally, Material(Path(folder)), options.cases or (few if options.smoke else cases), options.seed)
+            campaign(
+                tally, Material(Path(folder), HUB), options.cases or (few if options.smoke else cases), options.seed
+            )
         print(f"\n{name}, seed {options.seed}, {time.monotonic() - start:.0f} s\n\n{table(tally.counts)}")
         if tally.unguarded:
             print(f"\nnot seen by our code:\n\n{table(tally.unguarded)}")

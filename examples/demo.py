@@ -203,7 +203,7 @@ def main(command_line: list[str] | None = None) -> float:
     parser.add_argument("--output_dir", type=Path, default=Path("demo-output"))
     parser.add_argument("--smoke", action="store_true", help="train for a moment only")
     options = parser.parse_args(command_line)
-    epochs = 2 if options.smoke else 25
+    epochs = 4 if options.smoke else 25
     folder = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -218,7 +218,7 @@ def main(command_line: list[str] | None = None) -> float:
     ]
     for method, rates in METHODS.items():
         runs = []
-        for rate in rates[: 1 if options.smoke else None]:
+        for rate in rates[-1:] if options.smoke else rates:
             model, trained = adapt(method, base, digits, rate, epochs)
             runs.append((accuracy(model, digits.turned["validation"]), rate, model))
         validation, rate, model = max(runs, key=lambda run: run[0])

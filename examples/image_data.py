@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from huggingface_hub.errors import HFValidationError
 from image_folder import METADATA, SPLIT_NAMES, UprightImage, check_images, count, list_names, read_folder, say
 from recipes import RECIPES, Recipe
@@ -17,8 +17,6 @@ from transformers import AutoImageProcessor
 
 from pgn_peft.hub.image_size import made_size
 from pgn_peft.nn.image_files import list_files
-
-Rows = Dataset | IterableDataset
 
 
 @dataclass
@@ -40,21 +38,7 @@ class DataArguments:
             "choices": ["official", "flip", "none"],
         },
     )
-    augment_on: str = field(
-        default="loader",
-        metadata={
-            "help": "'loader': one by one, before resizing; 'device': a batch at once, where the model is. For GPUs.",
-            "choices": ["loader", "device"],
-        },
-    )
     image_size: int | None = field(default=None, metadata={"help": "Side of the images in pixels; None: the model's."})
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the training images as they come, without a copy on disk. Needs --max_steps."},
-    )
-    shuffle_buffer: int = field(
-        default=1000, metadata={"help": "With streaming: images, still encoded, among which the next one is drawn."}
-    )
     cache_images: bool = field(
         default=False, metadata={"help": "Decode, resize and crop the images once, and keep their pixels on disk."}
     )
@@ -101,11 +85,11 @@ def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
 
 def find_recipe(dataset: str) -> Recipe:
     """Return where a data set is: a folder, a name in recipes.py, or an id on the Hub."""
-    recipe = Recipe(dataset, 0)
+    recipe = Recipe(dataset)
     return recipe if Path(dataset).exists() else RECIPES.get(dataset, recipe)
 
 
-def name_splits(splits: dict[str, Rows], dataset: str) -> dict[str, Rows]:
+def name_splits(splits: dict[str, Dataset], dataset: str) -> dict[str, Dataset]:
     """Give the splits the names train, validation and test, and leave others out."""
     for name in SPLIT_NAMES["validation"]:
         if name in splits and "validation" not in splits:
@@ -120,13 +104,13 @@ def name_splits(splits: dict[str, Rows], dataset: str) -> dict[str, Rows]:
     return {name: rows for name, rows in splits.items() if name in SPLIT_NAMES}
 
 
-def name_columns(rows: Rows, arguments: DataArguments, recipe: Recipe, decode: bool = True) -> Rows:
-    """Give a split's columns the names `image`, read as RGB (or left encoded), and `label`."""
+def name_columns(rows: Dataset, arguments: DataArguments, recipe: Recipe) -> Dataset:
+    """Give a split's columns the names `image`, read as upright RGB, and `label`."""
     columns = {
         arguments.image_column or recipe.image_column: "image",
         arguments.label_column or recipe.label_column: "label",
     }
-    names = rows.column_names or ()
+    names = rows.column_names
     for column in columns:
         if column not in names:
             raise SystemExit(
@@ -135,7 +119,7 @@ def name_columns(rows: Rows, arguments: DataArguments, recipe: Recipe, decode: b
             )
     rows = rows.select_columns(list(columns))
     rows = rows.rename_columns({old: new for old, new in columns.items() if old != new})
-    return rows.cast_column("image", UprightImage() if decode else Image(decode=False))
+    return rows.cast_column("image", UprightImage())
 
 
 def number_classes(splits: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -177,16 +161,16 @@ def _read(source: str, configuration: str | None) -> dict[str, Dataset]:
     return read_folder(Path(source)) if Path(source).is_dir() else read_source(source, configuration)
 
 
-def read_parquet(files: list[str], streaming: bool = False) -> Rows:
+def read_parquet(files: list[str]) -> Dataset:
     """Open the parquet files of one split: together, all would get the class names of the first, wrong or not."""
     files = [glob.escape(file) for file in files]  # it takes names for patterns
-    return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    return load_dataset("parquet", data_files=files, split="train")
 
 
-def read_source(source: str, configuration: str | None, streaming: bool = False) -> dict[str, Rows]:
+def read_source(source: str, configuration: str | None) -> dict[str, Dataset]:
     """Open a data set on the Hub."""
     try:
-        return load_dataset(source, configuration, streaming=streaming)
+        return load_dataset(source, configuration)
     except (OSError, ValueError, HFValidationError) as error:
         raise SystemExit(
             f"`dataset` must be a folder of images or parquet files, or the id of a data set, but got {source!r}: "

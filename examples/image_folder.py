@@ -106,11 +106,22 @@ def read_folder(folder: Path) -> dict[str, Dataset]:
             f"`dataset` must be a folder of images with one subfolder a class, or of parquet files, but got "
             f"{str(folder)!r} with {found}. Put the images of each class into a subfolder named after it."
         )
+    if unnamed := [str(file) for file in images if not _is_utf_8(str(file))]:
+        raise SystemExit(
+            f"`dataset` must have names of files in UTF-8, but got {unnamed[0]!a} in {str(folder)!r}. Rename it."
+        )
     images = [file for file in images if len(file.parts) > 1]
     _say_what_is_left_out(folder, images, others, loose)
     splits, depth = _find_splits(folder, images)
     names = sorted({name for classes in splits.values() for name in classes})
     return {split: _make_rows(folder, split, classes, depth, names) for split, classes in splits.items()}
+
+
+def _is_utf_8(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _find_splits(folder: Path, images: list[Path]) -> tuple[dict[str, dict[str, list[Path]]], int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import DatasetDict, Features, Value
 from image_folder import UprightImage
 from torch import Tensor
 from torchvision.transforms import v2
@@ -72,16 +72,13 @@ def pixels_from_bytes(row: bytes, size: tuple[int, int]) -> Tensor:
 def add_transforms(splits: dict[str, Any], processor: Any, augmentation: str) -> Transform:
     """Let each split turn its images into `pixel_values` as they are read, the training images augmented.
 
-    A stream is left alone: its images are decoded by `StreamCollator`.
-
     Returns:
         The transform without augmentation.
     """
     cached = "pixels" in splits["train"].column_names
     size = Preprocessing.from_processor(processor).output_size if cached else None
     for split, rows in splits.items():
-        if isinstance(rows, Dataset):
-            rows.set_transform(Transform(processor, augmentation if split == "train" else "none", size))
+        rows.set_transform(Transform(processor, augmentation if split == "train" else "none", size))
     return Transform(processor, "none", size)
 
 

@@ -18,7 +18,7 @@ For a hosted model: prompts that are valid pixels, and the model's own classes m
         --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --initial_logit_std 4 \
         --output_dir outputs/my-adapter
 
-Several processes, on GPUs or (with --use_cpu) on a CPU; `docs/scaling.md`:
+Several processes, on GPUs or (with --use_cpu) on a CPU; `docs/train.md`:
 
     accelerate launch --config_file examples/accelerate/one_machine_gpus.yaml examples/train_image_classifier.py ...
 
@@ -48,16 +48,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import evaluate
-import numpy as np
 import torch
 from adapter_arguments import AdapterArguments, find_label_mapping, start_library
 from card_facts import add_results, describe_data
-from datasets import DatasetDict, Features, Value
+from datasets import DatasetDict
 from filelock import FileLock, Timeout
-from image_data import DataArguments, load_processor, made_side
-from image_loading import LoaderArguments, prepare_images
-from image_stream import load_images, prepare_streaming
+from image_data import DataArguments, load_processor, load_splits, made_side
+from image_loading import LoaderArguments
+from image_transforms import add_transforms, cache_images
 from peft import PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score
 from transformers import (
@@ -139,21 +137,6 @@ class Arguments(LoaderArguments):
         }
 
 
-class Accuracy(evaluate.Metric):
-    """The share of right answers. `evaluate.load("accuracy")` would download its code."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of right answers.",
-            citation="",
-            inputs_description="",
-            features=Features({"predictions": Value("int64"), "references": Value("int64")}),
-        )
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        return {"accuracy": float(accuracy_score(references, predictions))}
-
-
 @contextmanager
 def writing_to(output_dir: str, resume: bool, is_main_process: bool) -> Iterator[None]:
     """Find out before training whether results can be written, and keep other runs from writing there meanwhile.
@@ -210,16 +193,15 @@ def make_trainer(
     else:
         # An adapter has many small tensors: fused, a step over them takes a tenth of the time.
         optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, fused=True)
-    accuracy = Accuracy(keep_in_memory=True)
     return AdapterTrainer(
         model=model,
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         data_collator=ImageCollator(num_labels, interpolate_pos_encoding=interpolate),
-        compute_metrics=lambda outcome: accuracy.compute(
-            predictions=np.argmax(outcome.predictions, axis=-1), references=outcome.label_ids
-        ),
+        compute_metrics=lambda outcome: {
+            "accuracy": accuracy_score(outcome.label_ids, outcome.predictions.argmax(axis=-1))
+        },
         optimizers=(optimizer, None),
         callbacks=[EqualStatistics(), SameSteps()],
         processing_class=processor,
@@ -254,9 +236,21 @@ def check_same_adapter(wanted: PGNConfig, found: PGNConfig) -> None:
             )
 
 
+def check_same_optimizer(wanted: torch.optim.Optimizer, checkpoint: str | Path) -> None:
+    """Stop rather than go on with the optimizer of the checkpoint, which `Trainer` restores whatever was asked for."""
+    found = torch.load(Path(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True)["param_groups"]
+    for group, saved in zip(wanted.param_groups, found, strict=True):
+        for name, stored in (("lr", "initial_lr"), ("weight_decay", "weight_decay"), ("momentum", "momentum")):
+            if group.get(name) != saved.get(stored):
+                raise SystemExit(
+                    f"`resume_from_checkpoint` must name a run with the same optimizer, {name}={group.get(name)} for "
+                    f"{group['name']}, but got one with {saved.get(stored)}. Give the learning rates, the weight "
+                    "decay and the recipe of that run, or another output_dir."
+                )
+
+
 def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict:
     """Train, evaluate and save; return what results.json holds."""
-    prepare_streaming(data, arguments)
     resume = arguments.resume_from_checkpoint not in (None, "", "false", "False")
     with writing_to(arguments.output_dir, resume, arguments.process_index == 0):
         return _train(adapter, data, arguments, resume)
@@ -266,40 +260,46 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
     checkpoint = find_checkpoint(arguments) if resume else None
     set_seed(arguments.seed)
     with arguments.main_process_first(desc="loading the data"):
-        splits = load_images(data, seed=0, shuffle_seed=arguments.seed)
+        splits = load_splits(data, seed=0)
     labels = splits["train"].features["label"].names
+    if len(labels) < 2:
+        raise SystemExit(
+            f"`dataset` must have at least two classes, but got {labels}: a head of one label would learn to "
+            "predict a number. Add images of another class."
+        )
     processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
     side = made_side(processor)
     adapter.config(labels, processor, side, None if adapter.head == "trained" else [*range(len(labels))])
-    with arguments.main_process_first(desc="caching the images"):
-        images = prepare_images(splits, processor, data, arguments.dataloader_num_workers)
-    splits = images.splits
+    if data.cache_images:
+        with arguments.main_process_first(desc="caching the images"):
+            splits = cache_images(splits, processor, arguments.dataloader_num_workers)
+    without_augmentation = splits["train"].with_transform(add_transforms(splits, processor, data.augmentation))
     backbone = AutoModelForImageClassification.from_pretrained(
         adapter.model_name_or_path, revision=adapter.model_revision
     )
     own_size = own_image_size(backbone.get_submodule(find_backbone(backbone).embeddings))
     interpolate = side is not None and own_size != (side, side)
-    mapping = find_label_mapping(backbone, images.as_they_are(), interpolate) if adapter.label_mapping else None
+    mapping = find_label_mapping(backbone, without_augmentation, interpolate) if adapter.label_mapping else None
     config = adapter.config(labels, processor, side, mapping)
     model: PeftModel = get_peft_model(backbone, config, revision=adapter.model_revision)
     if config.prompt_space == "pixel":
-        start_library(model, images.as_they_are(), processor)
+        start_library(model, without_augmentation, processor)
     trainable, _ = model.get_nb_trainable_parameters()
 
     parameters = parameter_groups(model, **arguments.rates(config), weight_decay=arguments.weight_decay)
     trainer = make_trainer(
         model, splits, arguments, parameters, len(labels), interpolate, processor, describe_data(data.dataset)
     )
-    images.attach(trainer)
     if resume:
         if checkpoint is not None:
             check_same_adapter(model.peft_config["default"], PGNConfig.from_pretrained(str(checkpoint)))
+            check_same_optimizer(trainer.optimizer, checkpoint)
         print(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint, starting from the beginning")
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     results = {
         "trainable_parameters": trainable,
-        "train_images": images.count(arguments),
+        "train_images": len(splits["train"]),
         "validation_accuracy": trainer.evaluate(splits["validation"])["eval_accuracy"],
         "test_accuracy": (
             trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"] if "test" in splits else None

@@ -2,18 +2,20 @@
 
 import inspect
 import re
-import subprocess
-import sys
+import runpy
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import tiny_vit
+from peft import get_peft_model
 from PIL import Image
 
 import pgn_peft
+from pgn_peft import Classifier, PGNConfig
 from pgn_peft.tuner.fields import own_fields
 from pgn_peft.utils.citation import CITATION
 
@@ -40,6 +42,8 @@ def run(tmp_path, monkeypatch):
     rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": n % 3} for n in range(6)]
     monkeypatch.setattr(transformers.TrainingArguments, "num_train_epochs", 1)
     server = transformers.pipeline("image-classification", model="vit")
+    adapted = get_peft_model(tiny_vit(num_labels=1000).from_pretrained("vit"), PGNConfig(num_labels=3))
+    Classifier(adapted, ViTImageProcessor.from_pretrained("vit")).save_pretrained("outputs/my-adapter")
 
     def run(page):
         names = {"train_dataset": rows, "image": Image.new("RGB", (40, 30), "red"), "server": server}
@@ -62,29 +66,33 @@ OUTCOMES = {
         [tuple(names[name].shape) for name in ("coefficients", "mixed", "attention")]
         == [(2, 4, 10), (2, 4, 48), (2, 2, 4)]
     ),
-    "docs/memory.md": lambda names: names["model"].base_model.model.vit.layers[0].gradient_checkpointing,
-    "docs/performance.md": lambda names: Path("model.onnx").stat().st_size > 1000,
-    "docs/scaling.md": lambda names: names["arithmetic"]["steps an epoch"] == 1e9 / (64 * 256),
-    "docs/sharing.md": lambda names: (
-        names["logits"].shape == (3, 2) and names["classifier"].model.config.id2label[2] == "owl"
+    "docs/index.md": lambda names: (
+        {entry["label"] for entry in names["classify"](names["image"])} == {f"LABEL_{index}" for index in range(3)}
     ),
-    "docs/training.md": lambda names: (
+    "docs/share.md": lambda names: (
+        names["logits"].shape == (3, 2)
+        and names["classifier"].model.config.id2label[2] == "owl"
+        and Path("model.onnx").stat().st_size > 1000
+    ),
+    "docs/train.md": lambda names: (
         names["trainer"].state.epoch == names["trainer"].args.num_train_epochs
         and {group["lr"] for group in names["groups"]} == {1e-3, 1e-2, 3e-3}
     ),
 }
 
 
-@pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page, "python") and page != "docs/deploy.md"])
 def test_the_guides_code_runs(page, run):
     assert OUTCOMES[page](run(page))
 
 
-def test_the_arithmetic_of_scaling_is_what_its_code_prints(run, capsys):
-    run("docs/scaling.md")
+def test_the_arithmetic_of_many_gpus_is_what_its_script_prints(capsys):
+    import arithmetic
+
+    arithmetic.main([])
     printed = capsys.readouterr().out
     assert "hours an epoch" in printed
-    assert f"```\n{printed}```\n" in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    assert f"```text\n{printed}```\n" in (ROOT / "docs/costs.md").read_text(encoding="utf-8")
 
 
 def test_the_readmes_code_runs(run):
@@ -93,11 +101,19 @@ def test_the_readmes_code_runs(run):
     assert "load_classifier" in source
     names = run("README.md")
     assert names["label"] in {"cat", "dog", "owl"}
+
+
+def test_the_two_clients_of_the_deployment_page_agree(run, tmp_path):
+    """The ONNX one resizes with Pillow, whose pixels differ by a level here and there."""
+    pytest.importorskip("onnxruntime")
+    names = run("docs/deploy.md")
     assert {entry["label"] for entry in names["prompter"].read_answer(names["answer"])} == {
         "mountain",
         "valley",
         "bridge",
     }
+    light = np.asarray(Image.open(tmp_path / "prompted.png")).astype(int)
+    assert abs(light - np.asarray(names["prompter"](names["image"]))).max() <= 2
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -135,13 +151,24 @@ def test_the_floor_of_peft_is_the_same_everywhere():
     assert (ROOT / "pgn_peft/py.typed").exists()
 
 
+def test_the_picture_of_the_method_has_no_small_text(monkeypatch):
+    import matplotlib.text
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import draw_method
+
+    texts = [text for text in draw_method.draw().findobj(matplotlib.text.Text) if text.get_text()]
+    assert min(text.get_fontsize() for text in texts) >= 10  # points, at the SVG's own width of 9.6 inches
+    assert draw_method.FILE.stat().st_size < 150_000
+
+
+def test_the_table_of_fields_is_up_to_date():
+    page = runpy.run_path(str(ROOT / "docs/field_table.py"))["page_with_table"]()
+    assert page == (ROOT / "docs/config.md").read_text(encoding="utf-8"), "run docs/field_table.py"
+
+
 def test_the_citation_file_names_the_paper_of_the_model_cards():
     paper = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
     authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
     for fact in (paper["title"], authors, paper["collection-title"], str(paper["year"])):
         assert fact in CITATION
-
-
-def test_the_table_of_fields_is_up_to_date():
-    check = subprocess.run([sys.executable, ROOT / "docs/field_table.py", "--check"], capture_output=True, text=True)
-    assert check.returncode == 0, check.stderr

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import image_data
 import image_folder
-import image_stream
 
 
 @pytest.fixture(autouse=True)
@@ -128,12 +127,13 @@ def test_any_path_will_do(kind, tmp_path, monkeypatch):
         splits = load(path)
         assert {split: len(rows) for split, rows in splits.items()} == {"train": 24, "validation": 3, "test": 3}
         assert splits["train"].features["label"].names == ["a", "b[1]", "c*d"]
-    stream = (
-        image_stream.load_images(image_data.DataArguments(str(folder), streaming=True), seed=0)
-        if kind == "images"
-        else None
-    )
-    assert stream is None or next(iter(stream["train"]))["label"] in (0, 1, 2)
+
+
+def test_names_that_cannot_be_written_down_are_refused(tmp_path):
+    make(tmp_path, "cat")
+    os.rename(tmp_path / "cat/0.png", os.fsencode(tmp_path) + b"/cat/caf\xe9.png")
+    with pytest.raises(SystemExit, match=r"`dataset` must have names of files in UTF-8, but got 'cat/caf.udce9.png'"):
+        read(tmp_path)
 
 
 def test_images_that_change_are_not_taken_from_a_cache(tmp_path):

@@ -22,9 +22,8 @@ def heap_checks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("instructions", ["SSE41", "AVX2", "ALL"])
-def test_gradients_are_those_of_float64_and_memory_stays_intact(instructions):
-    environment = os.environ | heap_checks() | {"ONEDNN_MAX_CPU_ISA": instructions}
+def test_gradients_are_those_of_float64_and_memory_stays_intact_without_avx_512():
+    environment = os.environ | heap_checks() | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     run = subprocess.run(
         [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, encoding="utf-8"
     )

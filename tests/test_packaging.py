@@ -1,5 +1,6 @@
 """The wheel builds without a network, holds the package and nothing else, and imports."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -44,3 +45,12 @@ def test_the_wheel_builds_and_imports(tmp_path):
         encoding="utf-8",
     )
     assert outcome.stdout.startswith(str(tmp_path / "site"))
+
+
+def test_text_files_are_read_and_written_in_one_encoding():
+    """On Windows the default is another one."""
+    for folder in ("pgn_peft", "examples", "benchmarks"):
+        for path in ROOT.joinpath(folder).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(call, ast.Call) and getattr(call.func, "attr", None) in ("read_text", "write_text"):
+                    assert "encoding" in {keyword.arg for keyword in call.keywords}, f"{path}:{call.lineno}"

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
+from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import TrainingArguments
+from transformers import TrainingArguments, ViTImageProcessor
 
-from pgn_peft import AdapterTrainer, ImageCollator
+from pgn_peft import AdapterTrainer, ImageCollator, make_prompter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -109,3 +110,57 @@ def test_the_script_evaluates_all_images():
 
     with pytest.raises(SystemExit, match="`dataloader_drop_last` must be False, but got True"):
         main([*SCRIPT_ARGUMENTS, "--dataset", "path/to/images", "--dataloader_drop_last", "true"])
+
+
+def test_a_data_set_of_one_class_is_refused(tmp_path, monkeypatch):
+    """huggingface/transformers#45611: one label is no classification; here it became a regression, 100 % accurate."""
+    from datasets import ClassLabel, Dataset, Features, config
+    from datasets import Image as ImageColumn
+    from train_image_classifier import main
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = Features({"image": ImageColumn(), "label": ClassLabel(names=["cat"])})
+    tmp_path.joinpath("images").mkdir()
+    rows = {"image": [Image.new("RGB", (8, 8))] * 20, "label": [0] * 20}
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "images" / "train.parquet"))
+    with pytest.raises(SystemExit, match=r"`dataset` must have at least two classes, but got \['cat'\]"):
+        main([*SCRIPT_ARGUMENTS, "--dataset", str(tmp_path / "images"), "--output_dir", str(tmp_path / "adapter")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"lr": 0.2}, "lr=0.2 for generator, but got one with 0.1"),
+        ({"weight_decay": 0.5}, "weight_decay=0.5 for generator, but got one with 0.0"),
+        ({"kind": torch.optim.SGD}, "momentum=0 for generator, but got one with None"),
+    ],
+)
+def test_a_resumed_run_has_the_optimizer_that_is_asked_for(change, message, tmp_path):
+    """huggingface/transformers#9099: the checkpoint's is restored, and another learning rate was recorded."""
+    from train_image_classifier import check_same_optimizer
+
+    def make(lr=0.1, weight_decay=0.0, kind=torch.optim.AdamW):
+        groups = [{"name": "generator", "params": [torch.nn.Parameter(torch.zeros(2))]}]
+        optimizer = kind(groups, lr=lr, weight_decay=weight_decay)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+
+    torch.save(make()[0].state_dict(), tmp_path / "optimizer.pt")
+    wanted = make(**change)[0]
+    for group in wanted.param_groups:
+        group["lr"] = group.pop("initial_lr")  # as before training, when there is no schedule
+    if message is None:
+        check_same_optimizer(wanted, tmp_path)
+    else:
+        with pytest.raises(SystemExit, match=f"`resume_from_checkpoint` must name a run .* {message}"):
+            check_same_optimizer(wanted, tmp_path)
+
+
+def test_a_prompter_of_images_that_no_file_holds_is_refused():
+    """huggingface/transformers#21981: images of other than 1, 3 or 4 channels ended in a KeyError."""
+    scale = {"image_mean": [0.5, 0.5], "image_std": [0.5, 0.5]}
+    config = tiny_config(prompt_space="pixel", image_size=32, num_virtual_tokens=None, id2label=NAMES, **scale)
+    model = get_peft_model(tiny_vit(num_channels=2), config).eval()
+    assert answer(model, torch.zeros(1, 2, 32, 32)).shape == (1, 2)
+    with pytest.raises(ValueError, match="`num_channels` must be one of 1, 3, 4 .*, but got 2"):
+        make_prompter(model, ViTImageProcessor(size={"height": 32, "width": 32}, **scale))

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class Classifier(NamedTuple):
     """A model with an active PGN adapter, and the image processor that belongs to the adapter.
 
-    Args:
+    Attributes:
         model: a Transformers model that carries the adapter, or PEFT's model around one.
         image_processor: makes the `pixel_values` that the adapter was trained on.
     """
@@ -58,7 +58,7 @@ class Classifier(NamedTuple):
         the processor's size, even if the base's is another one.
         """
         return transformers.pipeline(
-            "image-classification", model=self._as_called().eval(), image_processor=self.image_processor, **kwargs
+            "image-classification", model=self._prepare_model().eval(), image_processor=self.image_processor, **kwargs
         )
 
     def export_onnx(self, path: str | Path) -> None:
@@ -74,11 +74,11 @@ class Classifier(NamedTuple):
         Raises:
             TypeError: the model has no PGN adapter.
         """
-        model = self._as_called()
+        model = self._prepare_model()
         onnx_export.export_model(model, made_of_square(prompt_layer(model), self.image_processor), Path(path))
 
-    def _as_called(self) -> PreTrainedModel:
-        """Return the Transformers model, which takes the image processor's size."""
+    def _prepare_model(self) -> PreTrainedModel:
+        """Have the Transformers model inside take images of the processor's size, and return it."""
         model = unwrap(self.model)
         if isinstance(model, PeftModel):
             model = model.get_base_model()

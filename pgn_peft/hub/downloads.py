@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.utils.checksums import compare_file
 from pgn_peft.utils.files import finish_save, read_settings
-from pgn_peft.utils.values import check_processor
+from pgn_peft.utils.values import check_processor_settings
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
@@ -95,7 +95,7 @@ def check_processor_files(folder: Path) -> None:
         if folder.joinpath(name).is_file():
             settings = read_settings(folder / name)
             nested = settings.get("image_processor")
-            check_processor(nested if isinstance(nested, dict) else settings)
+            check_processor_settings(nested if isinstance(nested, dict) else settings)
 
 
 def has_processor(folder: Path) -> bool:

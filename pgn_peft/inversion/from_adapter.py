@@ -15,12 +15,12 @@ from pgn_peft.nn.layout import PromptLayout, make_layout
 from pgn_peft.nn.library import PatchLibrary
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.pixel_prompts import PixelPrompts
-from pgn_peft.nn.preprocessing import Preprocessing, normalize, to_pixels
+from pgn_peft.nn.preprocessing import PILLOW_MODES, Preprocessing, normalize, to_pixels
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES
 from pgn_peft.tuner.encoder_layer import PGNBlock
-from pgn_peft.tuner.head import PGNHead
+from pgn_peft.tuner.head import find_head
 from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
 from pgn_peft.tuner.offloading import loaded, loaded_copy
 
@@ -49,7 +49,8 @@ def make_prompter(
     Raises:
         TypeError: the model carries no adapter.
         ValueError: no adapter has this name; the adapter has prompts in several layers; its latent prompts do not fill
-            rows of patches, or the model averages its patches; or the processor differs from that of the training.
+            rows of patches, or the model averages its patches; its images have other channels than files have; or the
+            processor differs from that of the training.
     """
     layer = find_layer(model, adapter_name)
     config = layer.configs[adapter_name]
@@ -62,6 +63,11 @@ def make_prompter(
         raise ValueError(
             f"`prompt_space` must be 'pixel' for an adapter that is to become pixels on this model, but got 'latent' "
             f"for {adapter_name!r}: {AVERAGES_PATCHES}. Train one with prompt_space='pixel'."
+        )
+    if layer.num_channels not in PILLOW_MODES:
+        raise ValueError(
+            f"`num_channels` must be one of {', '.join(map(str, PILLOW_MODES))} for a client that sends images, but "
+            f"got {layer.num_channels}. Use the adapter inside its model."
         )
     preprocessing = Preprocessing.from_processor(processor)
     layout = _layout(layer, adapter_name, preprocessing)
@@ -82,7 +88,7 @@ def make_prompter(
         else:
             slots = library.slot_prompts
             prompts = invert_library(embeddings, tokens, layout, *scale, in_range=in_range, slot_prompts=slots)
-    head = next((module for module in model.modules() if isinstance(module, PGNHead)), None)
+    head = find_head(model)
     own_head = None if head is None else head.head(adapter_name)
     prompter = ImagePrompter(
         layout,

@@ -41,6 +41,15 @@ def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([torch.full((1, 1), value, dtype=like.dtype, device=like.device) for value in values])
 
 
+def check_image_processor(name: str, value: Any) -> None:
+    """Raise unless `value` is an image processor of Transformers that normalises."""
+    if not (hasattr(value, "image_mean") and hasattr(value, "rescale_factor") and hasattr(value, "save_pretrained")):
+        raise TypeError(
+            f"`{name}` must be an image processor, but got {type(value).__name__}. Load it: "
+            "AutoImageProcessor.from_pretrained(model_id)."
+        )
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """The steps of an image processor, from any image to the pixels that the model's input is normalised from.
@@ -69,11 +78,7 @@ class Preprocessing:
             TypeError: `processor` is not an image processor.
             ValueError: `processor` has another filter or scale, does not normalise, or pads.
         """
-        if not hasattr(processor, "rescale_factor"):
-            raise TypeError(
-                f"`processor` must be an image processor, but got {processor!r}. Load it: "
-                "AutoImageProcessor.from_pretrained(model_id)."
-            )
+        check_image_processor("processor", processor)
         for name, wanted in (("do_normalize", True), ("do_rescale", True), ("do_pad", False)):
             found = getattr(processor, name, None)
             if found is not None and bool(found) != wanted:

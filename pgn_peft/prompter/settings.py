@@ -13,7 +13,14 @@ from pgn_peft.nn.layout import LAYOUTS, PromptLayout, make_layout
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import RESAMPLING, Preprocessing
 from pgn_peft.utils.labels import normalize_id2label
-from pgn_peft.utils.values import check_choice, filled, read_channel_values, read_indices, read_integer, read_pair
+from pgn_peft.utils.values import (
+    check_choice,
+    filled,
+    read_channel_values,
+    read_indices,
+    read_integer,
+    read_pair,
+)
 
 # Upper bounds, far beyond what is used, so that no file can make the client allocate large tensors.
 LARGEST_SIDE, LARGEST_LIBRARY, LARGEST_WIDTH = 4096, 65_536, 1024

@@ -22,6 +22,7 @@ from transformers.utils.hub import PushInProgress
 from pgn_peft.hub import publishing
 from pgn_peft.hub.classifier import Classifier
 from pgn_peft.hub.model_card import CardFacts
+from pgn_peft.nn.preprocessing import check_image_processor
 from pgn_peft.training.distributed import check_processes_meet
 from pgn_peft.tuner.adapters import unwrap
 from pgn_peft.utils.files import replacing
@@ -89,11 +90,8 @@ class AdapterTrainer(Trainer):
                 f"{HubStrategy(self.args.hub_strategy).value!r}: a whole checkpoint holds pickles. Keep "
                 "checkpoints to yourself."
             )
-        if self.args.push_to_hub and not hasattr(self.processing_class, "image_mean"):
-            raise TypeError(
-                f"`processing_class` must be the image processor, but got {type(self.processing_class).__name__}. "
-                "Pass it, so that it is published with the adapter."
-            )
+        if self.args.push_to_hub:
+            check_image_processor("processing_class", self.processing_class)
         if self.args.push_to_hub and self.is_world_process_zero():
             # Now, rather than after hours of training.
             publishing.check_shareable(self.classifier.model, self.hub_model_id)

@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.head import record_inferred_problem_type
+from pgn_peft.tuner.head import find_head
 from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
 from pgn_peft.tuner.saved_weights import PREFIX
 
@@ -71,7 +71,9 @@ def active_adapter(model: Any) -> tuple[str, PGNConfig]:
         raise ValueError(
             f"`model` must have an active adapter, but got {list(active)}. Activate one: set_adapter(name)."
         )
-    record_inferred_problem_type(model)
+    head = find_head(model)
+    if head is not None:
+        head.record_problem_type()
     config = copy.copy(model.peft_config[active[0]])
     config.inference_mode = True
     # PEFT records this for a model's first adapter only.

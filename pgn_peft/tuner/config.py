@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -13,7 +13,7 @@ from pgn_peft.tuner.fields import PGNFields, PGNPeftType, own_fields
 from pgn_peft.tuner.forward_compatibility import name_newer, reads_newer
 from pgn_peft.tuner.saved_weights import check_saved_weights, checksums_of_parts, find_weights
 from pgn_peft.utils.checksums import compare_file, record, with_checksums
-from pgn_peft.utils.files import finish_save, read_settings, replacing
+from pgn_peft.utils.files import COMPLETE, finish_save, read_settings, replacing
 
 # Containers of an adapter's modules, which have checksums of their own.
 PARTS = ("pgn_generator", "pgn_library", "pgn_head")
@@ -38,8 +38,6 @@ class PGNConfig(PGNFields):
     (its released checkpoints saw 224 px), `slot_prompts=False` and `initial_logit_std=0`.
     """
 
-    saved_checksums: ClassVar[dict[str, str]]  # of an instance, set by `with_checksums`; no field
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, with checksums; see `PeftConfig.save_pretrained`.
 
@@ -52,6 +50,8 @@ class PGNConfig(PGNFields):
         # so that what lies there now may be those of an earlier save.
         weights_are_written = "auto_mapping_dict" in kwargs
         weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if weights_are_written:  # a save that was interrupted before is not completed over them
+            Path(save_directory, COMPLETE, SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
         with replacing(Path(save_directory)) as folder:
             super().save_pretrained(str(folder), **kwargs)
             if weights_are_written and weights.is_file():

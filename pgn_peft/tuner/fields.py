@@ -194,6 +194,7 @@ class PGNFields(PeftConfig):
         super().__post_init__()
         self.task_type = task_type
         self.peft_type = PGNPeftType.PGN
+        self.saved_checksums: dict[str, str] = {}  # see `with_checksums`; no field, since it describes files
         if self.pgn_peft_version is None:
             self.pgn_peft_version = __version__
         self.validate()
@@ -221,8 +222,8 @@ class PGNFields(PeftConfig):
             value, limits = getattr(self, field.name), field.metadata
             if limits["integers"] is not None:
                 smallest, largest = limits["integers"]
-                integer = checks.read_integer(field.name, value, smallest, largest, optional=limits["none"])
-                setattr(self, field.name, integer)
+                optional: bool = limits["none"]
+                setattr(self, field.name, checks.read_integer(field.name, value, smallest, largest, optional))
             elif limits["choices"] is not None and not (value is None and limits["none"]):
                 checks.check_choice(field.name, value, limits["choices"])
         checks.check_scale("initializer_range", self.initializer_range, "0.02")

@@ -143,11 +143,9 @@ class PGNHead(PGNTunerLayer):
         super()._save_to_state_dict(*args, **kwargs)
 
 
-def record_inferred_problem_type(model: nn.Module) -> None:
-    """Record a problem type that Transformers inferred in the config of the adapter whose head is used."""
-    for module in model.modules():
-        if isinstance(module, PGNHead):
-            module.record_problem_type()
+def find_head(model: nn.Module) -> PGNHead | None:
+    """Find the layer with the adapters' heads; None in a model for features."""
+    return next((module for module in model.modules() if isinstance(module, PGNHead)), None)
 
 
 def plain_weight(linear: nn.Linear) -> Tensor:

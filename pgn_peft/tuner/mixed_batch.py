@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.batch_adapters import BASE, running_batch
-from pgn_peft.tuner.head import PGNHead
+from pgn_peft.tuner.head import find_head
 from pgn_peft.tuner.layer import PGNLayer
 
 
@@ -75,7 +75,7 @@ def _check_names(tuner: BaseTuner, adapter_names: Any) -> tuple[str, ...]:
 
 
 def _check_labels(tuner: BaseTuner, names: Sequence[str]) -> None:
-    head = next((module for module in tuner.modules() if isinstance(module, PGNHead)), None)
+    head = find_head(tuner)
     if head is None or not names:
         return
     labels = {name: (head.base_labels if name == BASE else head.labels[name]).id2label for name in names}

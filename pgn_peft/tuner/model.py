@@ -138,15 +138,15 @@ class PGNModel(BaseTuner):
                 setattr(parent, target_name, target)
             target.update_layer(adapter_name, injection.config)
             return
-        layer = self._prompt_layer(injection.backbone)
+        layer = self._wrap_embeddings(injection.backbone)
         if current_key == injection.backbone.embeddings:
             layer.update_layer(adapter_name, injection.config)
         elif not isinstance(target, PGNBlock):
             ends = injection.cuts_prompts_after(current_key)
             setattr(parent, target_name, PGNBlock(target, layer, int(target_name), ends))
 
-    def _prompt_layer(self, backbone: Backbone) -> PGNLayer:
-        """Return the layer that makes the prompts; wrap the embeddings with it if they are not wrapped yet."""
+    def _wrap_embeddings(self, backbone: Backbone) -> PGNLayer:
+        """Wrap the embeddings, if they are not wrapped yet, and return the layer that makes the prompts."""
         above, _, name = backbone.embeddings.rpartition(".")
         parent = self.model.get_submodule(above)
         layer = getattr(parent, name)

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,7 @@ REMEDY = (
     f"remove `{FIELD}` from {{config}}, load the files and save them again."
 )
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Config = TypeVar("Config", bound="DataclassInstance")
+Config = TypeVar("Config", bound=Any)
 
 
 def record(config_file: Path, files: Iterable[Path] = (), parts: Mapping[str, str] | None = None) -> None:
@@ -142,7 +139,7 @@ def with_checksums(config_name: str) -> Any:
         init = config_class.__init__
 
         @functools.wraps(init)
-        def __init__(self: Any, *args: Any, checksums: Any = None, **fields: Any) -> None:  # noqa: N807
+        def __init__(self: Config, *args: Any, checksums: Any = None, **fields: Any) -> None:  # noqa: N807
             settings = fields | {FIELD: checksums}
             if not fields.keys() <= config_class.__dataclass_fields__.keys():
                 # PEFT leaves out fields that the constructor refuses, and so would take a misspelt one's default.
@@ -152,7 +149,7 @@ def with_checksums(config_name: str) -> Any:
             compare_settings(settings, config_name)
             self.saved_checksums = checksums or {}
 
-        config_class.__init__ = __init__  # type: ignore[method-assign]  # a decorator wraps it
+        config_class.__init__ = __init__
         return config_class
 
     return decorate

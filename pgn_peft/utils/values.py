@@ -78,7 +78,7 @@ def check_scale(name: str, value: Any, official: str, zero: bool = False) -> Non
         raise ValueError(f"`{name}` must lie in 0..1000{bound}, but got {value!r}. {remedy}")
 
 
-def check_processor(settings: Mapping[str, Any]) -> None:
+def check_processor_settings(settings: Mapping[str, Any]) -> None:
     """Check the fields of an image processor's file. Transformers takes any text for True, and True for a number.
 
     Raises:

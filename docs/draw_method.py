@@ -1,0 +1,116 @@
+"""Draw images/method.svg, the figure of the method in the README and in how-it-works.md.
+
+    python docs/draw_method.py
+
+Light blue is frozen, orange is trained (colours of Okabe and Ito, which differ in brightness too).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch, Patch, Polygon, Rectangle
+
+FILE = Path(__file__).parent / "images" / "method.svg"
+FROZEN, TRAINED, TOKEN, INK = "#cfe6f5", "#f2b23e", "#0072b2", "#202020"
+SHADES = ["#7a3b00", "#d55e00", "#f0a070", "#ffe0c8"]  # of the library's tokens
+MIXTURES = np.array([[0.7, 0.2, 0.1, 0.0], [0.1, 0.0, 0.2, 0.7], [0.0, 0.6, 0.4, 0.0]])  # coefficients (P, L)
+
+
+def box(ax: Axes, x: float, y: float, width: float, height: float, text: str, color: str) -> None:
+    """Draw a part of the network with its name."""
+    shape = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.12", fc=color, ec=INK, lw=1.2)
+    ax.add_patch(shape)
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=11)
+
+
+def square(ax: Axes, x: float, y: float, color, side: float = 0.34) -> None:
+    """Draw one vector."""
+    ax.add_patch(Rectangle((x, y), side, side, fc=color, ec=INK, lw=0.9))
+
+
+def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw an arrow."""
+    ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.4, "shrinkA": 0, "shrinkB": 0})
+
+
+def label(ax: Axes, x: float, y: float, text: str) -> None:
+    """Write below or above what is drawn."""
+    ax.text(x, y, text, ha="center", va="center", fontsize=10.5)
+
+
+def mixture(weights: np.ndarray) -> np.ndarray:
+    """Return the colour that the library's colours mix to: that of a prompt."""
+    return weights @ np.array([mpl.colors.to_rgb(shade) for shade in SHADES])
+
+
+def draw() -> plt.Figure:
+    """Draw the whole figure."""
+    figure, ax = plt.subplots(figsize=(9.6, 4.1))
+    figure.subplots_adjust(0, 0, 1, 1)
+    ax.set(xlim=(0, 14.4), ylim=(-0.2, 5.95), aspect="equal")
+    ax.set_axis_off()
+
+    # The image: sky, sun and a hill, cut into 3 x 3 patches.
+    ax.add_patch(Rectangle((0.3, 2.2), 1.8, 1.8, fc="#9ecae1", ec="none"))
+    ax.add_patch(Polygon([(0.3, 2.2), (0.3, 2.7), (1.0, 3.3), (1.6, 2.8), (2.1, 3.0), (2.1, 2.2)], fc="#5a7d4a"))
+    ax.add_patch(plt.Circle((1.65, 3.6), 0.22, fc="#f0e442", ec=INK, lw=0.6))
+    for step in range(4):
+        ax.plot([0.3 + 0.6 * step] * 2, [2.2, 4.0], color="white", lw=1.2)
+        ax.plot([0.3, 2.1], [2.2 + 0.6 * step] * 2, color="white", lw=1.2)
+    label(ax, 1.2, 1.9, "image")
+
+    # The frozen way: patches to tokens.
+    arrow(ax, (1.2, 4.1), (1.2, 4.95)), arrow(ax, (1.2, 4.95), (2.3, 4.95))
+    box(ax, 2.35, 4.45, 1.9, 1.0, "patch\nembedding", FROZEN)
+    arrow(ax, (4.3, 4.95), (5.0, 4.95))
+    for index in range(5):
+        square(ax, 5.05 + 0.4 * index, 4.78, TOKEN)
+    label(ax, 6.03, 5.45, "N image tokens")
+    for index, weights in enumerate(MIXTURES):
+        square(ax, 7.25 + 0.4 * index, 4.78, mixture(weights))
+    label(ax, 8.0, 5.45, "P prompts")
+    arrow(ax, (8.55, 4.95), (9.3, 4.95))
+    box(ax, 9.35, 4.25, 1.9, 1.4, "transformer\nencoder", FROZEN)
+    arrow(ax, (11.3, 4.95), (11.8, 4.95))
+    box(ax, 11.85, 4.45, 1.1, 1.0, "head", TRAINED)
+    arrow(ax, (13.0, 4.95), (13.4, 4.95))
+    ax.text(13.45, 4.95, "class", ha="left", va="center", fontsize=11)
+
+    # The trained way: image to coefficients, coefficients and library to prompts.
+    arrow(ax, (1.2, 1.65), (1.2, 0.95)), arrow(ax, (1.2, 0.95), (2.3, 0.95))
+    ax.add_patch(Polygon([(2.35, 0.2), (2.35, 1.7), (4.25, 1.4), (4.25, 0.5)], fc=TRAINED, ec=INK, lw=1.2))
+    ax.text(3.25, 0.95, "generator\n(small CNN)", ha="center", va="center", fontsize=11)
+    arrow(ax, (4.3, 0.95), (4.95, 0.95))
+    for row, weights in enumerate(MIXTURES):
+        for column, weight in enumerate(weights):
+            square(ax, 5.0 + 0.36 * column, 1.14 - 0.36 * row, str(1 - 0.85 * weight))
+    label(ax, 5.72, 1.85, "coefficients")
+    label(ax, 5.72, 0.12, "P x L, for this image")
+    ax.text(6.85, 0.95, "×", ha="center", va="center", fontsize=17)  # noqa: RUF001
+    ax.add_patch(FancyBboxPatch((7.13, 0.05), 0.84, 1.8, boxstyle="round,pad=0,rounding_size=0.1", fc=TRAINED, ec=INK))
+    for index, shade in enumerate(SHADES):
+        square(ax, 7.38, 1.37 - 0.41 * index, shade)
+    ax.text(8.12, 0.95, "library of\nL learned\ntokens", ha="left", va="center", fontsize=11)
+    arrow(ax, (7.55, 1.9), (7.55, 4.7))
+    ax.text(7.75, 3.2, "mixed for each image,\nthen appended", ha="left", va="center", fontsize=10.5)
+
+    keys = [
+        Patch(fc=FROZEN, ec=INK, label="frozen: never changes"),
+        Patch(fc=TRAINED, ec=INK, label="trained: the adapter"),
+    ]
+    ax.legend(handles=keys, loc="lower right", bbox_to_anchor=(0.995, 0.03), fontsize=11, frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    mpl.rcParams["svg.hashsalt"] = "pgn"  # the same file each time
+    figure = draw()
+    figure.savefig(FILE, facecolor="white", metadata={"Date": None})
+    print(FILE)
