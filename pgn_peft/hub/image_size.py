@@ -17,7 +17,7 @@ def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
     if layer.fixed_size is None:
         return False
     height, width = layer.fixed_size
-    # Not square, so that a processor that keeps the proportions shows it.
+    # Not square, to find processors that keep the aspect ratio.
     return made_size(image_processor, (height, 2 * width), layer.num_channels) != (height, width)
 
 

@@ -27,7 +27,7 @@ CARD_FILE = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE)
 CHECKED_FILES = (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 
-# What can be done about an answer of the Hub.
+# Remedies by HTTP status of the Hub.
 REMEDIES: dict[int | None, str] = {
     401: "Log in with `hf auth login`, or pass a token",
     403: "Use a token with write access, or a repository of your own",
@@ -93,7 +93,7 @@ def push(
 ) -> CommitInfo:
     """Save an adapter's files, and upload them; see `Classifier.push_to_hub`."""
     check_shareable(model, upload.repo_id)
-    # Not removed by a context manager: after a failed upload it is what there is.
+    # Not a context manager: after a failed upload the folder is kept.
     folder = Path(tempfile.mkdtemp(prefix="adapter-") if save_directory is None else save_directory)
     save(model, image_processor, folder, facts, upload.repo_id)
     commit = push_folder(folder, upload)
@@ -121,7 +121,7 @@ def push_folder(folder: Path, upload: Upload) -> CommitInfo:
             commit_message=upload.commit_message,
             create_pr=upload.create_pr,
         )
-    except Exception as error:  # the client raises many kinds, and none may lose the adapter
+    except Exception as error:  # the client raises errors of many kinds
         raise OSError(_explain(error, folder, upload)) from error
 
 

@@ -1,4 +1,4 @@
-"""What an image processor does, for those who have none: resize, crop, normalise. Torch, numpy and Pillow."""
+"""The steps of an image processor without Transformers: resize, crop, normalise. Torch, numpy and Pillow."""
 
 from __future__ import annotations
 
@@ -208,8 +208,8 @@ def to_pixels(image: Any, num_channels: int) -> Tensor:
         (C, H, W) uint8.
 
     Raises:
-        TypeError: it is something else.
-        ValueError: it has another number of channels, or values out of range.
+        TypeError: `image` is of another kind.
+        ValueError: `image` has another number of channels, or values out of range.
     """
     if isinstance(image, Image.Image):
         image = np.array(convert_image(image, PILLOW_MODES[num_channels]))
@@ -268,7 +268,7 @@ def read_images(
 
     Raises:
         TypeError: an image is of no such kind.
-        ValueError: there is none, its values are impossible, or another size comes out.
+        ValueError: `images` is empty, has values out of range, or another size comes out.
     """
     batched = isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4
     single = not batched and isinstance(images, (Image.Image, np.ndarray, Tensor))

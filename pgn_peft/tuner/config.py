@@ -76,7 +76,7 @@ class PGNConfig(PGNFields):
         """
         finish_save(Path(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        # The width is recorded when an adapter is made; without it this is a bare configuration.
+        # The width is recorded when an adapter is made; without it there are no weights to check.
         if config.hidden_size is not None:
             download_kwargs, _, _ = cls._split_kwargs(kwargs)
             with name_newer(config.pgn_peft_version):

@@ -138,7 +138,7 @@ class PGNHead(PGNTunerLayer):
             config.problem_type = getattr(self._model_config, "problem_type", None)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # Every way of saving an adapter reads the state dict first, and writes the adapter's config after it.
+        # Whatever saves an adapter reads the state dict first, and writes the config afterwards.
         self.record_problem_type()
         super()._save_to_state_dict(*args, **kwargs)
 

@@ -249,7 +249,7 @@ class PGNLayer(PGNTunerLayer):
         """
         config, library = self.configs[adapter_name], cast(PatchLibrary, self.library(adapter_name))
         mean, std = filled(config.image_mean), filled(config.image_std)
-        # In float32, whatever the backbone computes in: half precision does not hold 8 bits of a normalised pixel.
+        # Always in float32: half precision does not hold 8 bits of a normalised pixel.
         pixels = denormalize(pixel_values.float(), mean, std)
         patches = self.prompts(adapter_name, pixel_values).float()
         prompted = compose(pixels, patches, self.layouts[adapter_name], library.image_offset)

@@ -1,4 +1,4 @@
-"""What a saved adapter holds, as its config describes it; and the comparison with what a file really holds."""
+"""The tensors of a saved adapter as its config describes them, and their comparison with a file's."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PREFIX = "base_model.model."
 WRAPPED = "_orig_mod."
 # What PEFT passes on of its callers' options.
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# Far beyond what is used, and as much as a gigabyte: no file can ask for more.
+# An upper limit of a gigabyte, far beyond what is used.
 LARGEST_ADAPTER = 2**28
 
 
 def check_size(config: PGNFields) -> None:
-    """Refuse an adapter that cannot be meant, before memory is taken for it.
+    """Refuse an adapter that is too large, before memory is allocated for it.
 
     Args:
         config: the adapter's, with the recorded `hidden_size` and `num_channels`.
@@ -90,7 +90,7 @@ def check_saved_weights(folder: Path, config: PGNFields) -> None:
     expected = describe_weights(config)
     try:
         with safe_open(file, "pt") as archive:
-            # Only the header, so that no file can take more memory than its config has been allowed.
+            # Only the header, so that a file cannot take more memory than its config describes.
             header = {name: _empty(archive.get_slice(name)) for name in archive.keys()}  # noqa: SIM118
         _compare(expected, header, config, str(file))
         _compare(expected, load_file(file), config, str(file))
