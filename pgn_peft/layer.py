@@ -142,6 +142,8 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._any_size = takes_any_size(base_layer)
+        self._base_loaded = False  # whether a state dict that is being loaded has tensors of the backbone
+        self.register_load_state_dict_post_hook(_follow_the_backbone)
         self.training = base_layer.training
 
     @property
@@ -181,6 +183,10 @@ class PGNLayer(PGNTunerLayer, nn.Module):
             self._forget(self.pgn_generator, adapter_name)
         else:
             self.pgn_generator[adapter_name] = self._settle(generator)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._base_loaded = any(name.startswith(f"{prefix}base_layer.") for name in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def prompts(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
         """Generate the prompts of one adapter for a batch of images.
@@ -304,3 +310,11 @@ class PGNLayer(PGNTunerLayer, nn.Module):
         pixel_values = args[0] if args else kwargs.get("pixel_values")
         check_pixel_values(pixel_values, self.num_channels, None if interpolate else self.fixed_size)
         return args, kwargs
+
+
+def _follow_the_backbone(layer: PGNLayer, incompatible_keys: Any) -> None:
+    """Compute what adapters in pixel space derive from the backbone's weights, where others have been loaded."""
+    if layer._base_loaded and layer.layouts and not layer.projection.weight.is_meta:
+        inverse = PatchInverse(layer.projection.weight)
+        for name in layer.layouts:
+            layer.pgn_library[name].directions = inverse.directions(layer.configs[name].image_std)
