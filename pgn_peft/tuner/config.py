@@ -106,12 +106,8 @@ class PGNConfig(PGNFields):
 
 def _describe_fields() -> str:
     indent = 4 * " "
-    return "\n".join(
-        textwrap.fill(
-            f"{field.name}: {field.metadata['help']}", 115, initial_indent=indent, subsequent_indent=2 * indent
-        )
-        for field in own_fields()
-    )
+    texts = (f"{field.name}: {field.metadata['help']}" for field in own_fields())
+    return "\n".join(textwrap.fill(text, 115, initial_indent=indent, subsequent_indent=2 * indent) for text in texts)
 
 
 # Python -OO leaves no docstring to complete.
