@@ -28,9 +28,6 @@ class PGNConfig(PGNFields):
 
     A field left at None is filled from the model when the adapter is created, and saved with it.
 
-    Args:
-        {fields}
-
     Raises:
         TypeError: a field has the wrong type.
         ValueError: a field has an impossible value.
@@ -111,4 +108,5 @@ def _describe_fields() -> str:
 
 
 # Python -OO leaves no docstring to complete.
-PGNConfig.__doc__ = inspect.cleandoc(PGNConfig.__doc__ or "").replace("    {fields}", _describe_fields())
+_text = inspect.cleandoc(PGNConfig.__doc__ or "")
+PGNConfig.__doc__ = _text.replace("Raises:", f"Args:\n{_describe_fields()}\n\nRaises:", 1)
