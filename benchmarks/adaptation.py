@@ -1,4 +1,4 @@
-"""PGN against everything that a user would pick instead, on the same frozen backbone.
+"""PGN and the alternatives to it, on the same frozen backbone.
 
 The table: every method on every data set, its learning rate chosen on validation, then three seeds, test once.
 
@@ -6,19 +6,19 @@ The table: every method on every data set, its learning rate chosen on validatio
         path/to/flowers17 digits
     python benchmarks/report.py
 
-One cell: `--data digits --methods pgn --seeds 0`. Another setting: `--set library_size=16 --no-test`, with any field
-of `PGNConfig` or of the protocol. `--ablations` runs a list of such settings on validation, at the learning rate that
-the table has chosen, the most telling first; `--ablations train_images` only those that change this field.
+A single cell: `--data digits --methods pgn --seeds 0`. Another setting: `--set library_size=16 --no-test`, with any
+field of `PGNConfig` or of the protocol. `--ablations` runs a list of such settings on validation, at the learning rate
+that the table has chosen, the most informative first; `--ablations train_images` only those that change this field.
 
 `--protocol small` (the default): 112 px, at most 1,000 training images, 12 epochs: for a CPU, two to three minutes a
 run on one core; start two processes with other `--methods` or `--data` on two cores (they may share a results file).
 `--protocol full`: 224 px, all training images: for an accelerator.
 
-Every run is a line of JSON in the results file: settings, accuracy, hardware, versions, seconds. A run that is there
-already is not repeated, so an interrupted benchmark goes on where it stopped. The learning rate is chosen from a grid
-of equal size for each method (the linear probe has seven, since they cost nothing) with the first seed, by the
-accuracy on validation after the last epoch. Only then are the runs with that rate tested, once each. What was trained
-is kept until then in a folder beside the results file.
+Every run is a line of JSON in the results file: settings, accuracy, hardware, versions, seconds. A run that is in it
+is not repeated, so an interrupted benchmark continues where it stopped. The learning rate is chosen from a grid of
+equal size for each method (the linear probe has seven, which are cheap) with the first seed, by the accuracy on
+validation after the last epoch. Only then are the runs with that rate tested, once each. What was trained is kept
+until then in a folder beside the results file.
 
 `--smoke`: a tiny model on generated images, offline, in seconds.
 """

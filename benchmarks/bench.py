@@ -1,4 +1,4 @@
-"""What all benchmarks share: images as tensors, one training loop, a file of results that can be gone on with."""
+"""Common parts of all benchmarks: images as tensors, a training loop, a file of results that can be continued."""
 
 from __future__ import annotations
 

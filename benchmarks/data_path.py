@@ -1,15 +1,15 @@
-"""Does the loader starve the model? Images a second of each stage of the data path, beside those of a training step.
+"""Is the loader the bottleneck? Images per second of each stage of the data path, and of a training step.
 
     python benchmarks/data_path.py --data path/to/images --model path/to/deit-tiny-patch16-224
 
 `stages`: one batch in this process: encoded images read, decoded, augmented, resized and normalised, collated; the
-same from cached pixels. `loaders`: a DataLoader of `train_image_classifier.py`,
-with images as they are on the disk or cached, with 0, 1 and 2 workers. `ratio` is by how much it is faster
-than the step: above 1 it is not the bottleneck. `training` is what comes out when the step is fed by it.
+same from cached pixels. `loaders`: a DataLoader of `train_image_classifier.py`, with images as they are on the disk or
+cached, with 0, 1 and 2 workers. `ratio` is its speed divided by the step's: above 1 it is not the bottleneck.
+`training` is the speed of the step with this loader.
 
 Everything is measured in turn, round after round, in one process; a figure is the median of its rounds, and a ratio
-that of the rounds' ratios. A step is forward, backward and AdamW on DeiT-Tiny with PGN as the script makes it. The
-row is appended to a file of JSON lines and printed as Markdown; one that is there is not repeated. `--smoke`: tiny,
+that of the rounds' ratios. A step is forward, backward and AdamW on DeiT-Tiny with PGN as the script makes it. The row
+is appended to a file of JSON lines and printed as Markdown; one that is in it is not repeated. `--smoke`: tiny,
 offline, in seconds.
 """
 

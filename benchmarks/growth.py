@@ -1,10 +1,10 @@
-"""How cost grows: time and memory of a step against prompts, library, image size, batch and number of adapters.
+"""Growth of cost: time and memory of a step against prompts, library, image size, batch and number of adapters.
 
     python benchmarks/growth.py --plots docs/images
 
 One thing is changed at a time, on a DeiT-Tiny of random weights; all values of it take turns in one process. Beside
-each measured time stands what the counted operations would let one expect, starting from the second value, since at
-the smallest the fixed cost of a step shows. Memory is what a training step keeps for its way back, plus the weights.
+each measured time stands the time expected from the counted operations, relative to the second value, since fixed
+costs dominate the smallest. Memory is a training step's saved activations, plus the weights.
 
 `--smoke`: a tiny model, in seconds.
 """

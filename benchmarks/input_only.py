@@ -1,4 +1,4 @@
-"""Ways to adapt a model through nothing but the image that is sent to it, side by side, as 8-bit PNGs.
+"""Methods that adapt a model through its input image alone, compared on 8-bit PNGs.
 
     python benchmarks/input_only.py --data ../shared/data/eurosat --model ../shared/models/deit-tiny-patch16-224
 
@@ -10,14 +10,14 @@ are read off its answers by a label mapping found by frequency on the training i
 - static: learned patches around the shrunk image, the same for all images;
 - pgn: patches mixed for each image.
 
-`--head trained` trains a linear head as well (for a server that lets one bring a head), with the linear probe in place
-of the mapping, and latent prompts ("latent-static", "latent-pgn") to compare with.
+`--head trained` trains a linear head as well (for a server that accepts a head), with the linear probe in place of the
+mapping, and latent prompts ("latent-static", "latent-pgn") to compare with.
 
 All methods see the same images, flips, batches, epochs and schedule. Each one's learning rate is chosen from a grid of
 equal size by the accuracy on validation with seed 0; the report is that of other seeds, on test images seen once,
 after the last epoch. Figures are those of the PNGs: encoded, decoded, and through the server's processor; and of JPEGs
-of quality 90, to see what they cost. Every run is
-appended to a file of JSON lines, and one that is there is not repeated. `--smoke`: tiny, offline, in seconds.
+of quality 90, for the loss that they cause. Every run is appended to a file of JSON lines, and one that is in it is
+not repeated. `--smoke`: tiny, offline, in seconds.
 """
 
 from __future__ import annotations

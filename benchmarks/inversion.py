@@ -1,4 +1,4 @@
-"""Prompt inversion, measured: how exact it is, and what is left of it in images that can be sent.
+"""Accuracy of prompt inversion: exact, and in the range of images that can be sent.
 
     python benchmarks/inversion.py exact --data ../shared/data/eurosat --model ../shared/models/deit-tiny-patch16-224
     python benchmarks/inversion.py curve --data ../shared/data/eurosat --model ../shared/models/deit-tiny-patch16-224

@@ -1,10 +1,11 @@
-"""Load, activate and delete an adapter again and again: milliseconds, and memory that does not come back.
+"""Load, activate and delete an adapter repeatedly: milliseconds, and memory that is not released.
 
     python benchmarks/many_adapters.py --rounds 1000
 
-On a tiny ViT, so that what is measured is the adapter's; LoRA through PEFT beside it. Memory is the process's resident
-set after the garbage collector has run, from the 20th round on. safetensors keeps a few bytes for each tensor that it
-reads, for either method; PGN's adapters have sixty tensors and LoRA's on this model eight. `--smoke`: 30 rounds.
+On a tiny ViT, so that the adapter's cost is measured; LoRA through PEFT for comparison. Memory is the process's
+resident set after the garbage collector has run, from the 20th round on. safetensors keeps a few bytes for each tensor
+that it reads, for either method; PGN's adapters have sixty tensors and LoRA's on this model eight. `--smoke`: 30
+rounds.
 """
 
 from __future__ import annotations

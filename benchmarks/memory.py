@@ -5,13 +5,13 @@
     python benchmarks/memory.py --largest 24 --ceiling 10
     python benchmarks/memory.py --table --results benchmarks/results/memory.jsonl
 
-Weights and images are random: memory does not depend on them. Every measurement runs in a process of its own. Its
-peak is that of two steps after the model is built (the second has the optimizer's moments), as a whole and less what
-the process held before the model: the process's anonymous memory on a CPU (Linux), what torch has allocated on a GPU.
+Weights and images are random: memory does not depend on them. Every measurement runs in a process of its own. Its peak
+is that of two steps after the model is built (the second has the optimizer's moments), as a whole and less what the
+process held before the model: the process's anonymous memory on a CPU (Linux), what torch has allocated on a GPU.
 
-`--largest GIB` looks for the largest ViT that trains within so much memory, one image at a time and with gradient
-checkpointing: `predict` says what each takes, and the largest that `--ceiling GIB` has room for is run. Every figure
-is a line of JSON in the results file, and is not measured again. `--smoke`: a tiny ViT, offline, in seconds.
+`--largest GIB` finds the largest ViT that trains within this much memory, one image at a time and with gradient
+checkpointing: `predict` estimates each, and the largest that fits into `--ceiling GIB` is run. Every figure is a line
+of JSON in the results file, and is not measured again. `--smoke`: a tiny ViT, offline, in seconds.
 """
 
 from __future__ import annotations

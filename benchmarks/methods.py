@@ -1,7 +1,7 @@
-"""The ways to adapt a Vision Transformer that `adaptation.py` compares, each as a model and what of it is trained.
+"""The methods that `adaptation.py` compares, each as a model and its trained parameters.
 
-Every model takes pixels (B, C, H, W) in [0, 1] and answers with logits. All start from the same frozen backbone and
-a new linear head, which all of them train at the same rate; the rate that is searched is that of what adapts.
+Every model takes pixels (B, C, H, W) in [0, 1] and returns logits. All start from the same frozen backbone and a new
+linear head, trained at the same rate for all; the searched learning rate is that of the other parameters.
 """
 
 from __future__ import annotations

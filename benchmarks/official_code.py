@@ -1,4 +1,4 @@
-"""The official implementation of PGN, from a checkout of one's own, as a step to be timed beside ours.
+"""The official implementation of PGN, from a local checkout, as a step to time beside ours.
 
 It needs pytorch-lightning, torchmetrics and openai-clip (which needs `pkg_resources`, of an older setuptools), and
 never becomes part of this project:
@@ -6,7 +6,7 @@ never becomes part of this project:
     git clone https://github.com/jochemloedeman/PGN
     pip install pytorch-lightning torchmetrics openai-clip ftfy regex "setuptools<81"
 
-Its pretrained backbones are replaced by random ones of the same shapes, for speed does not depend on the values.
+Its pretrained backbones are replaced by random ones of the same shapes; speed does not depend on the values.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/pictures.py --model path/to/deit-tiny-patch16-224 --data digits --rate 0.003 --plots docs/images
 
-The run is made if its weights are not there any more (they are kept until it is tested). `--smoke`: a tiny model on
-generated images, in seconds.
+The run is repeated if its weights are missing (they are kept until it is tested). `--smoke`: a tiny model on generated
+images, in seconds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tables and plots of the runs that `adaptation.py` has made.
 
-    python benchmarks/report.py                                   # Markdown, of the runs behind the README
+    python benchmarks/report.py                                   # Markdown, of the README's runs
     python benchmarks/report.py --results outputs/adaptation.jsonl --plots docs/images
 
 `--plots FOLDER` also draws `accuracy.png` (every method on every data set) and `parameters.png` (accuracy against the

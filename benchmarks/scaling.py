@@ -1,19 +1,19 @@
-"""Images a second of training in one process and in two that train together, on CPUs, one thread each.
+"""Training images per second in one process and in two that train together, on CPUs, one thread each.
 
     python benchmarks/scaling.py --model path/to/deit-tiny-patch16-224 --results benchmarks/results/scaling.jsonl
 
 `AdapterTrainer` under `accelerate launch`, as the training script uses it, on random images of `--side` pixels that
-lie in memory: no decoding, no augmentation. Each process takes `--batch_size` images a step, so two take twice as
+lie in memory: no decoding, no augmentation. Each process takes `--batch_size` images per step, so two take twice as
 many. The three arrangements alternate, `--rounds` times, and medians are compared:
 
 - one process;
 - two together: DistributedDataParallel over gloo;
-- two apart: two runs of one process at once, which send each other nothing. What they lose is the machine's: caches,
-  memory, clock.
+- two apart: two runs of one process at once, without communication. Their loss is the machine's: caches, memory,
+  clock.
 
 The first `--warm_up` steps of a run are not counted. An all-reduce of as many bytes as the gradients have is timed
-after the run by itself; in training, part of it hides behind the backward pass. Rows that are in the file already are
-not measured again. The machine must have nothing else to do. `--smoke`: a tiny model, in seconds; it ends with
+after the run by itself; in training, part of it overlaps with the backward pass. Rows that are in the file are not
+measured again. The machine must be otherwise idle. `--smoke`: a tiny model, in seconds; it ends with
 
     efficiency of two processes 0.850
 """

@@ -1,4 +1,4 @@
-"""Vision Transformers of every size and images of noise, for what does not depend on the values: time and memory."""
+"""Vision Transformers of all sizes and images of noise, to measure time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step costs: PGN beside the other ways to adapt, beside the frozen model, and beside what the hardware allows.
+"""The cost of a step: PGN, other methods, the frozen model, and the hardware's limit.
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --models vit-s16 --methods pgn static frozen --compile --batch_sizes 1 8 64
@@ -6,13 +6,13 @@
     python benchmarks/step_time.py --show benchmarks/results/step_time.jsonl   # what was measured
 
 All methods of a model take turns in one process, forwards and backwards, and ratios are taken turn by turn, so that a
-busy machine bears on all of them alike. Seconds are medians. A training step is forward, backward and AdamW; weights
-are random, since their values cost nothing. "Floor" is the time of the step's counted operations at the rate of a
-large product of matrices, or of its bytes at the rate of a large copy, whichever is longer, both measured in the same
-turns; "/ floor" is how many times as long the step takes.
+busy machine affects all of them alike. Seconds are medians. A training step is forward, backward and AdamW; weights
+are random, since the cost does not depend on their values. "Floor" is the time of the step's counted operations at the
+rate of a large product of matrices, or of its bytes at the rate of a large copy, whichever is longer, both measured in
+the same turns; "/ floor" is how many times as long the step takes.
 
 Peak memory is measured where there is an accelerator; on a CPU see `memory.py`, which gives each method a process.
-"saved" is what a step keeps for its way back.
+"saved" are the saved activations of a step.
 
 `--smoke`: a tiny model, in seconds.
 """

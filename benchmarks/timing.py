@@ -1,4 +1,4 @@
-"""Times that can be compared: steps that take turns in one process, their ratios round by round, and their floors."""
+"""Comparable times: steps that take turns in one process, their ratios round by round, and their lower bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter that `train_image_classifier.py` trains: its arguments, and its start from the training images."""
+"""The adapter of `train_image_classifier.py`: its arguments, and its initialisation from training images."""
 
 from __future__ import annotations
 

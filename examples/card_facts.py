@@ -1,4 +1,4 @@
-"""What `train_image_classifier.py` tells the model card: what it trained on, and how well it went."""
+"""Facts of a run of `train_image_classifier.py` for the model card: data set, hyperparameters, results."""
 
 from __future__ import annotations
 

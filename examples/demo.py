@@ -1,12 +1,11 @@
-"""The main job in two minutes, offline: a frozen Vision Transformer learns a new domain through generated prompts.
+"""A demonstration in two minutes, offline: a frozen Vision Transformer learns a new domain through generated prompts.
 
     python examples/demo.py
 
-A tiny ViT is trained on the digits that come with scikit-learn, as they are, and frozen. Then the digits are inverted,
-turned by 90 degrees and laid on a noisy ground, where it fails; PGN teaches it the new domain without changing one of
-its weights. Beside it: a linear probe, static prompts (the same for every image) and full fine-tuning, each with its
-learning rate chosen on validation. The adapter is saved, loaded in a new process and compared, and a picture shows
-which library tokens a few images chose.
+A tiny ViT is trained on scikit-learn's digits and frozen. It fails on the same digits inverted, turned by 90 degrees
+and put on a noisy background; PGN adapts it to them without changing its weights. A linear probe, static prompts (the
+same for every image) and full fine-tuning are compared, each with its learning rate chosen on validation. The adapter
+is saved, loaded in a new process and compared, and a picture shows which library tokens a few images use.
 
 Prints a table and ends with the accuracy of PGN on the test images. `--smoke` does all of it in a few seconds, with
 too little training for a good figure.

@@ -9,10 +9,10 @@ Train the client's half first, on an open copy of the model; it is the folder `p
         --dataset path/to/images --prompter outputs/my-adapter/prompter
 
 The second command starts `pipeline("image-classification")` of the unmodified model in a process of its own, behind
-HTTP on this machine, as an endpoint would run it. The client knows an address and nothing else: it sends one probe to
-find out whether the server sees what it is sent, and then test images, as they are and prompted, through
-`huggingface_hub.InferenceClient`. With `--url` it calls a server that is running already. `--smoke` trains a tiny
-model and does all this offline, in seconds.
+HTTP on this machine, as an endpoint would run it. The client knows only an address: it sends one probe to check that
+images arrive unchanged, and then test images, as they are and prompted, through `huggingface_hub.InferenceClient`.
+With `--url` it calls a server that is already running. `--smoke` trains a tiny model and does all this offline, in
+seconds.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ head is new, and you train it as any other:
     base = AutoModelForImageClassification.from_pretrained("facebook/dino-vits16")
     model = PeftModel.from_pretrained(base, "outputs/dino-eurosat", is_trainable=True)
 
-Name the very backbone that the network was trained for. The file cannot tell, and prompts for one ViT-B/32 mean
-nothing to another. For a network of CLIP's give CLIP's id and no labels: its classes are texts, and it becomes an
-adapter of `CLIPVisionModelWithProjection`, whose `image_embeds` are compared with theirs (docs/backbones.md). Without
-`--model_name_or_path` the script only looks at the file. `--smoke` writes a tiny network as the official code does and
+Name the backbone that the network was trained for. The file does not say which, and prompts for one ViT-B/32 do not
+work on another. For a network of CLIP's give CLIP's id and no labels: its classes are texts, and it becomes an adapter
+of `CLIPVisionModelWithProjection`, whose `image_embeds` are compared with theirs (docs/backbones.md). Without
+`--model_name_or_path` the script only inspects the file. `--smoke` writes a tiny network as the official code does and
 imports it, offline, in seconds; it ends with
 
     largest difference between the adapter's prompts and the network's: 0.000

@@ -3,12 +3,13 @@
     python examples/predict.py --adapter user/my-adapter --images path/to/images --output predictions.csv
 
 The adapter is an id on the Hub or a folder that `train_image_classifier.py` has written. Base model, labels and image
-processor come with it. The CSV has one row an image, its path within the folder and the best labels with their scores:
+processor come with it. The CSV has one row for each image: its path within the folder, and the best labels with their
+scores:
 
     image,label,score,label_2,score_2
     blue/0.jpg,blue,0.536052,red,0.463948
 
-Files that are no images, or damaged ones, are named with the reason and left out; `--strict` stops at the first one
+Damaged files, and files that are not images, are named with the reason and left out; `--strict` stops at the first one
 instead. `--smoke` trains a tiny adapter and classifies its images offline, in seconds; it ends with
 
     80 images, mean score of the best label 0.527

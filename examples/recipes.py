@@ -1,7 +1,7 @@
 """The twelve data sets of the paper, as `--dataset NAME` of the scripts: where they are and which columns they have.
 
-Measured with `benchmarks/adaptation.py` on small subsets of them: EuroSAT and CIFAR-100. The others are not run, since
-they were not at hand: ids, columns and class counts were read off their pages. A folder of the same name comes first.
+Measured with `benchmarks/adaptation.py` on small subsets of them: EuroSAT and CIFAR-100. The others have not been run:
+ids, columns and class counts were read off their pages. A local folder of the same name takes precedence.
 """
 
 from __future__ import annotations

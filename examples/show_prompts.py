@@ -1,11 +1,10 @@
-"""Draw what an input-only adapter does: prompted images as the server sees them, the library, the coefficients.
+"""Draw an input-only adapter: prompted images as the server receives them, the library, the coefficients.
 
     python examples/show_prompts.py --prompter outputs/my-adapter/prompter --dataset path/to/images \
         --output_dir outputs/pictures
 
-writes prompted.png (each image as it is, as it is sent, and how often each library patch is used in it), and
-library.png (all patches of the library, the most used first). `--smoke` trains a tiny model first, offline, in
-seconds.
+writes prompted.png (each image as it is, as it is sent, and the use of each library patch), and library.png (all
+patches of the library, the most used first). `--smoke` trains a tiny model first, offline, in seconds.
 """
 
 from __future__ import annotations

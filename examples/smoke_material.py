@@ -1,4 +1,4 @@
-"""What the smoke modes of the scripts run on: a tiny ViT, and a folder of red and blue images."""
+"""Model and data of the scripts' smoke modes: a tiny ViT, and a folder of red and blue images."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Fine-tune a frozen Vision Transformer with generated prompts on your own images.
 
-A folder of images, one subfolder a class (it is split 80 / 10 / 10 if it has no train, validation and test folders):
+A folder of images, one subfolder for each class (it is split 80 / 10 / 10 if it has no train, validation and test
+folders):
 
     python examples/train_image_classifier.py --model_name_or_path google/vit-base-patch16-224-in21k \
         --dataset path/to/images --output_dir outputs/my-adapter
@@ -10,7 +11,7 @@ Parquet files named train, validation and test, at a quarter of the cost of 224 
     python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
         --dataset path/to/parquet --image_size 112 --num_train_epochs 12 --output_dir outputs/my-adapter
 
-For a model that can only be called: prompts that are valid pixels, and the model's own classes read as the task's.
+For a hosted model: prompts that are valid pixels, and the model's own classes mapped to the task's.
 `deploy_input_only.py` shows how the result, outputs/my-adapter/prompter, is used:
 
     python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
@@ -22,9 +23,9 @@ Several processes, on GPUs or (with --use_cpu) on a CPU; `docs/train.md`:
     accelerate launch --config_file examples/accelerate/one_machine_gpus.yaml examples/train_image_classifier.py ...
 
 It needs `image_*.py`, `recipes.py`, `adapter_arguments.py` and `card_facts.py` beside it. After an interruption, the
-same command with --resume_from_checkpoint true goes on from the last complete checkpoint. With --push_to_hub true
---hub_model_id user/name the adapter is published after each epoch and at the end; `share_on_hub.py` publishes one that
-is there. `--smoke` runs the whole script offline on a tiny model and a few generated images, in seconds; it ends with
+same command with --resume_from_checkpoint true resumes from the last complete checkpoint. With --push_to_hub true
+--hub_model_id user/name the adapter is published after each epoch and at the end; `share_on_hub.py` publishes an
+existing one. `--smoke` runs the script offline on a tiny model and a few generated images, in seconds; it ends with
 
     test accuracy 1.000
 

@@ -22,11 +22,11 @@ __all__ = [
     "make_prompter",
 ]
 
-# Parts of the package serve clients that have torch and no PEFT.
+# `ImagePrompter` also works where PEFT is not installed.
 if find_spec("peft") is not None:
     from pgn_peft.tuner.registration import check_peft, register
 
-    check_peft()  # before anything is imported that an old PEFT may not have
+    check_peft()  # before imports that an old PEFT lacks
 
     from pgn_peft.hub import CardFacts, Classifier, load_classifier
     from pgn_peft.inversion import make_prompter

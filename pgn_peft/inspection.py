@@ -1,4 +1,4 @@
-"""Looking inside an adapted model: what its prompts are mixed of, and how much attention they get."""
+"""Inspection of an adapted model: mixing coefficients, library, attention to prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pgn_peft.utils.values import filled
 def mixing_coefficients(
     model: nn.Module, pixel_values: Tensor, adapter_name: str = "default", batch_size: int = 64
 ) -> Tensor:
-    """Compute what the prompts of images are mixed of.
+    """Compute the mixing coefficients of images.
 
     Args:
         model: a model with the adapter. Its mode is left as it is found; BatchNorm normalises as in evaluation.
@@ -30,7 +30,7 @@ def mixing_coefficients(
         (B, P, L) coefficients in float32 on the CPU, the same for all layers that have prompts of their own.
 
     Raises:
-        ValueError: there is no such adapter, or its prompts are static and not mixed.
+        ValueError: no adapter has this name, or its prompts are static.
     """
     layer = find_layer(model, adapter_name)
     generator = layer.generator(adapter_name)
@@ -59,7 +59,7 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         (B, number of layers, P) shares of CLS's attention, averaged over the heads, in float32 on the CPU.
 
     Raises:
-        ValueError: there is no such adapter, it is not the only active one, or the backbone has no CLS.
+        ValueError: no adapter has this name, it is not the only active one, or the backbone has no CLS.
     """
     layer = find_layer(model, adapter_name)
     base: Any = model
@@ -99,7 +99,7 @@ def library_tokens(model: nn.Module, adapter_name: str = "default") -> Tensor:
         Tokens (L, D); with prompts in several layers (depth, L, D); in pixel space patches (L, C, p, p) in [0, 1].
 
     Raises:
-        ValueError: there is no such adapter.
+        ValueError: no adapter has this name.
     """
     library = find_layer(model, adapter_name).library(adapter_name)
     tensor = library.patches if isinstance(library, PatchLibrary) else library.tokens
@@ -118,7 +118,7 @@ def usage_by_class(coefficients: Tensor, labels: Tensor, num_labels: int) -> Ten
         (num_labels, L): mean over the images of a class and over their prompts; rows of absent classes are zero.
 
     Raises:
-        ValueError: there is not one label an image, or one lies outside.
+        ValueError: `labels` and `coefficients` differ in length, or a label is out of range.
     """
     if labels.shape != coefficients.shape[:1]:
         raise ValueError(

@@ -41,7 +41,7 @@ REMEDY = "Give a .pt file of the official release: the state dict of a PGN with 
 
 @dataclass(frozen=True)
 class OfficialNetwork:
-    """A released network: what looks at an image, and what prompts are mixed from. Both in eval mode.
+    """A released network, in eval mode.
 
     Args:
         generator: images to coefficients (B, P, L).
@@ -65,7 +65,7 @@ class OfficialNetwork:
         """Return the config of an adapter of this shape.
 
         Args:
-            fields: of `PGNConfig` that the file says nothing of, such as `id2label`.
+            fields: of `PGNConfig` that the file does not contain, such as `id2label`.
         """
         settings = self.generator.settings
         return PGNConfig(
@@ -92,11 +92,11 @@ def load(path: str | Path, mixing: str = "softmax", generator_image_size: int | 
             not say that either.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it holds something else.
+        OSError: the file does not exist.
+        ValueError: the file is not a released network.
 
-    Source: the official code and checkpoints of arXiv:2210.06466 (MIT). The code can leave out the pooling behind the
-    stem, which changes no tensor; the released networks have it.
+    Source: the official code and checkpoints of arXiv:2210.06466 (MIT). The code can leave out the pooling after
+    the stem, which changes no tensor; the released networks have it.
     """
     file = Path(path)
     tensors = _read(file)
@@ -105,10 +105,10 @@ def load(path: str | Path, mixing: str = "softmax", generator_image_size: int | 
     num_logits, _ = _shape(tensors, HEAD + ".weight", 2, file)
     if 0 in (library_size, hidden_size, width, num_channels, num_logits) or num_logits % library_size:
         raise ValueError(
-            f"`{file}` must have {library_size} logits for each prompt, one a library token, but got {num_logits} "
-            f"in {HEAD}. {REMEDY}"
+            f"`{file}` must have {library_size} logits for each prompt, one for each library token, but got "
+            f"{num_logits} in {HEAD}. {REMEDY}"
         )
-    with torch.device("meta"):  # until the file has been found to hold what its sizes promise
+    with torch.device("meta"):  # until the file's tensors have been compared with these sizes
         generator = PromptGenerator(
             num_logits // library_size,
             library_size,
@@ -146,7 +146,7 @@ def _read(file: Path) -> Mapping[str, Tensor]:
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
-        # torch's own words advise to read it all the same.
+        # torch's own message advises to read it with code execution.
         raise ValueError(
             f"`{file}` must hold tensors only, but got other objects, or no torch file. {REMEDY}"
         ) from error
@@ -158,7 +158,7 @@ def _read(file: Path) -> Mapping[str, Tensor]:
         isinstance(value, Tensor) and value.layout is torch.strided for value in tensors.values()
     ):
         raise ValueError(f"`{file}` must hold dense tensors by name, but got a {type(tensors).__name__}. {REMEDY}")
-    # A tensor can be one number repeated without end.
+    # With strides of 0 a small file can describe a huge tensor.
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     if size > file.stat().st_size:
         raise ValueError(
@@ -180,18 +180,18 @@ def adapt(model: nn.Module, network: OfficialNetwork, adapter_name: str = "defau
     """Make a released network an adapter of a model. The head is new: no released file has one.
 
     Args:
-        model: the very backbone that the network was trained for. The file cannot tell: CLIP's and torchvision's
-            ViT-B/32 have the same width, and prompts for one mean nothing to the other.
+        model: the backbone that the network was trained for. The file does not say which: CLIP's and torchvision's
+            ViT-B/32 have the same width, but not the same prompts.
         network: from `load`.
         adapter_name: the adapter's.
-        fields: of `PGNConfig` that the file says nothing of, such as `id2label`.
+        fields: of `PGNConfig` that the file does not contain, such as `id2label`.
 
     Returns:
         The model with the adapter, ready to train the head or to `save_pretrained`.
 
     Raises:
         TypeError: the model is not supported.
-        ValueError: its width is another one, or a field does not fit it.
+        ValueError: the model has another width, or a field does not fit it.
     """
     width = patch_projection(model.get_submodule(find_backbone(model).embeddings)).out_channels
     if width != network.hidden_size:

@@ -1,7 +1,7 @@
-"""Pictures of an adapter at work. Needs matplotlib: `pip install 'pgn-peft[plotting]'`.
+"""Plots of an adapter. Needs matplotlib: `pip install 'pgn-peft[plotting]'`.
 
-Every function takes tensors, which `pgn_peft.inspection` gets out of a model, and draws into the axes that it is given
-or into a new figure. Nothing is shown or saved: that is the caller's.
+Every function takes tensors, which `pgn_peft.inspection` computes, and draws into the given axes or into a new figure.
+The caller shows and saves it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ try:
     from matplotlib import pyplot as plt
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-except ImportError as error:  # the package itself does without
+except ImportError as error:  # the package itself does not need it
     raise ImportError("`pgn_peft.plotting` needs matplotlib. Install it: pip install 'pgn-peft[plotting]'") from error
 
 COLOURS = "magma"
 
 
 def plot_coefficients(coefficients: Tensor, ax: Axes | None = None) -> Axes:
-    """Draw what one image's prompts are mixed of.
+    """Draw the mixing coefficients of one image.
 
     Args:
         coefficients: (P, L), of one image.
         ax: axes to draw into; None: a new figure's.
 
     Returns:
-        The axes: a row a prompt, a column a library entry.
+        The axes, with a row for each prompt and a column for each library entry.
 
     Raises:
         ValueError: `coefficients` has another number of axes.
@@ -47,18 +47,20 @@ def plot_usage(usage: Tensor, names: Sequence[str], ax: Axes | None = None) -> A
 
     Args:
         usage: (number of classes, L); see `pgn_peft.inspection.usage_by_class`.
-        names: the classes' names, one a row.
+        names: the classes' names, one for each row.
         ax: axes to draw into; None: a new figure's.
 
     Returns:
-        The axes: a row a class; entries are sorted by the class that uses them most.
+        The axes, with a row for each class; entries are sorted by the class that uses them most.
 
     Raises:
-        ValueError: there is not one name a row.
+        ValueError: `names` and `usage` differ in length.
     """
     _check_axes("usage", usage, 2, "(number of classes, L)")
     if len(names) != len(usage):
-        raise ValueError(f"`names` must name {len(usage)} classes, one a row, but got {len(names)}. Pass all of them.")
+        raise ValueError(
+            f"`names` must name {len(usage)} classes, one for each row, but got {len(names)}. Pass all of them."
+        )
     ax = ax if ax is not None else _new_axes(width=0.1 * usage.shape[1] + 1, height=0.25 * len(names))
     # By class first, and within a class by how much it is used.
     strongest = usage.argmax(dim=0).double() - usage.amax(dim=0).double() / (usage.amax().double() + 1e-12) / 2
@@ -72,7 +74,7 @@ def plot_usage(usage: Tensor, names: Sequence[str], ax: Axes | None = None) -> A
 def plot_images_by_entry(
     pixels: Tensor, coefficients: Tensor, entries: int = 6, images: int = 8, figure: Figure | None = None
 ) -> Figure:
-    """Draw the images that use the library's most decisive entries most.
+    """Draw the images that use selected library entries most.
 
     Args:
         pixels: (B, 3, H, W) in [0, 1].
@@ -85,7 +87,7 @@ def plot_images_by_entry(
         The figure.
 
     Raises:
-        ValueError: the images are not as many as the coefficients, or not pixels in [0, 1].
+        ValueError: `pixels` and `coefficients` differ in length, or pixels lie outside of [0, 1].
     """
     _check_axes("coefficients", coefficients, 3, "(B, P, L)")
     _check_pixels(pixels)
@@ -109,7 +111,7 @@ def plot_images_by_entry(
 
 
 def plot_library(tokens: Tensor, usage: Tensor | None = None, method: str = "pca", ax: Axes | None = None) -> Axes:
-    """Draw a map of the library: a point an entry. Needs scikit-learn.
+    """Draw a map of the library with a point for each entry. Needs scikit-learn.
 
     Args:
         tokens: (L, D), or patches (L, C, p, p), which are flattened.
@@ -122,7 +124,7 @@ def plot_library(tokens: Tensor, usage: Tensor | None = None, method: str = "pca
         The axes.
 
     Raises:
-        ValueError: there is no such method, the tokens have other axes, or there are fewer than three entries.
+        ValueError: `method` is unknown, or `tokens` has other axes or fewer than three entries.
     """
     if method not in ("pca", "tsne"):
         raise ValueError(f"`method` must be one of pca, tsne, but got {method!r}. Choose one of these.")
@@ -164,7 +166,7 @@ def plot_attention(attention: Tensor, ax: Axes | None = None) -> Axes:
         ax: axes to draw into; None: a new figure's.
 
     Returns:
-        The axes: bars are all prompts together, stacked prompt by prompt.
+        The axes, with a bar for each layer, stacked prompt by prompt.
 
     Raises:
         ValueError: `attention` has another number of axes.

@@ -203,12 +203,12 @@ def test_pixels_come_before_the_first_layer_only():
 def test_modules_of_their_own_lie_outside_of_the_layers():
     base = tiny_vit()
     with pytest.raises(
-        ValueError, match="`modules_to_save` must lie outside of the layers behind which.* got 'vit.layers.0.lay"
+        ValueError, match="`modules_to_save` must lie outside of the layers after which.* got 'vit.layers.0.lay"
     ):
         get_peft_model(base, tiny_config(prompt_depth=2, modules_to_save=["layernorm_before"]))
     get_peft_model(tiny_vit(), tiny_config(prompt_depth=2, modules_to_save=["vit.layernorm"]))
     model = get_peft_model(base, tiny_config(modules_to_save=["layers.0.layernorm_before"]))
-    with pytest.raises(ValueError, match="`modules_to_save` must lie outside of the layers behind which prompts"):
+    with pytest.raises(ValueError, match="`modules_to_save` must lie outside of the layers after which prompts"):
         model.add_adapter("deep", tiny_config(prompt_depth=2))
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import pgn_peft
 from pgn_peft import Classifier, PGNConfig
+from pgn_peft.tuner.fields import own_fields
 from pgn_peft.utils.citation import CITATION
 
 ROOT = Path(__file__).parents[1]
@@ -137,8 +138,8 @@ def test_every_public_object_and_config_field_is_documented():
     for name in pgn_peft.__all__:
         if name != "__version__":
             assert getattr(pgn_peft, name).__doc__
-    for field in pgn_peft.PGNConfig.__annotations__:
-        assert f"\n    {field}: " in inspect.getdoc(pgn_peft.PGNConfig), field
+    for field in own_fields():
+        assert f"\n    {field.name}: " in inspect.getdoc(pgn_peft.PGNConfig), field.name
 
 
 def test_the_floor_of_peft_is_the_same_everywhere():

@@ -95,7 +95,7 @@ def test_images_and_prompts_of_another_size_are_refused():
     layout = make_layout("canvas", (32, 32), 8, 12)
     with pytest.raises(ValueError, match="must measure 32 x 32 pixels, as the layout does, but got 32 x 40"):
         compose(torch.rand(1, 3, 32, 40), torch.rand(1, 12, 3, 8, 8), layout)
-    with pytest.raises(ValueError, match="`patches` must be 12 an image, as the layout has, but got 4"):
+    with pytest.raises(ValueError, match="`patches` must be 12 for each image, as in the layout, but got 4"):
         compose(torch.rand(1, 3, 32, 32), torch.rand(1, 4, 3, 8, 8), layout)
 
 

@@ -95,7 +95,7 @@ def change(file, **tensors):
     [
         ({"tl_vectors": None}, "must hold tl_vectors with 2 axes, but got model.input_net.0.weight, "),
         ({"tl_vectors": torch.zeros(3)}, r"must hold tl_vectors with 2 axes, but got \(3,\) there"),
-        ({"tl_vectors": torch.zeros(5, 32)}, "5 logits for each prompt, one a library token, but got 18"),
+        ({"tl_vectors": torch.zeros(5, 32)}, "5 logits for each prompt, one for each library token, but got 18"),
         ({"tl_vectors": torch.zeros(0, 32)}, "0 logits for each prompt"),
         ({"tl_vectors": torch.full((6, 32), float("nan"))}, "tl_vectors holds NaN or infinity"),
         ({"model.blocks.2.net.4.bias": None}, "model.blocks.2.net.4.bias is missing"),

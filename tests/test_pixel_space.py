@@ -174,7 +174,7 @@ def test_a_mean_that_is_no_list_is_refused():
         ({"image_size": 36}, "`image_size` must be whole patches of 8 pixels, but got 36 x 36"),
         (
             {"image_mean": [0.5], "image_std": [0.5]},
-            "must have 3 numbers, one a channel of the model, but got 1 and 1",
+            "must have 3 numbers, one for each channel of the model, but got 1 and 1",
         ),
     ],
 )

@@ -72,7 +72,7 @@ def test_pictures_go_into_the_axes_that_are_given():
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match=r"`coefficients` must have the axes \(P, L\).*but got shape \(2, 3, 4\)"):
         plotting.plot_coefficients(torch.rand(2, 3, 4))
-    with pytest.raises(ValueError, match="`names` must name 2 classes, one a row, but got 1"):
+    with pytest.raises(ValueError, match="`names` must name 2 classes, one for each row, but got 1"):
         plotting.plot_usage(torch.rand(2, 3), ["cat"])
     with pytest.raises(ValueError, match="`pixels` must lie in \\[0, 1\\], but got"):
         plotting.plot_images_by_entry(torch.full((2, 3, 4, 4), 7.0), torch.rand(2, 3, 4))

@@ -31,8 +31,11 @@ def model():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Dinov2Backbone(Dinov2Config(**SMALL)), "maps of the tokens"),
-        (lambda: BeitForImageClassification(BeitConfig(**SMALL)), "adds positions to every token and counts them"),
+        (lambda: Dinov2Backbone(Dinov2Config(**SMALL)), "feature maps of its layers"),
+        (
+            lambda: BeitForImageClassification(BeitConfig(**SMALL)),
+            "needs a position for every token, and a prompt has none",
+        ),
         (lambda: CLIPModel(CLIPConfig(vision_config=SMALL, text_config=SMALL)), "a tower for texts too"),
         (lambda: ViTForMaskedImageModeling(ViTConfig(**SMALL)), "rebuilds the image"),
         (lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)), "two heads"),
@@ -51,7 +54,7 @@ def test_other_architectures_are_refused_by_name(make, reason):
 
 
 def test_a_refused_architecture_stays_refused_when_its_embeddings_are_named():
-    with pytest.raises(TypeError, match="maps of the tokens"):
+    with pytest.raises(TypeError, match="feature maps of its layers"):
         get_peft_model(Dinov2Backbone(Dinov2Config(**SMALL)), tiny_config(target_modules="embeddings"))
 
 

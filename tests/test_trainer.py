@@ -158,7 +158,7 @@ def test_a_failed_push_does_not_end_the_training(hub, caplog):
             {"base": "/models/vit"},
             "`base_model_name_or_path` must be the id of a model on the Hub, but got '/models",
         ),
-        ({"processing_class": None}, "`processing_class` must be the image processor, but got NoneType"),
+        ({"processing_class": None}, "`processing_class` must be an image processor, but got NoneType"),
         ({"hub_strategy": "checkpoint"}, "`hub_strategy` must be one of end, every_save, but got 'checkpoint'"),
     ],
 )

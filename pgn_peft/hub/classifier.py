@@ -1,4 +1,4 @@
-"""`load_classifier`: one call from an adapter's id to a model with labels and image processor. `Classifier`: both.
+"""`load_classifier`: from an adapter's id to a `Classifier`, the model with its labels and image processor.
 
 Transformers' own `pipeline(model=adapter_id)` finds model and labels too, but takes the base's image processor, looks
 `revision` up in the base's repository, and passes no `subfolder` to the adapter.
@@ -53,16 +53,16 @@ class Classifier(NamedTuple):
     def pipeline(self, **kwargs: Any) -> ImageClassificationPipeline:
         """Make Transformers' image classification pipeline; `kwargs` are those of `transformers.pipeline`.
 
-        The model is put into eval mode: a pipeline takes it as it is, and in training mode dropout and the statistics
-        of the batch would change the predictions, and the predictions the adapter's BatchNorm statistics. Images go
-        through at the processor's size, also where the base has another one.
+        The model is put into eval mode, which a pipeline does not do. In training mode dropout and batch statistics
+        would change the predictions, and each prediction would update the adapter's BatchNorm statistics. Images keep
+        the processor's size, even if the base's is another one.
         """
         return transformers.pipeline(
-            "image-classification", model=self._as_called().eval(), image_processor=self.image_processor, **kwargs
+            "image-classification", model=self._prepare_model().eval(), image_processor=self.image_processor, **kwargs
         )
 
     def export_onnx(self, path: str | Path) -> None:
-        """Write model and adapter as one ONNX graph (with `onnx` and `onnxscript` installed).
+        """Export model and adapter as one ONNX graph (with `onnx` and `onnxscript` installed).
 
         From `pixel_values` (B, C, H, W), float32, as the image processor makes them of a square image, to `logits`
         (B, num_labels), for any B. The labels lie in the file's metadata as "id2label", in JSON. Weights of more than
@@ -74,11 +74,11 @@ class Classifier(NamedTuple):
         Raises:
             TypeError: the model has no PGN adapter.
         """
-        model = self._as_called()
+        model = self._prepare_model()
         onnx_export.export_model(model, made_of_square(prompt_layer(model), self.image_processor), Path(path))
 
-    def _as_called(self) -> PreTrainedModel:
-        """Return the Transformers model, which takes the image processor's size."""
+    def _prepare_model(self) -> PreTrainedModel:
+        """Have the Transformers model inside take images of the processor's size, and return it."""
         model = unwrap(self.model)
         if isinstance(model, PeftModel):
             model = model.get_base_model()
@@ -90,10 +90,10 @@ class Classifier(NamedTuple):
 
         Args:
             save_directory: a folder, which is made. Other files in it are left alone.
-            facts: what only you know, for the card.
+            facts: facts for the card.
 
         Raises:
-            TypeError: the model has no active PGN adapter, or the image processor is none.
+            TypeError: the model has no active PGN adapter, or `image_processor` is not an image processor.
         """
         publishing.save(self.model, self.image_processor, Path(save_directory), facts or CardFacts())
 
@@ -113,7 +113,7 @@ class Classifier(NamedTuple):
 
         Args:
             repo_id: the repository, "user/name".
-            facts: what only you know, for the card.
+            facts: facts for the card.
             private: whether a new repository is private; None: as the owner's settings say.
             token: a token with write access; None: the one of `hf auth login`.
             revision: a branch, made where it does not exist; None: main.
@@ -122,8 +122,8 @@ class Classifier(NamedTuple):
             save_directory: where to write the files first; None: a temporary folder, which is removed after success.
 
         Raises:
-            TypeError: the model has no active PGN adapter, or the image processor is none.
-            ValueError: `repo_id` is no id, or the base model is a folder that nobody else has.
+            TypeError: the model has no active PGN adapter, or `image_processor` is not an image processor.
+            ValueError: `repo_id` is not a valid id, or the base model is a folder that nobody else has.
             OSError: the Hub refused the upload or could not be reached. The files are kept, and the message says where
                 and how to go on.
         """
@@ -165,7 +165,7 @@ def load_classifier(
         images of another size than the base's, the model interpolates the position embeddings by itself.
 
     Raises:
-        OSError: a file is not there, or not to be had.
+        OSError: a file is missing, or cannot be downloaded.
         ValueError: a file is damaged, or the adapter is not one of PGN for a classifier, or does not fit the base.
         TypeError: the base is not a supported architecture.
     """
@@ -223,7 +223,7 @@ def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | to
     base_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     base_config._attn_implementation = None  # a file could name a kernel on the Hub, which is code
     made_for = (config.auto_mapping or {}).get("base_model_class")
-    # By name from a table: importing what a file names would be running what a file says.
+    # From our own table of names: importing a module that a file names could run untrusted code.
     model_class = getattr(transformers, made_for) if made_for in SUPPORTED else AutoModelForImageClassification
     options = {} if model_class is not AutoModelForImageClassification else {"trust_remote_code": False}
     return model_class.from_pretrained(

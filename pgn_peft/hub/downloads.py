@@ -1,6 +1,6 @@
-"""Folders of adapters and base models, local or fetched from the Hub. Nothing but JSON and safetensors is asked for.
+"""Folders of adapters and base models, local or from the Hub. Only JSON and safetensors are downloaded.
 
-What runs code when it is read - pickles, Python files - is neither downloaded nor opened.
+Pickles and Python files, which can run code, are neither downloaded nor opened.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.utils.checksums import compare_file
 from pgn_peft.utils.files import finish_save, read_settings
-from pgn_peft.utils.values import check_processor
+from pgn_peft.utils.values import check_processor_settings
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
@@ -35,8 +35,8 @@ def read_adapter_config(folder: Path, name: str) -> PGNConfig:
         name: what the user called it.
 
     Raises:
-        OSError: a file is not there.
-        ValueError: it is an adapter of another method, or not of a classifier; or its files are damaged.
+        OSError: a file is missing.
+        ValueError: the adapter is of another method, or not of a classifier; or a file is damaged.
     """
     finish_save(folder)
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
@@ -68,8 +68,8 @@ def check_base_folder(folder: Path, name: str) -> None:
     """Refuse a base model that is not a plain one with weights in safetensors.
 
     Raises:
-        OSError: a file is not there.
-        ValueError: it is an adapter itself.
+        OSError: a file is missing.
+        ValueError: the base model is itself an adapter.
     """
     if folder.joinpath(CONFIG_NAME).is_file():
         # Transformers would follow it to yet another base, and read its weights of whatever kind.
@@ -95,7 +95,7 @@ def check_processor_files(folder: Path) -> None:
         if folder.joinpath(name).is_file():
             settings = read_settings(folder / name)
             nested = settings.get("image_processor")
-            check_processor(nested if isinstance(nested, dict) else settings)
+            check_processor_settings(nested if isinstance(nested, dict) else settings)
 
 
 def has_processor(folder: Path) -> bool:

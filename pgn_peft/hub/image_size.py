@@ -1,4 +1,4 @@
-"""The size of the images that an image processor makes, and a model that takes them although its own is another."""
+"""Image processors whose images have another size than the model's, and a hook for such models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pgn_peft.tuner.layer import PGNLayer
 
 
 def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
-    """Whether an image processor makes images of another size than the backbone takes without being told."""
+    """Whether an image processor makes images of a size for which the backbone needs an option."""
     if layer.fixed_size is None:
         return False
     height, width = layer.fixed_size
-    # Not square, so that a processor that keeps the proportions shows it.
+    # Not square, to find processors that keep the aspect ratio.
     return made_size(image_processor, (height, 2 * width), layer.num_channels) != (height, width)
 
 
@@ -36,7 +36,7 @@ def made_size(image_processor: Any, size: tuple[int, int], num_channels: int = 3
 def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
     """Have a model interpolate its position embeddings where its processor makes images of another size than its own.
 
-    A pipeline has no option for that. Calling it again is harmless.
+    A pipeline has no option for that. Can be called again.
 
     Args:
         model: a Transformers model with a PGN adapter.

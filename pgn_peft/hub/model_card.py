@@ -21,7 +21,7 @@ from pgn_peft.utils.values import filled
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What only the one who trained an adapter knows, for its model card.
+    """Facts for an adapter's model card that are not in the adapter itself.
 
     Args:
         dataset_name: name of the training images, for readers.

@@ -16,6 +16,7 @@ from torch import nn
 from pgn_peft.hub.downloads import ADAPTER_FILES, PROCESSOR_FILES
 from pgn_peft.hub.image_size import makes_another_size
 from pgn_peft.hub.model_card import CardFacts, make_card
+from pgn_peft.nn.preprocessing import check_image_processor
 from pgn_peft.tuner.adapters import active_adapter, adapter_tensors, prompt_layer
 from pgn_peft.tuner.saved_weights import checksums_of_parts
 from pgn_peft.utils.checksums import record
@@ -26,7 +27,7 @@ CARD_FILE = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE)
 CHECKED_FILES = (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 
-# What can be done about an answer of the Hub.
+# Remedies by HTTP status of the Hub.
 REMEDIES: dict[int | None, str] = {
     401: "Log in with `hf auth login`, or pass a token",
     403: "Use a token with write access, or a repository of your own",
@@ -50,11 +51,7 @@ class Upload:
 def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str | None = None) -> None:
     """Write an adapter's files; `name` is the id that the card's examples load, by default the folder's."""
     adapter_name, config = active_adapter(model)
-    if not hasattr(image_processor, "image_mean") or not hasattr(image_processor, "save_pretrained"):
-        raise TypeError(
-            f"`image_processor` must be an image processor, but got {type(image_processor).__name__}. Load it: "
-            "AutoImageProcessor.from_pretrained(model_id)."
-        )
+    check_image_processor("image_processor", image_processor)
     with replacing(folder) as staged:
         image_processor.save_pretrained(staged)
         save_file(adapter_tensors(model, adapter_name), staged / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -74,7 +71,7 @@ def check_shareable(model: nn.Module, repo_id: str) -> None:
     """Refuse, before anything is written, what would be of no use to others.
 
     Raises:
-        ValueError: `repo_id` is no id, or the base model is a folder.
+        ValueError: `repo_id` is not a valid id, or the base model is a folder.
     """
     # With the owner, because the card tells others what to load.
     if not is_repo_id(repo_id) or "/" not in repo_id:
@@ -96,7 +93,7 @@ def push(
 ) -> CommitInfo:
     """Save an adapter's files, and upload them; see `Classifier.push_to_hub`."""
     check_shareable(model, upload.repo_id)
-    # Not removed by a context manager: after a failed upload it is what there is.
+    # Not a context manager: after a failed upload the folder is kept.
     folder = Path(tempfile.mkdtemp(prefix="adapter-") if save_directory is None else save_directory)
     save(model, image_processor, folder, facts, upload.repo_id)
     commit = push_folder(folder, upload)
@@ -109,7 +106,7 @@ def push_folder(folder: Path, upload: Upload) -> CommitInfo:
     """Upload the files of a saved adapter in one commit.
 
     Raises:
-        OSError: it failed; the message says how to go on.
+        OSError: the upload failed; the message names a remedy.
     """
     api = HfApi(token=upload.token)
     try:
@@ -124,7 +121,7 @@ def push_folder(folder: Path, upload: Upload) -> CommitInfo:
             commit_message=upload.commit_message,
             create_pr=upload.create_pr,
         )
-    except Exception as error:  # the client raises many kinds, and none may lose the adapter
+    except Exception as error:  # the client raises errors of many kinds
         raise OSError(_explain(error, folder, upload)) from error
 
 

@@ -1,4 +1,4 @@
-"""Prompt inversion: a trained library of tokens as pixels; and from a trained adapter to its client."""
+"""Prompt inversion, from a library of tokens to pixels; and the client of a trained adapter."""
 
 from pgn_peft.inversion.from_adapter import make_prompter
 from pgn_peft.inversion.library import invert_library, invert_static_prompts

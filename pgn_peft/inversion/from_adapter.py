@@ -1,4 +1,4 @@
-"""From a trained adapter to its client: everything that still needs the model."""
+"""Makes the client of a trained adapter, which then needs the model no more."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES
 from pgn_peft.tuner.encoder_layer import PGNBlock
-from pgn_peft.tuner.head import PGNHead
-from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.head import find_head
+from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.offloading import loaded, loaded_copy
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 def make_prompter(
@@ -33,14 +34,14 @@ def make_prompter(
 ) -> ImagePrompter:
     """Make the client of a trained adapter.
 
-    An adapter in pixel space is taken as it is. The library of one in latent space is inverted: exactly, for a server
-    that takes tensors, or in the range of images.
+    The patches of an adapter in pixel space are used as they are. The library of one in latent space is inverted:
+    exactly, for a server that takes tensors, or in the range of images.
 
     Args:
         model: a model with the adapter, made by PEFT or by Transformers' own loaders.
         processor: the image processor that the adapter was trained with, and that the server uses.
         adapter_name: the adapter.
-        in_range: invert into valid images, at the price of an error. Pixel space needs no inversion.
+        in_range: invert into valid images, with an error. Pixel space needs no inversion.
 
     Returns:
         The client, on the CPU in float32, with `report` where it was inverted. The unmodified model's scores for the
@@ -48,9 +49,9 @@ def make_prompter(
 
     Raises:
         TypeError: the model carries no adapter.
-        ValueError: there is no such adapter, it has prompts in several layers, they do not fill rows of patches, the
-            model averages its patches and the prompts are latent, its images have other channels than files have, or
-            the processor is not the one that it was trained with.
+        ValueError: no adapter has this name; the adapter has prompts in several layers; its latent prompts do not fill
+            rows of patches, or the model averages its patches; its images have other channels than files have; or the
+            processor differs from that of the training.
     """
     layer = find_layer(model, adapter_name)
     config = layer.configs[adapter_name]
@@ -88,7 +89,7 @@ def make_prompter(
         else:
             slots = library.slot_prompts
             prompts = invert_library(embeddings, tokens, layout, *scale, in_range=in_range, slot_prompts=slots)
-    head = next((module for module in model.modules() if isinstance(module, PGNHead)), None)
+    head = find_head(model)
     own_head = None if head is None else head.head(adapter_name)
     prompter = ImagePrompter(
         layout,
@@ -148,7 +149,7 @@ def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) ->
 
 @contextmanager
 def _unmodified(model: nn.Module) -> Iterator[None]:
-    """Turn adapters off, and dropout; what is trainable stays so, which PEFT's own switch would change."""
+    """Turn adapters and dropout off. Unlike PEFT's own switch, this keeps `requires_grad`."""
     layers = [module for module in model.modules() if isinstance(module, PGNTunerLayer)]
     before = [layer._disable_adapters for layer in layers]
     with evaluating(model):

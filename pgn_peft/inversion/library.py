@@ -1,12 +1,12 @@
 """Prompt inversion: a library of tokens becomes a library of pixels.
 
 A ViT turns the pixels x of patch j into the token `W x + b + pos_j`. Asking for the token t therefore means solving
-`W x = t - b - pos_j`. All of it is linear, so the library is solved for once, and a fixed offset a slot does the rest:
+`W x = t - b - pos_j`. All of it is linear, so it is solved once for the library, with a fixed offset for each slot:
 
     pixels_j = sum_k a_jk (W^+ L_k) - W^+ (b + pos_j)
 
-Afterwards nothing of the backbone is needed. Plain torch. Source: the idea is that of arXiv:2210.06466, whose code
-has none of it; the derivation is this project's.
+Afterwards nothing of the backbone is needed. Plain torch. Source: the idea of arXiv:2210.06466, whose code does not
+implement it; the derivation is this project's.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def invert_library(
         layout: where the prompts go.
         image_mean: mean of each channel that the image processor subtracts.
         image_std: standard deviation that it divides by.
-        in_range: look for pixels of valid images, at the price of an error, instead of the exact ones, which lie far
-            outside. Each slot gets a library of its own then, and the image stays as it is: its patches keep the small
-            shift of the interpolated position embeddings. Valid only for coefficients that sum to 1.
+        in_range: find pixels of valid images, with an error, instead of the exact ones, which lie far outside. Each
+            slot then has a library of its own, and the image is not changed: its patches keep the small shift of the
+            interpolated position embeddings. Only for coefficients that sum to 1.
         slot_prompts: (P, D), the static prompt of each slot, to which the mixture is added; or None.
 
     Returns:
@@ -91,12 +91,12 @@ def _invert(
     slots = added[layout.slots]  # (P, D)
     if slot_prompts is not None:
         slots = slots - slot_prompts.detach().to(slots)
-    targets = tokens - slots[:, None]  # (P, L, D): what the projection must say in each slot
+    targets = tokens - slots[:, None]  # (P, L, D): the projection's target in each slot
     if inverse.rank < hidden_size:
         lost = (targets - (targets @ inverse.left) @ inverse.left.mT).norm(dim=-1) / targets.norm(dim=-1)
         raise ValueError(
             f"`embeddings` must have a patch projection of rank {hidden_size} to be inverted exactly, but got rank "
-            f"{inverse.rank} ({inverse.weight.shape[1]} pixels a patch), which leaves up to {lost.max().item():.0%} "
+            f"{inverse.rank} ({inverse.weight.shape[1]} values per patch), which leaves up to {lost.max().item():.0%} "
             "of a prompt out. Train with prompt_space='pixel' instead."
         )
     std = torch.tensor(image_std, dtype=torch.float64, device=tokens.device)[:, None, None]

@@ -1,4 +1,4 @@
 """The networks in plain torch: generator, libraries, prompt layouts, preprocessing, the inverse of a patch projection.
 
-Nothing here knows PEFT, Transformers, or another part of this package.
+Imports neither PEFT nor Transformers nor any other part of this package.
 """

@@ -1,6 +1,6 @@
-"""The prompt generator: a light CNN that looks at an image and answers with mixing coefficients.
+"""The prompt generator: a small CNN that maps an image to mixing coefficients.
 
-Plain torch: it knows nothing of PEFT or Transformers.
+Plain torch, without PEFT or Transformers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pgn_peft.nn.resize import resize
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that keeps its promises at the edges.
+    """Batch normalisation, also for a single value per channel and for frozen weights.
 
-    Differs from `torch.nn.BatchNorm2d` in training mode, where it normalises with the running statistics and leaves
-    them alone if
+    Differs from `torch.nn.BatchNorm2d` in training mode: it normalises with the running statistics, and does not
+    update them, if
 
-    - a channel has a single value (one image, 1 x 1 pixels), whose variance does not exist: torch raises there, and
-      the last batch of an epoch or a small generator image gets there;
+    - a channel has a single value (one image of 1 x 1 pixels), whose variance is undefined. Torch raises an error;
+      the last batch of an epoch can have this shape;
     - its weight is frozen: the statistics belong to the adapter, and a frozen adapter must not change.
     """
 
@@ -40,9 +40,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation with up to 8 groups, also for images of one pixel.
 
-    Differs from `torch.nn.GroupNorm` where a group has a single value (one channel, 1 x 1 pixels), whose variance does
-    not exist: all channels of an image are normalised together there. Torch raises for one image, and for several it
-    returns the bias, whatever they show.
+    Differs from `torch.nn.GroupNorm` where a group has a single value (one channel, 1 x 1 pixels), whose variance is
+    undefined: all channels of an image are then normalised together. Torch raises an error for one image, and returns
+    the bias for several.
 
     Args:
         num_channels: channels C of its input.
@@ -64,9 +64,9 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm2d, "group": G
 class Shortcut(nn.Conv2d):
     """The 1 x 1 convolution with a bias beside a strided block.
 
-    Differs from `torch.nn.Conv2d` in how it is computed: the pixels that the stride keeps are cut out first, and the
-    convolution itself has a stride of 1. A strided 1 x 1 convolution of fewer than 8 channels in channels-last writes
-    outside of its memory in the backward pass on CPUs without AVX-512 (oneDNN 3.12, torch 2.14.1).
+    Differs from `torch.nn.Conv2d` in how it is computed: it selects the pixels that the stride keeps, then convolves
+    with a stride of 1. A strided 1 x 1 convolution of fewer than 8 channels in channels-last writes outside of its
+    memory in the backward pass on CPUs without AVX-512 (oneDNN 3.12, torch 2.14.1).
 
     Args:
         in_channels: of its input.
@@ -81,8 +81,8 @@ class Shortcut(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
         kept = input[..., :: self.keep_every, :: self.keep_every]
-        # The weight is given the strides of its gradient. For images in channels-last torch would choose others, equal
-        # in effect, at which DistributedDataParallel warns.
+        # The weight gets the strides of its gradient. For images in channels-last torch would choose others, and
+        # DistributedDataParallel would warn.
         return self._conv_forward(kept, self.weight.flatten(1)[..., None, None], self.bias)
 
 
@@ -123,8 +123,7 @@ class ResNet10(nn.Module):
         make_norm = NORMS[norm]
         self.stem_conv = nn.Conv2d(num_channels, width, kernel_size=3, stride=2, padding=1, bias=False)
         self.stem_norm = make_norm(width)
-        # Spelt out rather than kept in a list: an adapter could be called "0", and PEFT drops the keys of other
-        # adapters by looking for their names between the dots.
+        # Not a list, whose tensors would have "0" in their names: PEFT would take that for an adapter called "0".
         self.block1 = ResidualBlock(width, width, stride=1, norm=make_norm)
         self.block2 = ResidualBlock(width, 2 * width, stride=2, norm=make_norm)
         self.block3 = ResidualBlock(2 * width, 4 * width, stride=2, norm=make_norm)
@@ -133,10 +132,10 @@ class ResNet10(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images (B, C, H, W) of any size to features (B, 8 * width)."""
-        # Convolutions with few channels are up to twice as fast with a pixel's channels side by side.
+        # Convolutions with few channels are up to twice as fast in channels-last.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         features = self.stem_norm(self.stem_conv(pixel_values))
-        # Pooled first, which is the same, and a quarter of the ReLUs.
+        # Pooling before the ReLU gives the same values with a quarter of the ReLUs.
         features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1))
         features = self.block4(self.block3(self.block2(self.block1(features))))
         return features.mean(dim=(2, 3))  # (B, 8 * width)
@@ -167,7 +166,7 @@ def resize_shorter_side(pixel_values: Tensor, size: int) -> Tensor:
 class FactorisedHead(nn.Module):
     """Mixing logits as products of queries and keys, as in attention: a tenth of the parameters of one linear layer.
 
-    An image has one query for each prompt, an entry of the library has one key; both are `rank` numbers.
+    Each prompt of an image has a query, and each library entry has a key.
 
     Args:
         num_features: of the trunk, F.
@@ -191,23 +190,23 @@ class FactorisedHead(nn.Module):
 
 
 class PromptGenerator(nn.Module):
-    """Look at an image and say how to mix the prompts for it out of the library.
+    """Map an image to the coefficients that mix its prompts from the library.
 
     Args:
         num_virtual_tokens: prompts per image, P.
         library_size: entries of the library, L.
         trunk: the CNN, a key of `TRUNKS`.
         num_channels: channels of the image.
-        image_size: side to which the shorter side is resized first, in pixels; None looks at the image as it is.
+        image_size: length that the image's shorter side is resized to, in pixels; None: no resizing.
         width: channels of the trunk's stem.
         norm: "batch", as in the official code, or "group", which needs no running statistics.
         mixing: "softmax" (coefficients of a prompt sum to 1) or "sigmoid" (each lies in [0, 1] by itself).
-        initial_logit_std: standard deviation of the bias that each logit starts from; 0 keeps torch's small one, with
+        initial_logit_std: standard deviation of the initial bias of the logits; 0 keeps torch's small default, with
             which all prompts start as nearly the same mixture.
         rank: length of queries and keys of a factorised head; None: one linear layer, as in the official code.
 
     Attributes:
-        settings: the arguments that say what the parameters are, for files.
+        settings: the arguments that determine the parameters, for saving.
 
     Source: arXiv:2210.06466 and its official code.
     """

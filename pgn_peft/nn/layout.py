@@ -1,6 +1,6 @@
-"""Where prompts that are pixels lie in an image, and the one function that lays them there.
+"""Layouts of prompts in pixel space, and the function that combines image and prompts.
 
-Training, inversion and the client all use it, so that what was trained is what is deployed. Plain torch.
+Training, inversion and `ImagePrompter` all use it, so that deployment equals training. Plain torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PromptLayout:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """The number of prompts P: all patches that the image leaves free."""
+        """The number of prompts P: all patches outside of the image."""
         return self.grid[0] * self.grid[1] - self.image_grid[0] * self.image_grid[1]
 
     @property
@@ -74,7 +74,7 @@ class PromptLayout:
 def make_layout(
     name: str, image_size: tuple[int, int], patch_size: int, num_virtual_tokens: int | None = None
 ) -> PromptLayout:
-    """Lay out so many prompts, if they fill whole rows and columns.
+    """Find the layout of P prompts, which must fill whole rows and columns of patches.
 
     Args:
         name: "append" or "canvas".
@@ -83,13 +83,13 @@ def make_layout(
         num_virtual_tokens: P; None: one row below the image ("append") or one ring around it ("canvas").
 
     Returns:
-        The layout. Of several, the one that removes or adds rows and columns most evenly. In the canvas the image lies
-        in the middle; an odd row goes below it, an odd column to its right.
+        The layout. If several fit, the one with the most even numbers of rows and columns. On a canvas the image is in
+        the middle; an odd row goes below it, an odd column to its right.
 
     Raises:
         ValueError: the images are not whole patches, or P does not fill rows and columns.
 
-    Every patch is a token to the model, used or not, so prompts must fill them.
+    The model makes a token of every patch, so prompts must fill all patches outside of the image.
     """
     if name not in LAYOUTS:
         raise ValueError(
@@ -133,7 +133,7 @@ def _fitting(name: str, rows: int, columns: int) -> dict[int, tuple[int, int]]:
         options = [(down, right) for down in range(rows) for right in range(columns)]
         counts = [(rows * columns - (rows - down) * (columns - right), down, right) for down, right in options]
     fitting: dict[int, tuple[int, int]] = {}
-    # Most even first; where two are alike, more rows.
+    # Most even first; among equals, more rows.
     for count, down, right in sorted(counts, key=lambda entry: (abs(entry[1] - entry[2]), -entry[1])):
         if count:
             fitting.setdefault(count, (down, right))
@@ -143,16 +143,16 @@ def _fitting(name: str, rows: int, columns: int) -> dict[int, tuple[int, int]]:
 def compose(
     pixels: Tensor, patches: Tensor, layout: PromptLayout, image_offset: Tensor | None = None, valid: bool = True
 ) -> Tensor:
-    """Lay prompts and image side by side.
+    """Combine images and prompts into prompted images.
 
     Args:
         pixels: (B, C, H, W) images of the layout's `input_size`, in [0, 1].
         patches: (B, P, C, p, p) prompts, in [0, 1] for valid images.
         layout: where they go.
-        image_offset: added to the image once it has its size in the layout: (C, h, w), or one patch (C, p, p) added to
-            each of the image's patches; None: nothing.
-        valid: clip the image to [0, 1] after that, and round all pixels to 8 bits, as a file will hold them. Gradients
-            pass the rounding as if it were not there.
+        image_offset: added to the image after it is resized: (C, h, w), or one patch (C, p, p) added to each of the
+            image's patches; None: nothing.
+        valid: clip the image to [0, 1] after that, and round all pixels to 8 bits, as in a file. Gradients pass the
+            rounding unchanged.
 
     Returns:
         (B, C, H', W') prompted images of the layout's `size`.
@@ -168,8 +168,8 @@ def compose(
         )
     if patches.shape[1] != layout.num_virtual_tokens:
         raise ValueError(
-            f"`patches` must be {layout.num_virtual_tokens} an image, as the layout has, but got {patches.shape[1]}. "
-            "Layout and prompts belong to different adapters."
+            f"`patches` must be {layout.num_virtual_tokens} for each image, as in the layout, but got "
+            f"{patches.shape[1]}. Layout and prompts belong to different adapters."
         )
     image = resize(pixels, layout.image_size)
     if image_offset is not None:
@@ -178,13 +178,13 @@ def compose(
     if valid:
         image = image.clamp(0, 1)
     prompted = _surround(image, patches.to(image.dtype), layout)
-    # Decisions near a boundary hang on less than a rounding; so training rounds too.
+    # Rounding alone can change a prediction near a decision boundary, so training rounds too.
     return _to_8_bits(prompted) if valid else prompted
 
 
 def _to_8_bits(pixels: Tensor) -> Tensor:
-    """Round pixels in [0, 1] to the levels of 8 bits; gradients pass as if they were not rounded."""
-    # In place, and with no second pass where no gradients are asked for: pixels are many, and most of this is memory.
+    """Round pixels in [0, 1] to the levels of 8 bits; gradients pass unchanged."""
+    # In place, and in one pass where no gradients are needed: most of the time goes into memory traffic.
     rounded = (pixels.detach() * 255).round_().div_(255)
     if torch.is_grad_enabled() and pixels.requires_grad:
         return pixels + rounded.sub_(pixels.detach())
@@ -194,7 +194,7 @@ def _to_8_bits(pixels: Tensor) -> Tensor:
 def _surround(image: Tensor, patches: Tensor, layout: PromptLayout) -> Tensor:
     """Put prompts (B, P, C, p, p), counted row by row through the grid, around images (B, C, h, w).
 
-    By slices alone: the image is copied once, and no list of indices is sent to a device.
+    Uses slices only: the image is copied once, and no list of indices is sent to a device.
     """
     (top, left), (rows, columns) = layout.origin, layout.image_grid
     below, right = layout.grid[0] - top - rows, layout.grid[1] - left - columns

@@ -1,4 +1,4 @@
-"""What the coefficients mix: a library of tokens, or of patches of pixels."""
+"""Libraries that prompts are mixed from: of tokens, or of patches of pixels."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 
 class TokenLibrary(nn.Module):
-    """Learned vectors of the backbone's width, out of which prompts are mixed.
+    """Learned vectors of the backbone's width, from which prompts are mixed.
 
     Args:
         library_size: number of vectors, L.
         hidden_size: the backbone's width, D.
         initializer_range: standard deviation of the initial values. The official code uses 0.02; trained libraries
             grow far beyond it.
-        num_slots: also learn a static prompt for each of so many slots, P, to which the mixture is added; None: the
-            mixture is the prompt, as in the paper.
-        depth: layers of the backbone that get prompts of their own. If there are several, each has vectors and slots
-            of its own, which share the coefficients: (depth, L, D) and (depth, P, D) instead of (L, D) and (P, D).
+        num_slots: number P of slots with a learned static prompt, to which the mixture is added; None: the mixture is
+            the prompt, as in the paper.
+        depth: number of encoder layers with prompts of their own. If there are several, each has its own vectors and
+            slots and all share the coefficients: (depth, L, D) and (depth, P, D) instead of (L, D) and (P, D).
 
     Source: arXiv:2210.06466 and its official code, for a depth of 1; Jia et al. 2022 (arXiv:2203.12119) for prompts in
     every layer.
@@ -55,17 +55,17 @@ class TokenLibrary(nn.Module):
         return (prompts if self.slot_prompts is None else prompts + self.slot_prompts).flatten(1, 2)
 
     def static_prompts(self, batch_size: int) -> Tensor:
-        """Give every image all tokens as they are: (B, depth * L, D), the input-independent control."""
+        """Return all tokens as the prompts of every image: (B, depth * L, D), the input-independent control."""
         return self.tokens.view(-1, self.tokens.shape[-1]).expand(batch_size, -1, -1)
 
 
 class PatchLibrary(nn.Module):
-    """Learned patches of valid pixels, out of which prompts are mixed.
+    """Learned patches of valid pixels, from which prompts are mixed.
 
-    Pixels are a sigmoid of free parameters, so that whatever training does they lie in [0, 1]; a softmax mixture of
-    such patches is one again. There are two parameters for each patch: its pixels, and a shift of the token that the
-    backbone will make of it. A step of the shift moves the token equally far in every direction, as a step of a token
-    library does; a step of the pixels moves it hundreds of times further in some directions than in others.
+    Pixels are the sigmoid of free parameters, so that they and their softmax mixtures always lie in [0, 1]. Each patch
+    has two parameters: the logits of its pixels, and a shift of the token that the backbone computes from it. A
+    training step of the shift moves the token equally far in every direction, as in a token library; a step of the
+    logits moves it hundreds of times further in some directions than in others.
 
     Args:
         library_size: number of patches, L.
@@ -97,7 +97,7 @@ class PatchLibrary(nn.Module):
         self.patch_logits = nn.Parameter(torch.empty(shape).normal_(std=initializer_range))
         self.token_shifts = nn.Parameter(torch.zeros(library_size, hidden_size))
         self.image_offset = nn.Parameter(torch.zeros(shape[1:])) if image_offset else None
-        # Follows from the frozen backbone, so it is not saved.
+        # Computed from the frozen backbone, so it is not saved.
         self.register_buffer("directions", directions, persistent=False)
 
     @property
@@ -119,7 +119,7 @@ class PatchLibrary(nn.Module):
         return (coefficients @ patches.flatten(1)).unflatten(-1, patches.shape[1:])
 
     def static_prompts(self, batch_size: int) -> Tensor:
-        """Give every image all L patches as they are: (B, L, C, p, p), the input-independent control."""
+        """Return all L patches as the prompts of every image: (B, L, C, p, p), the input-independent control."""
         return self.patches.expand(batch_size, -1, -1, -1, -1)
 
     @torch.no_grad()
@@ -134,6 +134,6 @@ class PatchLibrary(nn.Module):
         largest = torch.tensor([images.shape[0], images.shape[2] - side + 1, images.shape[3] - side + 1])
         places = (torch.rand(library_size, 3, generator=generator) * largest).long().tolist()
         cut = torch.stack([images[image, :, top : top + side, left : left + side] for image, top, left in places])
-        # Black and white lie infinitely far out; two hundredths off them training can still move them.
+        # The logits of black and white are infinite; at 0.02 and 0.98 the sigmoid still has a gradient.
         self.patch_logits.copy_(cut.clamp(0.02, 0.98).logit())
         self.token_shifts.zero_()

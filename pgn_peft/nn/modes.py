@@ -1,4 +1,4 @@
-"""A module in eval mode for a while."""
+"""A context in which a module is in eval mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A ViT's patch projection, and its inverse: between the pixels of a patch and the token they become. Plain torch."""
+"""The inverse of a ViT's patch projection: from tokens to the pixels of patches. Plain torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PatchInverse:
         self.inverse = (self.right.mT / self.singular_values[kept]) @ self.left.mT  # (C * p * p, D)
 
     def pixels(self, tokens: Tensor) -> Tensor:
-        """Find the smallest pixels (..., C * p * p) that the projection turns into `tokens` (..., D)."""
+        """Compute the pixels of least norm (..., C * p * p) that the projection maps to `tokens` (..., D)."""
         return tokens @ self.inverse.mT
 
     def tokens(self, pixels: Tensor) -> Tensor:
@@ -39,12 +39,12 @@ class PatchInverse:
         return pixels @ self.weight.mT
 
     def directions(self, image_std: Sequence[float], floor: float = 0.036) -> Tensor:
-        """Find how a patch's logits must change for its token to move by one along each axis.
+        """Compute the change of a patch's logits that moves its token by one along each axis.
 
         Args:
             image_std: standard deviation of each channel that the image processor divides by.
-            floor: singular values below this share of the largest count as it. Moving a token along the weakest
-                directions would take pixels out of range before it shows.
+            floor: lower limit of the singular values, as a share of the largest. The weakest directions would move
+                pixels out of range and hardly change the token.
 
         Returns:
             (C, p, p, D) float32, for pixels that are the sigmoid of their logits, around grey.
@@ -58,9 +58,9 @@ class PatchInverse:
     def pixels_in_range(self, tokens: Tensor, low: Tensor, high: Tensor, steps: int = 300) -> Tensor:
         """Find pixels between `low` and `high` whose tokens come closest to `tokens`.
 
-        The null space of the projection is free to bring pixels into range; what cannot be reached stays as an error.
-        Solved with the alternating direction method of multipliers: one least-squares step in closed form, one
-        projection onto the box, by turns.
+        Pixels move freely within the projection's null space; what cannot be reached remains as an error. Solved by
+        the alternating direction method of multipliers: a least-squares step in closed form alternates with a
+        projection onto the box.
 
         Args:
             tokens: (n, D).

@@ -1,4 +1,4 @@
-"""Prompts as pixels, and how well they stand for the tokens that they were computed from."""
+"""Prompts as pixels, and a report of how exactly they reproduce tokens."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class InversionReport:
-    """What an inversion kept.
+    """Accuracy of a prompt inversion.
 
     Args:
         rank: numerical rank of the patch projection, at most D.
-        hidden_size: the backbone's width D. With `rank` below it some part of a token has no pixels.
-        condition_number: largest over smallest singular value that counts.
-        token_error: largest relative error `|W x - t| / |t|` of a token that pixels stand for, over all library
-            entries and slots (and of the image's own patches, where they are compensated).
-        mean_token_error: root of the mean squared error over the mean square, likewise.
+        hidden_size: the backbone's width D. If `rank` is smaller, a part of each token cannot be reached.
+        condition_number: largest over smallest singular value within the rank.
+        token_error: largest relative error `|W x - t| / |t|` of a token, over all library entries and slots (and the
+            image's own patches, where they are compensated).
+        mean_token_error: root of the mean squared error divided by the mean square, over the same tokens.
         largest_pixel: largest absolute value of a normalised pixel of a prompt. Images stay within about 2.6.
         in_range: whether all pixels are those of an image.
     """
@@ -39,7 +39,7 @@ class PixelPrompts:
         library: (L, C, p, p), or (P, L, C, p, p) with a library for each slot.
         offsets: (P, C, p, p) added to each slot, or None.
         image_offset: added to the image itself: (C, H, W), or one patch (C, p, p) for each of its patches; or None.
-        report: how good it is; None for a library that was trained as pixels.
+        report: accuracy of the inversion; None for a library that was trained as pixels.
     """
 
     library: Tensor

@@ -1,4 +1,4 @@
-"""What an image processor does, for those who have none: resize, crop, normalise. Torch, numpy and Pillow."""
+"""The steps of an image processor without Transformers: resize, crop, normalise. Torch, numpy and Pillow."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([torch.full((1, 1), value, dtype=like.dtype, device=like.device) for value in values])
 
 
+def check_image_processor(name: str, value: Any) -> None:
+    """Raise unless `value` is an image processor of Transformers that normalises."""
+    if not (hasattr(value, "image_mean") and hasattr(value, "rescale_factor") and hasattr(value, "save_pretrained")):
+        raise TypeError(
+            f"`{name}` must be an image processor, but got {type(value).__name__}. Load it: "
+            "AutoImageProcessor.from_pretrained(model_id)."
+        )
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """The steps of an image processor, from any image to the pixels that the model's input is normalised from.
@@ -66,14 +75,10 @@ class Preprocessing:
         """Read the steps off a Transformers image processor.
 
         Raises:
-            TypeError: it is no image processor.
-            ValueError: it does something else: another filter, another scale, no normalisation, or padding.
+            TypeError: `processor` is not an image processor.
+            ValueError: `processor` has another filter or scale, does not normalise, or pads.
         """
-        if not hasattr(processor, "rescale_factor"):
-            raise TypeError(
-                f"`processor` must be an image processor, but got {processor!r}. Load it: "
-                "AutoImageProcessor.from_pretrained(model_id)."
-            )
+        check_image_processor("processor", processor)
         for name, wanted in (("do_normalize", True), ("do_rescale", True), ("do_pad", False)):
             found = getattr(processor, name, None)
             if found is not None and bool(found) != wanted:
@@ -203,8 +208,8 @@ def to_pixels(image: Any, num_channels: int) -> Tensor:
         (C, H, W) uint8.
 
     Raises:
-        TypeError: it is something else.
-        ValueError: it has another number of channels, or values out of range.
+        TypeError: `image` is of another kind.
+        ValueError: `image` has another number of channels, or values out of range.
     """
     if isinstance(image, Image.Image):
         image = np.array(convert_image(image, PILLOW_MODES[num_channels]))
@@ -263,7 +268,7 @@ def read_images(
 
     Raises:
         TypeError: an image is of no such kind.
-        ValueError: there is none, its values are impossible, or another size comes out.
+        ValueError: `images` is empty, has values out of range, or another size comes out.
     """
     batched = isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4
     single = not batched and isinstance(images, (Image.Image, np.ndarray, Tensor))

@@ -1,4 +1,4 @@
-"""The client of a model that can only be called. Imports neither PEFT nor Transformers."""
+"""The client of a hosted model. Imports neither PEFT nor Transformers."""
 
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.prompter.label_mapping import frequency_mapping

@@ -1,4 +1,4 @@
-"""What a server answers, read: as an answer about the task's classes, and as evidence of what it saw. Plain Python."""
+"""Reading of a server's answers: scores of the task's classes, and a check that images arrive unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_scores(answer: Iterable[Any]) -> dict[str, float]:
         answer: entries with `label` and `score`, as dictionaries or as objects, from a pipeline or an endpoint.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: `answer` is not a list of entries with `label` and `score`.
     """
     try:
         return {str(_get(entry, "label")): float(_get(entry, "score")) for entry in answer}
@@ -38,7 +38,7 @@ def map_scores(
     label_mapping: Sequence[int],
     server_labels: Mapping[int, str],
 ) -> dict[str, float]:
-    """Read scores of the server's classes as scores of the task's.
+    """Convert scores of the server's classes to scores of the task's.
 
     Args:
         scores: by the server's labels.
@@ -47,11 +47,11 @@ def map_scores(
         server_labels: names of the server's classes by index.
 
     Returns:
-        Scores by the task's labels, with sum 1. If the answer was cut short and lacks some of them, the scores of the
-        others as they came: the best of them is the best of all, but how sure the model is cannot be known.
+        Scores by the task's labels, normalised to sum 1. If the answer lacks some of them, the other scores are
+        returned as they are: the best label is known then, its probability is not.
 
     Raises:
-        ValueError: none of the classes that the task is mapped to is among them.
+        ValueError: `scores` has none of the classes that the task is mapped to.
     """
     names = [server_labels[index] for index in label_mapping]
     found = {id2label[task]: scores[name] for task, name in enumerate(names) if name in scores}
@@ -69,7 +69,7 @@ def map_scores(
 def compare_with_probe(
     scores: Mapping[str, float], probe_scores: Sequence[float], server_labels: Mapping[int, str]
 ) -> float:
-    """Compare a server's answer to the probe with what the unmodified model says.
+    """Compare a server's answer to the probe with the unmodified model's scores.
 
     Args:
         scores: the server's, by label.
@@ -80,7 +80,7 @@ def compare_with_probe(
         The largest difference, as a share of the model's largest score.
 
     Raises:
-        ValueError: the labels are others, or the difference is more than rounding.
+        ValueError: `scores` has other labels, or differs by more than rounding.
     """
     expected: dict[str, float] = {}
     for index, score in enumerate(probe_scores):

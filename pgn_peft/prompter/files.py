@@ -1,4 +1,4 @@
-"""The files of a prompter: prompter.safetensors, and prompter_config.json, which says what must be in it."""
+"""The files of a prompter: prompter.safetensors, and prompter_config.json, which describes its tensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def find_files(name_or_path: str | Path, revision: str | None, token: str | None
     """Find the folder of a prompter, a local one or a download from the Hub.
 
     Raises:
-        OSError: there is none, or a file is missing.
+        OSError: the folder or repository does not exist, or a file is missing.
     """
     files = (CONFIG_FILE, WEIGHTS_FILE)
     folder = find_folder("pretrained_model_name_or_path", name_or_path, files, revision=revision, token=token)

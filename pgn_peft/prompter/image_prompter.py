@@ -1,4 +1,4 @@
-"""`ImagePrompter`: the client of a model that can only be called. Image in, prompted image out.
+"""`ImagePrompter`: the client of a hosted model, which turns images into prompted images.
 
 Needs torch, safetensors, numpy and Pillow; neither PEFT nor Transformers nor the backbone's weights.
 """
@@ -31,16 +31,16 @@ from pgn_peft.version import __version__
 
 
 class ImagePrompter(nn.Module):
-    """Prompt images for a frozen model behind an interface.
+    """Prompt images for a frozen, hosted model.
 
-    Make one with `pgn_peft.make_prompter`, or load one with `from_pretrained`. `report` says how well inverted prompts
-    stand for the tokens; None for prompts trained as pixels, and after loading.
+    Make one with `pgn_peft.make_prompter`, or load one with `from_pretrained`. `report` is the accuracy of inverted
+    prompts; None for prompts trained as pixels, and after loading.
 
     Args:
-        layout: where the prompts lie.
-        preprocessing: what the model's image processor does.
+        layout: the places of image and prompts.
+        preprocessing: the steps of the model's image processor.
         prompts: the library as pixels; without a generator the prompts themselves.
-        generator: says how to mix them for an image; None: all images get the same.
+        generator: computes an image's mixing coefficients; None: all images get the same prompts.
         id2label: names of the task's classes by index.
         label_mapping: for each of these classes the index of the server's class that stands for it.
         server_labels: names of the server's classes by index.
@@ -102,7 +102,7 @@ class ImagePrompter(nn.Module):
         return patches if self.offsets is None else patches + self.offsets
 
     def prompted(self, pixels: Tensor) -> Tensor:
-        """Lay its prompts into images.
+        """Add prompts to images.
 
         Args:
             pixels: (B, C, H, W) in [0, 1], of the layout's `input_size`.
@@ -135,7 +135,7 @@ class ImagePrompter(nn.Module):
 
         Returns:
             The same kind, one or several, upright, with 8-bit pixels (also for wider ones), prompted. Save them as
-            PNG: JPEG changes what they say. With a processor that crops they carry a margin for it to cut off.
+            PNG: JPEG changes the prompts. For a processor that crops they have a margin, which it cuts off.
 
         Raises:
             TypeError: an image is of another kind.
@@ -154,13 +154,13 @@ class ImagePrompter(nn.Module):
 
     @property
     def _margins(self) -> tuple[int, int, int, int]:
-        """What the server's processor will cut off. Images with appended rows do not go through one."""
+        """The margins that the server's processor cuts off. Images with appended rows bypass the processor."""
         return self.preprocessing.margins if self.layout.name == "canvas" else (0, 0, 0, 0)
 
     # The server's answers.
 
     def read_answer(self, answer: Iterable[Any]) -> list[dict[str, Any]]:
-        """Read a server's answer as one about the task's classes.
+        """Convert a server's answer to scores of the task's classes.
 
         Args:
             answer: what `pipeline("image-classification")` or an inference endpoint returns for one image: entries
@@ -172,9 +172,9 @@ class ImagePrompter(nn.Module):
             scores of the classes that stand for the task's, made to sum to 1 if all of them are in the answer.
 
         Raises:
-            TypeError: it is something else.
-            ValueError: none of the mapped labels is in it, or the adapter has a head of its own, which the server has
-                not.
+            TypeError: `answer` is not a list of entries with `label` and `score`.
+            ValueError: `answer` has none of the mapped labels, or the adapter has a head of its own that the server
+                lacks.
         """
         scores = read_scores(answer)
         if self.head is not None and not scores.keys() <= set(filled(self.id2label).values()):
@@ -204,20 +204,20 @@ class ImagePrompter(nn.Module):
         return self.head(features.to(self.head.weight))
 
     def probe(self) -> Image.Image:
-        """Return an image of noise, to be sent once to a server, whose answer tells whether it sees what is sent."""
+        """Return an image of noise to send to a server once; see `check_server`."""
         shape = (1, self.num_channels, *self.layout.size)
         noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         return to_images(F.pad(noise, self._margins), Image.Image)[0]
 
     def check_server(self, answer: Iterable[Any]) -> float:
-        """Find out from its answer to `probe()` whether a server sees images as they are sent.
+        """Check by a server's answer to `probe()` that images reach its model unchanged.
 
         Returns:
-            The largest difference from what the unmodified model says, as a share of its largest score.
+            The largest difference from the unmodified model's scores, as a share of the largest score.
 
         Raises:
-            TypeError: it is something else.
-            ValueError: they differ by more than rounding does, or it is not known what the model says.
+            TypeError: `answer` is not a list of entries with `label` and `score`.
+            ValueError: the scores differ by more than rounding, or the model's scores were not recorded.
         """
         if self.probe_scores is None:
             raise ValueError(
@@ -253,7 +253,7 @@ class ImagePrompter(nn.Module):
         """Load a prompter from a directory, or from the Hub (with `huggingface_hub` installed).
 
         Raises:
-            OSError: there is no such directory or repository, or a file is missing.
+            OSError: the directory or repository does not exist, or a file is missing.
             ValueError: a file is damaged, or does not hold what the configuration declares.
         """
         folder = files.find_files(pretrained_model_name_or_path, revision, token)
@@ -311,7 +311,7 @@ class ImagePrompter(nn.Module):
         From `image` (B, C, H, W) uint8, resized and cropped as `preprocessing` says, to `prompted` (B, C, H', W').
 
         Raises:
-            ValueError: the prompts are no valid images.
+            ValueError: the prompts are not valid images.
         """
         if not self.in_range:
             raise ValueError(

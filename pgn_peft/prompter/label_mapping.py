@@ -1,4 +1,4 @@
-"""Which of a model's own classes stand for those of a task."""
+"""A mapping from a task's classes to a model's own classes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 def frequency_mapping(
     logits: Tensor, labels: Tensor, num_labels: int, id2label: Mapping[int, str] | None = None
 ) -> list[int]:
-    """Find which of a model's classes can stand for each of a task's, by how often it answers with them.
+    """Map each of a task's classes to a class of the model, by how often the model predicts it.
 
-    The pair of task class and model class that occurs most often is fixed first, then the next of those that are left;
-    where counts are equal, the mean probability decides. It is one to one.
+    The most frequent pair of task class and model class is fixed first, then the next of the remaining ones; where
+    counts are equal, the mean probability decides. The mapping is one to one.
 
     Args:
-        logits: (N, M) the unmodified model's answers to training images.
+        logits: (N, M), of the unmodified model for training images.
         labels: (N,) the images' classes, 0..`num_labels`-1.
         num_labels: number of the task's classes, at most M.
         id2label: the model's labels. Classes whose name another class has too are left out then, because a server

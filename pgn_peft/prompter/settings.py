@@ -1,4 +1,4 @@
-"""What prompter_config.json says: written from the parts of an `ImagePrompter`, and read without trusting it."""
+"""The content of prompter_config.json: written from the parts of an `ImagePrompter`, read as an untrusted file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LARGEST_SIDE, LARGEST_LIBRARY, LARGEST_WIDTH = 4096, 65_536, 1024
 
 
 def describe_layout(layout: PromptLayout) -> dict[str, Any]:
-    """Write a layout down, for `read_parts`."""
+    """Describe a layout, for `read_parts`."""
     return {
         "name": layout.name,
         "image_size": list(layout.input_size),
@@ -37,7 +37,7 @@ def describe_layout(layout: PromptLayout) -> dict[str, Any]:
 
 
 def describe_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Write the steps of an image processor down, for `read_parts`."""
+    """Describe the steps of an image processor, for `read_parts`."""
     return dataclasses.asdict(preprocessing)
 
 
@@ -47,7 +47,7 @@ def read_parts(settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError, AttributeError: a setting is missing, or has another structure.
         TypeError: a value has the wrong type.
-        ValueError: a value is impossible.
+        ValueError: a value is out of range.
     """
     layout, channels = _read_layout(settings["layout"]), len(settings["preprocessing"]["image_mean"])
     preprocessing = _read_preprocessing(settings["preprocessing"])

@@ -1,4 +1,4 @@
-"""What training with `Trainer` needs beside it."""
+"""Training with `Trainer`: collator, parameter groups, checkpoints, several processes."""
 
 from pgn_peft.training.checkpoints import last_complete_checkpoint
 from pgn_peft.training.collator import ImageCollator

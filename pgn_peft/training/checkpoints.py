@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 
 
 def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> Path | None:
-    """Find the newest checkpoint that a run can go on from.
+    """Find the newest checkpoint that a run can resume from.
 
     Trainer does not write checkpoints atomically: a crash can leave one with files missing or cut short. Every file
-    that resuming reads is read here; a checkpoint that fails is passed over with a warning. So is one that was saved
-    with `save_only_model=True`, from which Trainer would go on with a new optimizer and a new schedule.
+    that resuming reads is read here; a checkpoint that fails is skipped with a warning. So is one that was saved
+    with `save_only_model=True`, from which Trainer would resume with a new optimizer and a new schedule.
 
-    One that another number of processes has saved will do: weights, optimizer and schedule are the same for all. Only
-    the random numbers start anew, which is warned of.
+    A checkpoint of another number of processes is accepted: weights, optimizer and schedule are the same for all. Only
+    the random numbers start anew, with a warning.
 
     Args:
         output_dir: folder with Trainer's `checkpoint-<step>` folders.
-        world_size: number of processes that are to go on; each saves the state of its random numbers.
+        world_size: number of processes that resume; each saves the state of its random numbers.
 
     Returns:
         The folder, or None if there is no complete one.
@@ -103,7 +103,7 @@ def _random_states(path: Path, world_size: int) -> list[str]:
     if world_size > 1 and (path / of_one).is_file():
         return [of_one]
     ranks = len(list(path.glob(of_each.format("*"))))
-    # A single one of several, or one with a gap before it, is what a crash leaves behind. (A crash that loses the last
+    # A single one of several, or one with a gap before it, is what a crash leaves. (A crash that loses the last
     # of three or more looks like a run of fewer processes; weights, optimizer and schedule are whole in both.)
     if ranks > 1 and all((path / of_each.format(rank)).is_file() for rank in range(ranks)):
         return [of_each.format(rank) for rank in range(ranks)]

@@ -1,7 +1,6 @@
-"""`ImageCollator`: examples to a batch, and the place where bad values are found.
+"""`ImageCollator`: makes batches, and checks the values of images and labels.
 
-A check of values inside the model would break the compiled graph in two; here it costs nothing and runs in the
-loader's workers.
+Inside the model such checks would break the compiled graph; here they run in the loader's workers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training in several processes: what they must agree on beside the weights."""
+"""Training in several processes: equal BatchNorm statistics, and checks of launched and resumed runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pgn_peft.tuner.layer import PGNTunerLayer
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 def _several_processes() -> bool:
@@ -27,8 +27,8 @@ def _buffers(model: nn.Module) -> Iterator[Tensor]:
 def broadcast_statistics(model: nn.Module, source: int = 0) -> None:
     """Give all processes the BatchNorm statistics of one of them. Does nothing in a single process.
 
-    DistributedDataParallel keeps weights equal and broadcasts buffers *before* each step; what the last step did to
-    running means and variances stays different in each process.
+    DistributedDataParallel keeps weights equal and broadcasts buffers *before* each step. Running means and variances
+    therefore differ between processes after the last step.
 
     Args:
         model: the model, wrapped or not.
@@ -74,7 +74,7 @@ class SameSteps(TrainerCallback):
         """Compare the steps of an epoch with those that the checkpoint's epochs had.
 
         Raises:
-            ValueError: they differ.
+            ValueError: an epoch has another number of steps than before the interruption.
         """
         if not (state.global_step and state.epoch):
             return
@@ -93,7 +93,7 @@ class SameSteps(TrainerCallback):
 
 
 def check_processes_meet(args: TrainingArguments) -> None:
-    """Refuse processes that were started together and each believe themselves alone.
+    """Refuse processes that were launched together but have not joined one group.
 
     Raises:
         ValueError: the launcher started several, and this one has joined no group.

@@ -1,4 +1,4 @@
-"""The start of an adapter from training images."""
+"""Initialisation of an adapter from training images."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def start_library_from_images(model: nn.Module, images: Tensor, adapter_name: st
         model: a model with the adapter.
         images: (B, C, H, W) in [0, 1], a few hundred, at least as large as a patch.
         adapter_name: the adapter.
-        seed: of the choice of places.
+        seed: for the random choice of patches.
 
     Raises:
-        ValueError: there is no such adapter in pixel space, or the images are no such images.
+        ValueError: no adapter in pixel space has this name, or `images` has the wrong axes, size or range.
     """
     libraries = [
         library

@@ -18,7 +18,7 @@ def parameter_groups(
 
     Args:
         model: a model with PGN adapters.
-        learning_rate: of the generator, and of whatever `modules_to_save` names.
+        learning_rate: of the generator, and of all modules in `modules_to_save`.
         library_learning_rate: of the token library (or static prompts); None: `learning_rate`.
         head_learning_rate: of the classification head; None: `learning_rate`.
         weight_decay: of matrices and convolutions. Norms and biases are not decayed.
@@ -27,7 +27,7 @@ def parameter_groups(
         Groups with the keys `name`, `params`, `lr` and `weight_decay`; each parameter is in exactly one.
 
     Raises:
-        ValueError: nothing is trainable.
+        ValueError: no parameter is trainable.
     """
     rates = {
         "pgn_generator": learning_rate,

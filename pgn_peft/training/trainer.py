@@ -1,4 +1,4 @@
-"""`AdapterTrainer`: a `Trainer` that publishes an adapter as it should be published."""
+"""`AdapterTrainer`: a `Trainer` whose pushes hold adapter, image processor and card, and no pickles."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from transformers.utils.hub import PushInProgress
 from pgn_peft.hub import publishing
 from pgn_peft.hub.classifier import Classifier
 from pgn_peft.hub.model_card import CardFacts
+from pgn_peft.nn.preprocessing import check_image_processor
 from pgn_peft.training.distributed import check_processes_meet
 from pgn_peft.tuner.adapters import unwrap
 from pgn_peft.utils.files import replacing
@@ -35,22 +36,22 @@ STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 class AdapterTrainer(Trainer):
     """Transformers' `Trainer`, whose pushes hold the adapter, its image processor and a card, and no pickles.
 
-    Differs from it also where labels are numbers, for regression or several labels an image: `Trainer` multiplies such
-    losses by the number of processes and of accumulated batches.
+    Also corrects losses of regression and of several labels per image, which `Trainer` multiplies by the number of
+    processes and of accumulated batches.
 
     The card's hyperparameters, its table of evaluations and, where the data set has a name, the last evaluation's
     metrics come from the run.
 
     Args:
         *args: as for `Trainer`.
-        facts: what only you know, for the card; it goes before what the run shows.
+        facts: facts for the card; they take precedence over those of the run.
         **kwargs: as for `Trainer`; `processing_class` must be the image processor to push.
 
     Raises:
-        TypeError: there is something to push and no image processor.
+        TypeError: `push_to_hub` is set, and `processing_class` is not an image processor.
         ValueError: `hub_strategy` is one that publishes whole checkpoints, the base model is a folder that nobody
-            else has, evaluations would round the weights (`bf16_full_eval`, `fp16_full_eval`), or processes were
-            started together that do not know each other.
+            else has, evaluations would round the weights (`bf16_full_eval`, `fp16_full_eval`), or processes that were
+            launched together have not joined one group.
     """
 
     hub_model_id: Any  # Trainer annotates neither, and begins with None
@@ -89,11 +90,8 @@ class AdapterTrainer(Trainer):
                 f"{HubStrategy(self.args.hub_strategy).value!r}: a whole checkpoint holds pickles. Keep "
                 "checkpoints to yourself."
             )
-        if self.args.push_to_hub and not hasattr(self.processing_class, "image_mean"):
-            raise TypeError(
-                f"`processing_class` must be the image processor, but got {type(self.processing_class).__name__}. "
-                "Pass it, so that it is published with the adapter."
-            )
+        if self.args.push_to_hub:
+            check_image_processor("processing_class", self.processing_class)
         if self.args.push_to_hub and self.is_world_process_zero():
             # Now, rather than after hours of training.
             publishing.check_shareable(self.classifier.model, self.hub_model_id)
@@ -111,7 +109,7 @@ class AdapterTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         # Trainer lets a loss divide by the number of labels in all processes and accumulated batches. Cross-entropy
-        # does; the losses of numbers (regression, several labels an image) are means whatever they are told, and were
+        # does; the losses of numbers (regression, several labels per image) are means that ignore it, and would be
         # multiplied by the number of processes and of accumulated batches. A loss function of the user's divides by
         # the number itself, as for `Trainer`.
         labels = batch_samples[0].get("labels") if batch_samples else None
@@ -125,11 +123,11 @@ class AdapterTrainer(Trainer):
         return Classifier(self.accelerator.unwrap_model(self.model), self.processing_class)
 
     def card_facts(self) -> CardFacts:
-        """Return the facts of the card, those that were given before those that the run shows."""
+        """Return the facts of the card; given ones take precedence over those of the run."""
         _, log, results = parse_log_history(self.state.log_history)
         hyperparameters = extract_hyperparameters_from_trainer(self)
         if self.optimizer is not None:
-            # Trainer reports the one it would have made.
+            # Trainer reports its own default instead.
             hyperparameters["optimizer"] = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
         facts = dataclasses.replace(
             self.facts,
@@ -183,7 +181,7 @@ class AdapterTrainer(Trainer):
 
         Raises:
             ValueError: the base model is a folder that nobody else has.
-            OSError: it failed; the files are in the output folder, and the message says how to go on.
+            OSError: the upload failed. The files are in the output folder, and the message names a remedy.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -219,6 +217,6 @@ class AdapterTrainer(Trainer):
 
 
 def _report(push: Future[CommitInfo]) -> None:
-    """Say that a push in the background failed; training goes on, and the next one may succeed."""
+    """Warn of a push in the background that failed; training continues, and the next push may succeed."""
     if not push.cancelled() and push.exception() is not None:
         logger.warning("A push while training failed. %s", push.exception())

@@ -1,4 +1,4 @@
-"""An adapter in a model, whoever put it there: its name, its configuration, its tensors and their number."""
+"""An adapter in a model, added by PEFT or by Transformers: name, configuration, tensors, number of parameters."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.head import record_inferred_problem_type
-from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.head import find_head
+from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.saved_weights import PREFIX
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 def unwrap(model: Any) -> Any:
-    """Return the model inside of what `torch.compile`, DistributedDataParallel and the like put around it."""
+    """Return the model inside the wrappers of `torch.compile`, DistributedDataParallel and the like."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
@@ -25,7 +26,7 @@ def prompt_layer(model: Any) -> PGNLayer:
     """Find the layer that adds the prompts.
 
     Raises:
-        TypeError: there is none.
+        TypeError: the model carries no PGN adapter.
     """
     layer = None
     if isinstance(model, nn.Module):
@@ -47,7 +48,7 @@ def find_layer(model: nn.Module, adapter_name: str = "default") -> PGNLayer:
 
     Raises:
         TypeError: the model carries no adapter.
-        ValueError: there is no adapter of that name.
+        ValueError: no adapter has this name.
     """
     layer = prompt_layer(model)
     if adapter_name not in layer.configs:
@@ -59,11 +60,11 @@ def find_layer(model: nn.Module, adapter_name: str = "default") -> PGNLayer:
 
 
 def active_adapter(model: Any) -> tuple[str, PGNConfig]:
-    """Return name and configuration of the adapter whose head answers; the latter a copy, as it is saved.
+    """Return name and configuration (a copy, as it is saved) of the active adapter, the first if there are several.
 
     Raises:
-        TypeError: there is none.
-        ValueError: all have been deleted.
+        TypeError: the model carries no PGN adapter.
+        ValueError: all adapters have been deleted.
     """
     active = prompt_layer(model).active_adapters
     model = unwrap(model)
@@ -71,23 +72,25 @@ def active_adapter(model: Any) -> tuple[str, PGNConfig]:
         raise ValueError(
             f"`model` must have an active adapter, but got {list(active)}. Activate one: set_adapter(name)."
         )
-    record_inferred_problem_type(model)
+    head = find_head(model)
+    if head is not None:
+        head.record_problem_type()
     config = copy.copy(model.peft_config[active[0]])
     config.inference_mode = True
-    # PEFT records it when it makes a model, and not when it adds a further adapter.
+    # PEFT records this for a model's first adapter only.
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     return active[0], config
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors under the names that PEFT's files have, contiguous."""
+    """Return an adapter's tensors, contiguous, under their names in PEFT's files."""
     tensors = get_peft_model_state_dict(unwrap(model), adapter_name=adapter_name, save_embedding_layers=False)
-    # In a model that PEFT has not wrapped the names lack this part.
+    # In a model that PEFT has not wrapped the names lack the prefix.
     return {PREFIX + name.removeprefix(PREFIX): tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def num_parameters(model: nn.Module, adapter_name: str) -> int:
-    """Count what was trained, frozen now or not; BatchNorm's statistics are not among it."""
+    """Count an adapter's parameters, frozen or not; BatchNorm's statistics are not counted."""
     trained: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, PGNTunerLayer):

@@ -1,6 +1,6 @@
-"""The backbones that PGN works with: where their tokens are made, where they are read, and which are refused.
+"""Supported and refused backbones: where their tokens are made, and where they are read.
 
-The only file that knows an architecture's name.
+No other module names an architecture.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where PGN takes hold of a model.
+    """Where PGN attaches to a model.
 
     Args:
         embeddings: name of the module that turns pixels into tokens.
-        head: name of the classification head, or None for a model that answers with features.
-        reads_all: it reads more than token 0 (CLS), so that prompts are cut off behind the last layer.
+        head: name of the classification head, or None for a model that returns features.
+        reads_all: more than token 0 (CLS) is read, so that prompts are removed after the last layer.
         head_width: features that the head takes, as a multiple of the width D.
     """
 
@@ -32,7 +32,7 @@ class Backbone:
 # Name of the classification head in every supported classifier.
 HEAD = "classifier"
 
-# Appended tokens act through attention alone: either token 0 (CLS) is all that is read, or they are cut off before.
+# Appended tokens act through attention only: either token 0 (CLS) alone is read, or prompts are removed before.
 SUPPORTED: dict[str, Backbone] = {
     "ViTForImageClassification": Backbone("vit.embeddings", HEAD),
     "DeiTForImageClassification": Backbone("deit.embeddings", HEAD),
@@ -58,11 +58,11 @@ SUPPORTED: dict[str, Backbone] = {
     "SiglipVisionModel": Backbone("embeddings", None, reads_all=True),
 }
 
-# Why prompts that were trained as tokens cannot become pixels there.
-AVERAGES_PATCHES = "it averages its patches, and would average those that hold prompts too, as it did not in training"
-_COUNTS = "its attention adds positions to every token and counts them, and a prompt has no position"
+# Why prompts that were trained as tokens cannot become pixels for such a backbone.
+AVERAGES_PATCHES = "it averages its patches, and would include those that hold prompts, unlike in training"
+_COUNTS = "its attention needs a position for every token, and a prompt has none"
 _WINDOWS = "it has no sequence that a token could be appended to"
-_MAPS = "it makes maps of the tokens of every layer, and prompts would be taken for patches"
+_MAPS = "it returns feature maps of its layers, and prompts would be taken for patches"
 _TWO_TOWERS = "it has a tower for texts too; load the checkpoint as one of these"
 _PATCHES = "it takes patches of many sizes instead of images"
 _REBUILDS = "it rebuilds the image from the patch tokens, and prompts would be taken for patches"
@@ -92,7 +92,7 @@ REFUSED: dict[str, str] = {
 
 
 def find_backbone(model: nn.Module, target_modules: list[str] | None = None) -> Backbone:
-    """Find where PGN takes hold of `model`, or say why it cannot.
+    """Find where PGN attaches to `model`.
 
     Args:
         model: the model to adapt. A subclass of a supported architecture counts as that architecture.
@@ -130,14 +130,14 @@ def find_backbone(model: nn.Module, target_modules: list[str] | None = None) -> 
 
 
 def find_layers(model: nn.Module, embeddings: str) -> list[str]:
-    """Name the backbone's layers, in the order in which tokens go through them.
+    """Return the names of the backbone's encoder layers, in order.
 
     Args:
         model: the model that is adapted.
         embeddings: full name of its embeddings.
 
     Raises:
-        ValueError: there is no list of them beside the embeddings, or more than one.
+        ValueError: beside the embeddings there is not exactly one list of layers.
     """
     above = embeddings.rpartition(".")[0]
     parent = model.get_submodule(above)

@@ -1,4 +1,4 @@
-"""Which adapter each image of a mixed batch has, and how a batch is taken apart by it."""
+"""The adapter of each image in a mixed batch, and processing of a batch adapter by adapter."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def map_by_adapter(names: Sequence[str], batch: Tensor, function: Callable[[str,
         function: called once for each adapter with its name and its images (b, ...), returns (b, ...).
 
     Returns:
-        What it returned, (B, ...), in the order of `batch`.
+        (B, ...), the function's results in the order of `batch`.
     """
     parts: list[Tensor] = []
     places: list[int] = []

@@ -1,4 +1,4 @@
-"""The modules that a config describes."""
+"""Generator and library, made as a config describes them."""
 
 from __future__ import annotations
 

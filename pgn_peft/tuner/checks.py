@@ -1,4 +1,4 @@
-"""Checks of what the adapted model is called with, and of adapters that are active together."""
+"""Checks of the adapted model's input, and of adapters that are active together."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pgn_peft.tuner.config import PGNConfig
 
 
 def check_pixel_values(pixel_values: Any, num_channels: int, image_size: tuple[int, int] | None) -> None:
-    """Check shape and dtype of what a backbone is called with.
+    """Check shape and dtype of a backbone's input.
 
     Args:
-        pixel_values: (B, C, H, W), floating point, if all is well.
+        pixel_values: must be (B, C, H, W), floating point.
         num_channels: channels C that the backbone takes.
         image_size: height and width that it takes, in pixels; None: any.
 
     Raises:
-        TypeError: it is no floating-point tensor.
-        ValueError: it has the wrong number of axes, channels or pixels.
+        TypeError: `pixel_values` is not a floating-point tensor.
+        ValueError: `pixel_values` has the wrong number of axes, channels or pixels.
     """
     if not isinstance(pixel_values, Tensor):
         raise TypeError(
@@ -56,7 +56,7 @@ def check_together(adapter_names: Sequence[str], configs: Mapping[str, PGNConfig
     """Refuse adapters that cannot be active at the same time.
 
     Raises:
-        ValueError: more than one lays patches into the image, or one of several changes its prompts in each layer.
+        ValueError: more than one adapter is in pixel space, or one of several has prompts in several layers.
     """
     in_pixels = [name for name in adapter_names if configs[name].prompt_space == "pixel"]
     if len(in_pixels) > 1:

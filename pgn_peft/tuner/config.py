@@ -76,7 +76,7 @@ class PGNConfig(PGNFields):
         """
         finish_save(Path(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        # The width is recorded when an adapter is made; without it this is a bare configuration.
+        # The width is recorded when an adapter is made; without it there are no weights to check.
         if config.hidden_size is not None:
             download_kwargs, _, _ = cls._split_kwargs(kwargs)
             with name_newer(config.pgn_peft_version):
@@ -92,7 +92,7 @@ class PGNConfig(PGNFields):
         """Read the fields of a configuration's file.
 
         Raises:
-            ValueError: it is no JSON object, or one of another method.
+            ValueError: the file does not hold a JSON object, or the config is of another method.
         """
         settings = read_settings(Path(path_json_file))
         if settings.get("peft_type") != PGNPeftType.PGN.value:

@@ -1,4 +1,4 @@
-"""`PGNBlock`: wraps a layer of a backbone behind which prompts change, or end."""
+"""`PGNBlock`: wraps an encoder layer after which prompts are replaced or removed."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.layer import PGNLayer
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 class PGNBlock(PGNTunerLayer):
-    """A layer of the backbone. Where a deep adapter is active, the next layer's prompts take the place of this one's.
+    """An encoder layer. If the active adapter is deep, its prompts are replaced by the next layer's.
 
-    As the last layer of a backbone that reads all its tokens, it also takes the prompts away, so that what is averaged
-    are the image's own tokens, as without an adapter.
+    As the last layer of a backbone that reads all its tokens, it also removes the prompts, so that the classifier
+    averages the image's own tokens only.
 
-    It has no parameters and keeps nothing between calls. The prompts of all layers come with the tokens, made by
-    `PGNLayer` behind them, so that a step which is checkpointed, compiled or run by several threads finds its own:
+    It has no parameters and no state. `PGNLayer` appends the prompts of all layers to the tokens, so that gradient
+    checkpointing, compiled graphs and threads always use the prompts of their own call:
 
-        [tokens, this layer's prompts, the next one's, ...] -> [what becomes of the tokens, the next one's, ...]
+        [tokens, this layer's prompts, the next layer's prompts, ...] -> [new tokens, the next layer's prompts, ...]
 
     Args:
         base_layer: tokens (B, N, D) to tokens (B, N, D), or to a tuple that begins with them.
-        prompts: the layer that makes the prompts; it also knows which adapter is active.
+        prompts: the layer that makes the prompts, whose active adapters apply.
         index: of this layer, from 0.
-        ends: prompts are cut off behind this layer.
+        ends: prompts are removed after this layer.
 
-    Source: Jia et al. 2022 (arXiv:2203.12119), VPT-deep: a layer's prompts are thrown away behind it.
+    Source: Jia et al. 2022 (arXiv:2203.12119), VPT-deep: a layer's prompts are discarded after it.
     """
 
     other_param_names = ("configs",)
@@ -39,7 +40,7 @@ class PGNBlock(PGNTunerLayer):
         self.index = index
         self.ends = ends
         self._prompts = (prompts,)  # a tuple, so that it is not a submodule here too
-        # The forward pass asks `prompts`; PEFT's reports on a model's state ask every tuner layer.
+        # Not used in the forward pass; PEFT's reports on a model's state read these from every tuner layer.
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._disable_adapters = prompts.disable_adapters
@@ -51,11 +52,11 @@ class PGNBlock(PGNTunerLayer):
         return self._prompts[0].configs
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer on its tokens (B, N + P, D) and put the next one's prompts behind what becomes of the N."""
+        """Run the layer on the image tokens and its own prompts, then replace those prompts with the next layer's."""
         num_prompts, depth = self._prompts[0].running_prompts()
         if num_prompts == 0 or (depth == 1 and not self.ends):
             return self.base_layer(hidden_states, *args, **kwargs)
-        waiting = num_prompts * max(0, depth - 1 - self.index)  # tokens of the layers to come
+        waiting = num_prompts * max(0, depth - 1 - self.index)  # prompts of later layers
         end = hidden_states.shape[1] - waiting
         args = tuple(_cut_mask(value, end) for value in args)
         kwargs = {name: _cut_mask(value, end) for name, value in kwargs.items()}
@@ -70,5 +71,5 @@ class PGNBlock(PGNTunerLayer):
 
 
 def _cut_mask(value: Any, end: int) -> Any:
-    """Cut an attention mask, which was made for the tokens of all layers, to those of one; leave anything else."""
+    """Cut an attention mask for the prompts of all layers to one layer's tokens; return other values unchanged."""
     return value[..., :end, :end] if isinstance(value, Tensor) and value.ndim == 4 else value

@@ -322,7 +322,7 @@ def own_fields() -> list[dataclasses.Field[Any]]:
 
 
 def refuse_head_in_modules_to_save(name: str) -> None:
-    """Raise, saying why the classification head does not belong into `modules_to_save`."""
+    """Raise, saying why the classification head does not belong in `modules_to_save`."""
     raise ValueError(
         f"`modules_to_save` must not name the classification head, but got {name!r}. A PGN adapter owns its head, "
         "trains and saves it, and can give it labels of its own; a head in `modules_to_save` could not be loaded on a "

@@ -1,4 +1,4 @@
-"""Adapters made by a newer version of this package: read where they mean the same here, refused by name where not."""
+"""Forward compatibility: adapters of newer versions load if the fields that are unknown here are off."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def is_newer(version: Any) -> bool:
-    """Say whether a recorded version is newer than this one; what is no version is not."""
+    """Return True if `version` is valid and newer than this package; False otherwise."""
     try:
         return Version(version) > Version(__version__)
     except (TypeError, InvalidVersion):
@@ -28,7 +28,7 @@ def is_newer(version: Any) -> bool:
 
 
 def check_version(name: str, value: Any) -> None:
-    """Raise unless `value` is a version, as Python packages have them."""
+    """Raise unless `value` is a valid version of a Python package."""
     remedy = "Leave it out; it is recorded when an adapter is made."
     if not isinstance(value, str):
         raise TypeError(f"`{name}` must be a string, but got {value!r}. {remedy}")
@@ -40,7 +40,7 @@ def check_version(name: str, value: Any) -> None:
 
 @contextmanager
 def name_newer(version: Any) -> Iterator[None]:
-    """Add to errors about an adapter that a newer version has made it, where one has."""
+    """Add to errors about an adapter of a newer version that this version may be too old."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -51,11 +51,10 @@ def name_newer(version: Any) -> Iterator[None]:
 
 
 def reads_newer(config_class: type[Config]) -> type[Config]:
-    """Let a config's constructor take fields that only a newer version knows, as long as they are off.
+    """Let a config's constructor accept fields of newer versions if they are off.
 
-    PEFT and Transformers read a file and pass its fields to the constructor, each on a way of its own, so this is the
-    one place that sees them all. A field is off at None, False, 0 or empty, and every field that is added to a config
-    means there what earlier versions did. On, it asks for what this version cannot do.
+    PEFT and Transformers both pass the fields of a file to the constructor. A field is off at None, False, 0 or empty;
+    with these values every new field must keep the behaviour of earlier versions.
 
     Args:
         config_class: a dataclass with the field `pgn_peft_version`.

@@ -1,4 +1,4 @@
-"""`PGNHead`: wraps a model's classification head, so that every adapter brings its own, with its own labels."""
+"""`PGNHead`: wraps a model's classification head, so that each adapter has its own head and labels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pgn_peft.tuner.batch_adapters import adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.layer import PGNTunerLayer
 from pgn_peft.tuner.offloading import loaded
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 from pgn_peft.utils.labels import Labels
 from pgn_peft.utils.values import filled
 
@@ -18,8 +18,8 @@ from pgn_peft.utils.values import filled
 class PGNHead(PGNTunerLayer):
     """The head of the first active adapter, or the model's own.
 
-    It also keeps the model's config in step with the head that answers, since Transformers' losses and pipelines read
-    `num_labels`, `id2label` and `problem_type` there.
+    It also writes the labels of the head in use into the model's config, where Transformers' losses and pipelines read
+    `num_labels`, `id2label` and `problem_type`.
 
     Args:
         base_layer: the model's head, features (B, F) to logits (B, number of labels).
@@ -45,8 +45,7 @@ class PGNHead(PGNTunerLayer):
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
         """Create the head of an adapter: a copy of the model's where the labels are the same, else a new one.
 
-        An adapter with `head="frozen"` gets none, and the model's head answers for it, through its `label_mapping` if
-        it has one.
+        An adapter with `head="frozen"` gets none: the model's head is used, with its `label_mapping` if it has one.
         """
         self.configs[adapter_name] = config
         self.label_mapping.pop(adapter_name, None)
@@ -59,17 +58,17 @@ class PGNHead(PGNTunerLayer):
         head = nn.Linear(config.head_features or filled(config.hidden_size), filled(config.num_labels))
         with torch.no_grad():
             if self.base_labels.id2label == config.id2label:
-                with loaded(self.base_layer):
+                with loaded(base):
                     head.weight.copy_(plain_weight(base))
                     head.bias.copy_(base.bias if base.bias is not None else torch.zeros(()))
             else:
-                # What Transformers' ViTs start a new head from.
+                # As Transformers' ViTs initialise a new head.
                 head.weight.normal_(std=0.02)
                 head.bias.zero_()
         self.pgn_head[adapter_name] = self._settle(head)
 
     def head(self, adapter_name: str | None) -> nn.Linear | None:
-        """Return the head of an adapter; None where the model's own answers for it."""
+        """Return the head of an adapter; None if it uses the model's own."""
         if adapter_name is None or adapter_name not in self.pgn_head:
             return None
         return cast(nn.Linear, self.pgn_head[adapter_name])
@@ -80,7 +79,7 @@ class PGNHead(PGNTunerLayer):
         return {name: Labels(filled(config.id2label), config.problem_type) for name, config in self.configs.items()}
 
     def forward(self, features: Tensor) -> Tensor:
-        """Answer with logits (B, number of the active adapter's labels).
+        """Return logits (B, number of the active adapter's labels).
 
         In a mixed batch each image has the head of its own adapter; all have the same labels.
         """
@@ -99,12 +98,12 @@ class PGNHead(PGNTunerLayer):
         return logits
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; the first one's head answers, and the model's config shows its labels."""
+        """Activate adapters; the first one's head is used, and its labels are written into the model's config."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.show_labels()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Turn adapters on or off; off brings the model's own head and labels back."""
+        """Turn adapters on or off; off restores the model's own head and labels."""
         super().enable_adapters(enabled)
         self.show_labels()
 
@@ -114,12 +113,12 @@ class PGNHead(PGNTunerLayer):
         self.show_labels()
 
     def show_labels(self) -> None:
-        """Make the model's config show the labels of the head that answers now."""
+        """Write the labels of the head in use into the model's config."""
         # A frozen head has the model's names, and perhaps another `problem_type`.
         self._show(None if self.disable_adapters else next(iter(self.active_adapters), None))
 
     def show_base_labels(self) -> None:
-        """Make the model's config show its own labels again."""
+        """Write the model's own labels into its config again."""
         self._show(None)
 
     def _show(self, adapter_name: str | None) -> None:
@@ -130,29 +129,27 @@ class PGNHead(PGNTunerLayer):
             shown.show_in(self._model_config)
 
     def record_problem_type(self) -> None:
-        """Enter the problem type that Transformers inferred from the first labels into the adapter's config.
+        """Record the problem type that Transformers inferred from the first labels in the adapter's config.
 
-        Transformers' losses write it into the model's config alone, where the next adapter's would replace it.
+        Transformers' losses write it into the model's config only, where the next adapter's would replace it.
         """
         config = None if self._shown is None else self.configs.get(self._shown)
         if config is not None and config.problem_type is None:
             config.problem_type = getattr(self._model_config, "problem_type", None)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # Every way of saving an adapter reads the state dict first, and writes the adapter's config after it.
+        # Whatever saves an adapter reads the state dict first, and writes the config afterwards.
         self.record_problem_type()
         super()._save_to_state_dict(*args, **kwargs)
 
 
-def record_inferred_problem_type(model: nn.Module) -> None:
-    """Enter a problem type that Transformers inferred into the config of the adapter whose head answers."""
-    for module in model.modules():
-        if isinstance(module, PGNHead):
-            module.record_problem_type()
+def find_head(model: nn.Module) -> PGNHead | None:
+    """Find the layer with the adapters' heads; None in a model for features."""
+    return next((module for module in model.modules() if isinstance(module, PGNHead)), None)
 
 
 def plain_weight(linear: nn.Linear) -> Tensor:
-    """Return a linear layer's weight (M, D) in floating point, also where a library has quantised it.
+    """Return a linear layer's weight (M, D) in floating point, also if it is quantised.
 
     Args:
         linear: `torch.nn.Linear`, or what a quantisation library puts in its place.
@@ -160,7 +157,7 @@ def plain_weight(linear: nn.Linear) -> Tensor:
     weight = linear.weight
     if type(weight) is nn.Parameter and weight.is_floating_point():
         return weight
-    # Each library packs weights in its own way. What its layer makes of unit vectors is the same for all.
+    # Each library packs weights differently, but its layer maps unit vectors to the columns of the weight.
     dtype = next((tensor.dtype for tensor in (weight, linear.bias) if _is_float(tensor)), torch.float32)
     units = torch.eye(linear.in_features, dtype=dtype, device=weight.device)
     columns = linear(units)  # (D, M), the bias added to each
@@ -172,7 +169,7 @@ def _is_float(tensor: Tensor | None) -> bool:
 
 
 def labels_of(head: nn.Module, model_config: Any) -> Labels:
-    """Read a model's own labels off its config, or, where that has none, number those of its linear head."""
+    """Read a model's own labels from its config; if there are none, number the outputs of its linear head."""
     labels = Labels.of(model_config)
     if labels is None:
         labels = Labels({index: f"LABEL_{index}" for index in range(getattr(head, "out_features", 0))})

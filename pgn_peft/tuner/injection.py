@@ -1,4 +1,4 @@
-"""Everything that is checked and settled before an adapter is made, so that a refusal leaves the model as it was."""
+"""All checks before an adapter is added, so that an error leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.fields import refuse_head_in_modules_to_save
 from pgn_peft.tuner.head import PGNHead
-from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.recorded_fields import record_base, record_depth, record_labels
 from pgn_peft.tuner.saved_weights import check_size
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 @dataclass(frozen=True)
 class Injection:
-    """An adapter that is about to be made: what it is, and which modules of the model it wraps.
+    """An adapter that is about to be added, and the modules of the model that it wraps.
 
     Args:
         config: the adapter's, complete, with everything that it records of the model.
@@ -52,13 +53,13 @@ class Injection:
 
 
 def plan_injection(model: nn.Module, config: PGNConfig, adapter_name: str) -> Injection:
-    """Check an adapter against a model, and settle what its config leaves open.
+    """Check an adapter against a model, and fill the open fields of its config.
 
     Args:
-        model: the model that is adapted, which is left as it is.
-        config: the adapter's, which is left as it is if the adapter is new: it can serve several models. A config
-            that an adapter is loaded with (`inference_mode`), or that has nothing left to record, is completed in
-            place and stays the caller's object, as PEFT's loaders promise.
+        model: the model that is adapted; not changed.
+        config: the adapter's. A new adapter gets a copy, so that one config can serve several models. A config that an
+            adapter is loaded with (`inference_mode`), or that has nothing left to record, is completed in place and
+            stays the caller's object, as PEFT's loaders promise.
         adapter_name: the adapter's name.
 
     Raises:
@@ -97,7 +98,7 @@ def refuse_other_adapters(model: nn.Module) -> None:
     """Refuse a model that PEFT has wrapped, or that carries adapters of another method.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the model is a `PeftModel`, or carries adapters of another method.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -113,10 +114,10 @@ def refuse_other_adapters(model: nn.Module) -> None:
 
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
-    """Refuse a name that is no name of a folder, or that could be mistaken for a part of a tensor's name.
+    """Refuse a name that cannot be a folder's, or that PEFT could mistake for a part of a tensor's name.
 
     Raises:
-        ValueError: it is one of these.
+        ValueError: the name is too long, has characters that a folder's name cannot have, or is part of a module's.
     """
     # PEFT saves an adapter in a folder of its name, which "../other" would put elsewhere.
     if len(adapter_name) > 100 or not adapter_name.isprintable() or set(adapter_name) & set('/\\:*?"<>|'):
@@ -135,7 +136,7 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     base = (name.partition(".pgn_")[0] for name, _ in model.named_modules())
     parts = {part for name in (*own, *base, "base_model.model.base_layer", *containers) for part in name.split(".")}
     parts.add(BASE)  # names the model without an adapter
-    # ModuleDict keeps adapters under their names, and has attributes of its own.
+    # An adapter's name is a key of ModuleDicts, which refuse the names of their own attributes.
     if not adapter_name or "." in adapter_name or adapter_name in parts or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"`adapter_name` must be a word that is no part of a module's name, but got {adapter_name!r}: PEFT would "
@@ -147,7 +148,7 @@ def check_origin(config: PGNConfig, model: nn.Module) -> None:
     """Refuse a saved adapter that was made for another architecture.
 
     Raises:
-        ValueError: it was.
+        ValueError: the adapter was made for another supported architecture.
     """
     made_for = (config.auto_mapping or {}).get("base_model_class")
     found = architecture_of(model)
@@ -179,7 +180,7 @@ def check_offloading(config: PGNConfig, model: nn.Module, backbone: Backbone) ->
 
 
 def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbone, layers: list[str]) -> None:
-    """Refuse `modules_to_save` that take hold of what PGN wraps, or of nothing, which PEFT would pass over in silence.
+    """Refuse `modules_to_save` that overlap with modules that PGN wraps, or match none, which PEFT would ignore.
 
     Args:
         config: the adapter's.
@@ -188,7 +189,7 @@ def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbon
         layers: names of the layers that the adapter wraps.
 
     Raises:
-        ValueError: one does, this adapter's or one that the model has already.
+        ValueError: a name matches no module; or a module, also an earlier adapter's, overlaps with a wrapped one.
     """
     names = [name for name, _ in model.named_modules()]
     for wanted in config.modules_to_save or ():
@@ -211,7 +212,7 @@ def check_modules_to_save(config: PGNConfig, model: nn.Module, backbone: Backbon
         if (own or isinstance(module, ModulesToSaveWrapper)) and any(_overlap(name, layer) for layer in wrapped):
             # They would be saved under a name that a model without such layers does not have.
             raise ValueError(
-                f"`modules_to_save` must lie outside of the layers behind which prompts change or end, but got "
+                f"`modules_to_save` must lie outside of the layers after which prompts change or end, but got "
                 f"{name!r}. Leave the module frozen, or, where prompt_depth is not 1, set it to 1."
             )
 

@@ -1,13 +1,10 @@
-"""`PGNLayer`: wraps a backbone's embeddings and adds the prompts, as tokens behind them or as pixels before them."""
+"""`PGNLayer`: wraps a backbone's embeddings and adds prompts, to their tokens or to the image."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from pgn_peft.nn.generator import PromptGenerator
@@ -22,136 +19,15 @@ from pgn_peft.tuner.checks import check_pixel_values, check_together
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.offloading import loaded
 from pgn_peft.tuner.positions import fixed_size, size_options
-from pgn_peft.utils.checksums import compare_part
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 from pgn_peft.utils.values import filled
-
-NO_MERGE = (
-    "A PGN adapter cannot be merged into the model's weights: its prompts depend on the image. Call `unload()` to get "
-    "the model back without it, or keep the adapter."
-)
-
-
-class PGNTunerLayer(BaseTunerLayer, nn.Module):
-    """What PGN's tuner layers have in common: those of the prompts, of the head and around the backbone's layers."""
-
-    # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
-    adapter_layer_names: tuple[str, ...] = ()
-    base_layer: nn.Module
-    # Saved adapters whose tensors have not been loaded yet; see `expect_tensors`.
-    _expected: frozenset[str] = frozenset()
-
-    def __getattr__(self, name: str) -> Any:
-        # Transformers reads attributes such as `embeddings.patch_embeddings` through the wrapper.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: prompts depend on the image."""
-        raise ValueError(NO_MERGE)
-
-    def unmerge(self) -> None:
-        """Do nothing: an adapter is never merged."""
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Turn adapters on or off, and leave it as it is which of them are trained.
-
-        PEFT would make a frozen adapter trainable when it is turned on again, as `disable_adapter()` does on leaving.
-        """
-        self._disable_adapters = not enabled
-
-    def adapter_modules(self, adapter_name: str) -> list[nn.Module]:
-        """List the modules of an adapter in this layer."""
-        containers = [getattr(self, name) for name in self.adapter_layer_names]
-        return [container[adapter_name] for container in containers if adapter_name in container]
-
-    def expect_tensors(self, adapter_name: str) -> None:
-        """Fill the new tensors of a saved adapter with NaN, until its file is loaded.
-
-        Transformers' `load_adapter` only reports the tensors that it did not find, and initialises them at random.
-        """
-        for module in self.adapter_modules(adapter_name):
-            for part in module.modules():
-                # Transformers' mark: it leaves such modules as they are.
-                part._is_hf_initialized = True  # type: ignore[assignment]  # torch knows tensors and modules only
-            for tensor in _floating_tensors(module):
-                tensor.fill_(math.nan)
-        self._expected |= {adapter_name}
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Freeze or unfreeze. Freezing checks the tensors of saved adapters that Transformers has loaded.
-
-        Its `load_adapter` shows a tuner neither the file nor the tensors, but freezes each tuner layer afterwards.
-
-        Raises:
-            ValueError: a tensor was not loaded, or differs from the one that was saved.
-        """
-        if not requires_grad:
-            for adapter_name in self._expected:
-                self._check_loaded(adapter_name)
-            self._expected = frozenset()
-        return super().requires_grad_(requires_grad)
-
-    def _check_loaded(self, adapter_name: str) -> None:
-        for container in self.adapter_layer_names:
-            if adapter_name not in getattr(self, container):
-                continue
-            module = getattr(self, container)[adapter_name]
-            if any(bool(tensor.isnan().any()) for tensor in _floating_tensors(module)):
-                raise ValueError(
-                    f"`{adapter_name}` must be loaded from a file with all tensors of the adapter, but got one "
-                    f"without some of {container}; `PGNConfig.from_pretrained` names these. Save or fetch the adapter "
-                    "again."
-                )
-            checksum = self.configs[adapter_name].saved_checksums.get(container)
-            if checksum is not None:
-                compare_part(container, module.state_dict(), checksum, CONFIG_NAME)
-
-    def cast_adapter(self, adapter_name: str, upcast: bool) -> None:
-        """Cast an adapter's part of this layer, buffers included; PEFT's own function leaves BatchNorm's as they are.
-
-        Args:
-            adapter_name: a loaded adapter.
-            upcast: cast half precision to float32, as PEFT does by default; else to the base layer's dtype.
-        """
-        base_dtypes = (weight.dtype for weight in self.base_layer.parameters() if weight.is_floating_point())
-        dtype = torch.float32 if upcast else next(base_dtypes, torch.float32)
-        for module in self.adapter_modules(adapter_name):
-            if not upcast or next(module.parameters()).dtype.itemsize < 4:
-                module.to(dtype)
-
-    @staticmethod
-    def _forget(modules: nn.ModuleDict, adapter_name: str) -> None:
-        """Drop what an earlier adapter of the same name has left where the new one has nothing."""
-        if adapter_name in modules:
-            del modules[adapter_name]
-
-    def _settle(self, module: nn.Module) -> nn.Module:
-        """Put a new adapter's module where the base layer is and into the base layer's mode.
-
-        Without this, an adapter added to a model in eval mode would update its BatchNorm during inference.
-        """
-        with loaded(self.base_layer):
-            weight = next(self.base_layer.parameters(), None)
-            device = None if weight is None else weight.device
-        if device is not None and not any(parameter.is_meta for parameter in module.parameters()):
-            module.to(device)
-        return module.train(self.base_layer.training)
-
-
-def _floating_tensors(module: nn.Module) -> list[Tensor]:
-    """List the floating-point tensors of a module that are in a saved file."""
-    return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
 class PGNLayer(PGNTunerLayer):
     """The backbone's embeddings, with the prompts of the active adapters.
 
-    Prompts in latent space are appended to the tokens. Prompts in pixel space are laid into the image, which the
-    backbone's own embeddings then read: what a model behind an interface will do with the same image.
+    Prompts in latent space are appended to the tokens. Prompts in pixel space become part of the image, which the
+    backbone's own embeddings then read, as a hosted model does.
 
     Args:
         base_layer: the embeddings: pixels (B, C, H, W) to tokens (B, N, D), position embeddings included.
@@ -172,6 +48,8 @@ class PGNLayer(PGNTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self.fixed_size = fixed_size(base_layer)  # height and width of its images, in pixels; None: any
+        self._base_loaded = False  # whether a state dict that is being loaded has tensors of the backbone
+        self.register_load_state_dict_post_hook(_follow_the_backbone)
         self.training = base_layer.training
 
     @property
@@ -221,6 +99,10 @@ class PGNLayer(PGNTunerLayer):
             return None
         return cast(PromptGenerator, self.pgn_generator[adapter_name])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._base_loaded = any(name.startswith(f"{prefix}base_layer.") for name in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def prompts(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
         """Generate the prompts of one adapter for a batch of images.
 
@@ -238,7 +120,7 @@ class PGNLayer(PGNTunerLayer):
         return library(generator(pixel_values))
 
     def prompted_images(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
-        """Lay the prompts of an adapter in pixel space into a batch of images.
+        """Add the prompts of an adapter in pixel space to a batch of images.
 
         Args:
             adapter_name: an adapter in pixel space.
@@ -249,18 +131,18 @@ class PGNLayer(PGNTunerLayer):
         """
         config, library = self.configs[adapter_name], cast(PatchLibrary, self.library(adapter_name))
         mean, std = filled(config.image_mean), filled(config.image_std)
-        # In float32, whatever the backbone computes in: half precision does not hold 8 bits of a normalised pixel.
+        # Always in float32: half precision does not hold 8 bits of a normalised pixel.
         pixels = denormalize(pixel_values.float(), mean, std)
         patches = self.prompts(adapter_name, pixel_values).float()
         prompted = compose(pixels, patches, self.layouts[adapter_name], library.image_offset)
         return normalize(prompted, mean, std).to(pixel_values.dtype)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Make the tokens of the image and the prompts of the active adapters: (B, N + P, D).
+        """Compute the tokens of the images and the prompts of the active adapters: (B, N + P, D).
 
-        Tokens of adapters in latent space are appended in order; they are generated from the image without patches.
-        One with prompts in several layers appends all of them, and each `PGNBlock` takes its layer's away. In a mixed
-        batch each image has the adapter that `adapters_of_batch` names for it.
+        Prompts in latent space are generated from the image without patches and appended in order. An adapter with
+        prompts in several layers appends all of them; each `PGNBlock` removes its layer's. In a mixed batch each image
+        has the adapter that `adapters_of_batch` names for it.
         """
         names = adapters_of_batch()
         if names:
@@ -280,7 +162,7 @@ class PGNLayer(PGNTunerLayer):
                 images = self.prompted_images(name, pixel_values)
                 kwargs = kwargs | self.size_options(self.layouts[name].size)
         tokens = self.base_layer(images, *args, **kwargs)  # (B, N, D)
-        # Appended after the position embeddings were added: a prompt has no place in the image.
+        # Appended after the position embeddings were added: a prompt has no position in the image.
         prompts = [self.prompts(name, pixel_values).to(tokens.dtype) for name in active if name not in self.layouts]
         return torch.cat([tokens, *prompts], dim=1) if prompts else tokens
 
@@ -289,7 +171,7 @@ class PGNLayer(PGNTunerLayer):
         return size_options(self.fixed_size, size)
 
     def token_counts(self, adapter_name: str, image_size: tuple[int, int]) -> tuple[int, ...]:
-        """Return what decides how many tokens an image becomes: the size that is embedded, prompts, and their depth.
+        """Return what determines an image's number of tokens: the embedded size, number of prompts, and depth.
 
         Args:
             adapter_name: a loaded adapter, or "__base__".
@@ -299,10 +181,10 @@ class PGNLayer(PGNTunerLayer):
         return (*size, *self._count_prompts(adapter_name))
 
     def running_prompts(self) -> tuple[int, int]:
-        """Return the prompts P behind the tokens, and how many layers have their own, in the call that runs now."""
+        """Return the number of prompts P after the tokens, and of layers with their own, in the current call."""
         names = adapters_of_batch()
         if names:
-            return self._count_prompts(names[0])  # alike in all rows: `token_counts`
+            return self._count_prompts(names[0])  # the same for all images: `token_counts`
         active = () if self.disable_adapters else self.active_adapters
         counts = [self._count_prompts(name) for name in active if name in self.configs]
         # One with prompts in several layers is active alone: `check_together`.
@@ -319,23 +201,24 @@ class PGNLayer(PGNTunerLayer):
         self._input_check = backbone.register_forward_pre_hook(self.check_inputs, with_kwargs=True)
 
     def release(self) -> None:
-        """Check calls of the backbone no longer."""
+        """Remove the hook of `check_calls_of`."""
         self._input_check.remove()
 
     def check_inputs(
         self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Check what the backbone is called with, before it casts and embeds it; a forward pre-hook of the backbone.
+        """Check the backbone's input before it is cast and embedded; a forward pre-hook of the backbone.
 
-        Checks shapes and dtypes only, so that the compiled graph stays whole; values are `ImageCollator`'s business.
+        Checks shapes and dtypes only, so that the model compiles to one graph; `ImageCollator` checks values.
 
         Returns:
-            The arguments, without `interpolate_pos_encoding` for a backbone that does so by itself and has no such
+            The arguments; without `interpolate_pos_encoding` for a backbone that always interpolates and has no such
             option, so that all backbones can be called alike.
 
         Raises:
             TypeError: `pixel_values` is not a floating-point tensor.
-            ValueError: it has the wrong number of axes, channels or pixels; or `adapter_names` came past PEFT.
+            ValueError: `pixel_values` has the wrong number of axes, channels or pixels; or `adapter_names` was passed
+                to the model inside a `PeftModel`.
         """
         interpolate = kwargs.get("interpolate_pos_encoding")
         if self.fixed_size is None:
@@ -350,3 +233,11 @@ class PGNLayer(PGNTunerLayer):
         pixel_values = args[0] if args else kwargs.get("pixel_values")
         check_pixel_values(pixel_values, self.num_channels, None if interpolate else self.fixed_size)
         return args, kwargs
+
+
+def _follow_the_backbone(layer: PGNLayer, incompatible_keys: Any) -> None:
+    """Compute what adapters in pixel space derive from the backbone's weights, where others have been loaded."""
+    if layer._base_loaded and layer.layouts and not layer.projection.weight.is_meta:
+        inverse = PatchInverse(layer.projection.weight)
+        for name in layer.layouts:
+            layer.pgn_library[name].directions = inverse.directions(filled(layer.configs[name].image_std))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.batch_adapters import BASE, running_batch
-from pgn_peft.tuner.head import PGNHead
+from pgn_peft.tuner.head import find_head
 from pgn_peft.tuner.layer import PGNLayer
 
 
@@ -19,18 +19,18 @@ from pgn_peft.tuner.layer import PGNLayer
 def mixed_batch(
     tuner: BaseTuner, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Within the context, and in this thread only, run the tuner's model on a batch with an adapter for each image.
+    """Give each image of a batch its own adapter, within the context and in this thread only.
 
     Threads may do so side by side on one model, as long as none of them adds, activates or deletes an adapter.
 
     Args:
         tuner: the `PGNModel` around the model that will be called.
         adapter_names: for each image the name of its adapter, or "__base__".
-        args: what the model will be called with, by position.
-        kwargs: and by name.
+        args: positional arguments of the call.
+        kwargs: its keyword arguments.
 
     Raises:
-        TypeError: `adapter_names` is no list of strings, or `pixel_values` no tensor.
+        TypeError: `adapter_names` is not a list of strings, or `pixel_values` is not a tensor.
         ValueError: the model is in training mode; a name is unknown; there are more or fewer names than images; the
             adapters have different labels, other numbers of tokens, or modules of their own; or another argument is a
             tensor.
@@ -75,7 +75,7 @@ def _check_names(tuner: BaseTuner, adapter_names: Any) -> tuple[str, ...]:
 
 
 def _check_labels(tuner: BaseTuner, names: Sequence[str]) -> None:
-    head = next((module for module in tuner.modules() if isinstance(module, PGNHead)), None)
+    head = find_head(tuner)
     if head is None or not names:
         return
     labels = {name: (head.base_labels if name == BASE else head.labels[name]).id2label for name in names}
@@ -113,7 +113,7 @@ def _check_token_counts(layer: PGNLayer, names: Sequence[str], image_size: tuple
             described = " and ".join(f"{key!r} ({_describe_tokens(*counts[key])})" for key in (first, name))
             raise ValueError(
                 f"`adapter_names` must name adapters with equally many tokens in one batch, but got {described}. "
-                "A ViT lets every token see every other, so they cannot share a pass; use a batch for each."
+                "All tokens of a ViT attend to each other, so these images cannot share a pass; use a batch for each."
             )
 
 

@@ -18,13 +18,14 @@ from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.injection import Injection, plan_injection, refuse_other_adapters
-from pgn_peft.tuner.layer import NO_MERGE, PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.mixed_batch import mixed_batch
+from pgn_peft.tuner.tuner_layer import NO_MERGE, PGNTunerLayer
 from pgn_peft.utils.tensors import compare_tensors
 
 
 class PGNConfigs(dict[str, PeftConfig]):
-    """The adapters' configs by name. Refuses another method's: PEFT puts it here before it changes the model."""
+    """The adapters' configs by name. Refuses another method's, which PEFT enters here before it changes the model."""
 
     def __setitem__(self, adapter_name: str, config: PeftConfig) -> None:
         if not isinstance(config, PGNConfig):
@@ -45,14 +46,14 @@ class PGNModel(BaseTuner):
 
     Made by `peft.get_peft_model(model, PGNConfig(...))` and everything else in PEFT that takes a config. Threads may
     run it side by side in eval mode, mixed batches included; adding, activating, disabling and deleting adapters
-    changes the model for all of them, so have no call under way then.
+    changes the model for all of them, so no call may run at the same time.
 
     Args:
         model: a supported model, see `pgn_peft.tuner.backbones`.
         peft_config: the adapter's config.
         adapter_name: the adapter's name.
         low_cpu_mem_usage: leave the new weights on the meta device, for loading.
-        state_dict: a saved adapter's tensors, if its target is to be found from their names.
+        state_dict: a saved adapter's tensors, if its targets are to be inferred from their names.
 
     Raises:
         TypeError: the architecture is not supported.
@@ -74,7 +75,7 @@ class PGNModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        # Before PEFT, which would enter the new config into the other adapters' first.
+        # Before PEFT enters the new config among the other adapters'.
         refuse_other_adapters(model)
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
 
@@ -82,7 +83,7 @@ class PGNModel(BaseTuner):
         if not isinstance(self.peft_config, PGNConfigs):
             self.peft_config = PGNConfigs(self.peft_config)
 
-    # Injection: everything that can be refused is refused before the model is touched.
+    # Injection: all errors are raised before the model is changed.
 
     def inject_adapter(
         self,
@@ -138,15 +139,15 @@ class PGNModel(BaseTuner):
                 setattr(parent, target_name, target)
             target.update_layer(adapter_name, injection.config)
             return
-        layer = self._prompt_layer(injection.backbone)
+        layer = self._wrap_embeddings(injection.backbone)
         if current_key == injection.backbone.embeddings:
             layer.update_layer(adapter_name, injection.config)
         elif not isinstance(target, PGNBlock):
             ends = injection.cuts_prompts_after(current_key)
             setattr(parent, target_name, PGNBlock(target, layer, int(target_name), ends))
 
-    def _prompt_layer(self, backbone: Backbone) -> PGNLayer:
-        """Return the layer that makes the prompts, which is put around the embeddings where it is not yet."""
+    def _wrap_embeddings(self, backbone: Backbone) -> PGNLayer:
+        """Wrap the embeddings, if they are not wrapped yet, and return the layer that makes the prompts."""
         above, _, name = backbone.embeddings.rpartition(".")
         parent = self.model.get_submodule(above)
         layer = getattr(parent, name)
@@ -159,10 +160,10 @@ class PGNModel(BaseTuner):
     # Using it.
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate one adapter or several: their prompts are appended in this order, the first one's head answers.
+        """Activate one adapter or several: their prompts are appended in this order, the first one's head is used.
 
         Raises:
-            ValueError: there is no adapter of that name, or these cannot be active together.
+            ValueError: no adapter has that name, or the adapters cannot be active together.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name in names:
@@ -175,7 +176,7 @@ class PGNModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was active, another one becomes it, with its `modules_to_save`."""
+        """Delete an adapter; if it was active, another one is activated, with its `modules_to_save`."""
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         self.injections = {name: injection for name, injection in self.injections.items() if name != adapter_name}
@@ -198,13 +199,13 @@ class PGNModel(BaseTuner):
         raise ValueError(NO_MERGE)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own would copy `.weight`, which embeddings have not.
+        # PEFT's method copies `.weight`, which embeddings do not have.
         if isinstance(child, PGNLayer):
             child.release()
         elif isinstance(child, PGNHead):
             child.show_base_labels()
         elif isinstance(child, ModulesToSaveWrapper):
-            # PEFT would leave the trained copy in what is documented to be the base model.
+            # PEFT would leave the trained copy in the base model.
             new_module = child.original_module
         setattr(parent, child_name, new_module)
 
@@ -225,8 +226,8 @@ class PGNModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # What is not the adapter's would be loaded over the frozen base. Names in a model that PEFT has not wrapped
-        # lack this part; in the file they have it.
+        # Any other tensor would be loaded over the frozen base. Names in a model that PEFT has not wrapped lack the
+        # prefix; in the file they have it.
         found = {_without_wrapper(name): tensor for name, tensor in remapped.items()}
         expected = {_without_wrapper(name): tensor for name, tensor in _own_tensors(model, adapter_name)}
         compare_tensors(expected, found, "state_dict")

@@ -1,4 +1,4 @@
-"""The one place that knows whether a backbone's position embeddings may be interpolated, and how it is told."""
+"""Interpolation of position embeddings: whether a backbone does it, and with which option."""
 
 from __future__ import annotations
 
@@ -42,4 +42,4 @@ def position_tokens(embeddings: nn.Module, size: tuple[int, int]) -> Tensor:
     with torch.no_grad():
         tokens = embeddings(black, **options)[0]
     number = (size[0] // projection.kernel_size[0]) * (size[1] // projection.kernel_size[1])
-    return tokens[-number:]  # behind the CLS token, and DeiT's second
+    return tokens[-number:]  # after the CLS token, and DeiT's second

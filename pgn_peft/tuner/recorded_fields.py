@@ -1,4 +1,4 @@
-"""What an adapter's config records of the model that it is made for, or is compared with when it comes from a file."""
+"""Fields that a config records from the model; those of a saved adapter are compared with the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pgn_peft.utils.values import filled
 
 
 def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
-    """Compare the config with the model's width, channels and patches, and write them down.
+    """Compare the config with the model's width, channels and patches, and record them.
 
     Raises:
-        ValueError: the adapter was made for others.
+        ValueError: a recorded field differs from the model.
     """
     embeddings = model.get_submodule(backbone.embeddings)
     if backbone.reads_all and config.prompt_space == "latent" and config.prompt_layout is not None:
@@ -45,7 +45,7 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
 
 
 def record_depth(config: PGNConfig, model: nn.Module, layers: list[str]) -> None:
-    """Settle how many of the backbone's layers get prompts of their own.
+    """Set the number of encoder layers with prompts of their own.
 
     Raises:
         ValueError: the adapter wants more layers than there are.
@@ -70,7 +70,7 @@ def _patch_size(projection: nn.Conv2d) -> int:
 
 
 def _record_layout(config: PGNConfig, embeddings: nn.Module) -> None:
-    """Settle the images' size and the number of prompts that fills the layout."""
+    """Set the images' size and the number of prompts that fills the layout."""
     if config.image_size is None:
         height, width = own_image_size(embeddings)
         if height != width:
@@ -82,8 +82,8 @@ def _record_layout(config: PGNConfig, embeddings: nn.Module) -> None:
     mean, std = config.image_mean or [], config.image_std or []
     if config.prompt_space == "pixel" and not len(mean) == len(std) == config.num_channels:
         raise ValueError(
-            f"`image_mean` and `image_std` must have {config.num_channels} numbers, one a channel of the model, but "
-            f"got {len(mean)} and {len(std)}. Copy them from the model's image processor."
+            f"`image_mean` and `image_std` must have {config.num_channels} numbers, one for each channel of the "
+            f"model, but got {len(mean)} and {len(std)}. Copy them from the model's image processor."
         )
     layout = make_layout(
         filled(config.prompt_layout), (config.image_size,) * 2, filled(config.patch_size), config.num_virtual_tokens
@@ -92,7 +92,7 @@ def _record_layout(config: PGNConfig, embeddings: nn.Module) -> None:
 
 
 def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
-    """Settle the adapter's labels: its own, or else those that the model has without adapters.
+    """Set the adapter's labels: those of its config, or else the model's own.
 
     Raises:
         TypeError: the model's head is not linear.
@@ -117,7 +117,7 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
     if isinstance(plain_head, nn.Linear) and plain_head.out_features != len(base.id2label):
         raise ValueError(
             f"`id2label` in the model's config must name {plain_head.out_features} classes, the size of its head, but "
-            f"got {len(base.id2label)}. Mend model.config.id2label."
+            f"got {len(base.id2label)}. Correct model.config.id2label."
         )
     if config.id2label is None and config.num_labels in (None, len(base.id2label)):
         config.id2label = base.id2label or None

@@ -1,4 +1,4 @@
-"""Makes PGN known to PEFT. The only file that touches PEFT's mappings."""
+"""Registers PGN with PEFT. No other module uses PEFT's mappings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_peft() -> None:
     """Refuse a PEFT that is too old.
 
     Raises:
-        ImportError: it is.
+        ImportError: PEFT is older than `PEFT_FLOOR`.
     """
     found = version("peft")
     if Version(found) < Version(PEFT_FLOOR):
@@ -25,7 +25,7 @@ def check_peft() -> None:
 
 
 def register() -> None:
-    """Enter PGN into PEFT's mappings, so that `get_peft_model` and every loader know it. Calling it again is harmless.
+    """Register PGN in PEFT's mappings, for `get_peft_model` and all loaders. Can be called again.
 
     Raises:
         ImportError: another package has taken the method's name.
@@ -52,7 +52,7 @@ def register() -> None:
             "either that package or pgn_peft, not both."
         )
     if name in [member.value for member in peft_types.PeftType] and taken is None:
-        # A later PEFT knows the name: go through the front door.
+        # A later PEFT has the name: use its official function.
         peft_types.register_peft_method(name=name.lower(), config_cls=PGNConfig, model_cls=PGNModel)
         return
     # `register_peft_method` accepts only members of PEFT's own enum; this is what it does otherwise.

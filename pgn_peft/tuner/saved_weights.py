@@ -1,4 +1,4 @@
-"""What a saved adapter holds, as its config describes it; and the comparison with what a file really holds."""
+"""The tensors of a saved adapter as its config describes them, and their comparison with a file's."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,18 +15,21 @@ from pgn_peft.tuner.backbones import HEAD
 from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.fields import PGNFields
 from pgn_peft.utils.checksums import of_tensors
+from pgn_peft.utils.sources import find_folder
 from pgn_peft.utils.tensors import compare_tensors
 from pgn_peft.utils.values import filled
 
 # What PEFT puts before the names of tensors in a file; and torch.compile's part of a name, which no file may have.
 PREFIX = "base_model.model."
 WRAPPED = "_orig_mod."
-# Far beyond what is used, and as much as a gigabyte: no file can ask for more.
+# What PEFT passes on of its callers' options.
+DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# An upper limit of a gigabyte, far beyond what is used.
 LARGEST_ADAPTER = 2**28
 
 
 def check_size(config: PGNFields) -> None:
-    """Refuse an adapter that cannot be meant, before memory is taken for it.
+    """Refuse an adapter that is too large, before memory is allocated for it.
 
     Args:
         config: the adapter's, with the recorded `hidden_size` and `num_channels`.
@@ -48,27 +49,19 @@ def check_size(config: PGNFields) -> None:
 
 
 def find_weights(name_or_path: str, subfolder: str | None, download_kwargs: dict[str, Any]) -> Path:
-    """Return the folder with an adapter's weights: the local one, or the Hub's in the cache, after a download.
+    """Find the folder with an adapter's weights, which are downloaded where they lie on the Hub.
 
     Args:
         name_or_path: a local folder, or the id of a repository on the Hub.
         subfolder: where in it the adapter lies.
-        download_kwargs: for `huggingface_hub.hf_hub_download`.
+        download_kwargs: as for `huggingface_hub.hf_hub_download`.
 
     Raises:
-        FileNotFoundError: the repository has no safetensors file.
+        OSError: there is neither a folder nor a repository of that name.
     """
-    folder = Path(name_or_path, subfolder or "")
-    if folder.joinpath(CONFIG_NAME).is_file():
-        return folder
-    try:
-        file = hf_hub_download(name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download_kwargs)
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"`{name_or_path}` must hold the adapter's weights as {SAFETENSORS_WEIGHTS_NAME}, but got none: {error}. "
-            f"Pickled weights ({WEIGHTS_NAME}) are not read; save the adapter with safe_serialization=True."
-        ) from error
-    return Path(file).parent
+    file = SAFETENSORS_WEIGHTS_NAME if subfolder is None else f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}"
+    options = {name: value for name, value in download_kwargs.items() if name in DOWNLOAD_OPTIONS}
+    return find_folder("pretrained_model_name_or_path", name_or_path, [file], **options) / (subfolder or "")
 
 
 def check_saved_weights(folder: Path, config: PGNFields) -> None:
@@ -84,14 +77,10 @@ def check_saved_weights(folder: Path, config: PGNFields) -> None:
     """
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
-        pickled = folder.joinpath(WEIGHTS_NAME).is_file()
         raise FileNotFoundError(
-            f"`{folder}` must hold the adapter's weights, but got no {SAFETENSORS_WEIGHTS_NAME} there"
-            + (
-                f", only a pickled {WEIGHTS_NAME}, which is not read. Save the adapter with safe_serialization=True."
-                if pickled
-                else ". Copy or download the adapter again."
-            )
+            f"`{folder}` must hold the adapter's weights, but got no {SAFETENSORS_WEIGHTS_NAME} there. Copy or "
+            f"download the adapter again. Pickled weights ({WEIGHTS_NAME}) are not read: save them with "
+            "safe_serialization=True."
         )
     if config.target_modules is None:
         raise ValueError(
@@ -101,7 +90,7 @@ def check_saved_weights(folder: Path, config: PGNFields) -> None:
     expected = describe_weights(config)
     try:
         with safe_open(file, "pt") as archive:
-            # Only the header, so that no file can take more memory than its config has been allowed.
+            # Only the header, so that a file cannot take more memory than its config describes.
             header = {name: _empty(archive.get_slice(name)) for name in archive.keys()}  # noqa: SIM118
         _compare(expected, header, config, str(file))
         _compare(expected, load_file(file), config, str(file))

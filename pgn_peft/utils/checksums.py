@@ -71,7 +71,7 @@ def compare_file(file: Path, checksums: Mapping[str, str] | None, config_name: s
         config_name: name of the configuration's file, for the message.
 
     Raises:
-        ValueError: its content differs from what was saved, or it is missing.
+        ValueError: the file is missing, or its content differs from what was saved.
     """
     expected = (checksums or {}).get(file.name)
     if expected is None:
@@ -109,7 +109,7 @@ def compare_part(part: str, tensors: Mapping[str, Tensor], expected: str, config
         config_name: name of the configuration's file, for the message.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the checksums differ.
     """
     if any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors.values()):
         return

@@ -91,8 +91,8 @@ def read_settings(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file that is not trusted.
 
     Raises:
-        OSError: the file is not there or cannot be read.
-        ValueError: the content is no JSON object.
+        OSError: the file is missing or cannot be read.
+        ValueError: the file does not hold a JSON object.
     """
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))

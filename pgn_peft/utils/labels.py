@@ -1,4 +1,4 @@
-"""Class labels: how they are written down, and which of them a model's config shows."""
+"""Class labels: their normal form, and those in a model's config."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
         The same labels, keyed by the integers 0..n-1 in ascending order.
 
     Raises:
-        TypeError: it is not a mapping, a key is no integer, or a name is no string.
-        ValueError: it is empty, or the keys are not exactly 0..n-1.
+        TypeError: `id2label` is not a mapping, a key is not an integer, or a name is not a string.
+        ValueError: `id2label` is empty, or its keys are not exactly 0..n-1.
     """
     if not isinstance(id2label, Mapping):
         raise TypeError(
@@ -28,7 +28,9 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
             "Write id2label=dict(enumerate(names))."
         )
     if not id2label:
-        raise ValueError("`id2label` must name a class at least, but got {}. Leave it out to keep the model's labels.")
+        raise ValueError(
+            "`id2label` must name at least one class, but got {}. Leave it out to keep the model's labels."
+        )
     labels: dict[int, str] = {}
     for key, name in id2label.items():
         if not isinstance(name, str):
@@ -62,14 +64,14 @@ def _check_encodable(name: str) -> None:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a classification head answers with: names by class index, and Transformers' `problem_type`."""
+    """The labels of a classification head: names by class index, and Transformers' `problem_type`."""
 
     id2label: dict[int, str]
     problem_type: str | None = None
 
     @classmethod
     def of(cls, model_config: Any) -> Labels | None:
-        """Read the labels that `model_config` (a `PretrainedConfig`) shows; None where it is not one."""
+        """Read the labels in `model_config`, a `PretrainedConfig`; None for anything else."""
         id2label = getattr(model_config, "id2label", None)
         if id2label is None:
             return None
@@ -78,7 +80,7 @@ class Labels:
         return cls(id2label, getattr(model_config, "problem_type", None))
 
     def show_in(self, model_config: Any) -> None:
-        """Make `model_config` show these labels: `id2label`, `label2id`, hence `num_labels`, and `problem_type`."""
+        """Write these labels into `model_config`: `id2label`, `label2id`, hence `num_labels`, and `problem_type`."""
         model_config.id2label = dict(self.id2label)
         model_config.label2id = {name: index for index, name in self.id2label.items()}
         model_config.problem_type = self.problem_type

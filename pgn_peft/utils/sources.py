@@ -1,4 +1,4 @@
-"""Folders on this machine, and repositories on the Hub: which of the two a name is, and what is downloaded of it."""
+"""Local folders and repositories on the Hub: which of them a name means, and what is downloaded."""
 
 from __future__ import annotations
 
@@ -79,6 +79,6 @@ def is_repo_id(name: Any) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Say what went wrong as one sentence."""
+    """Return an error's message as one sentence."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if line.endswith((".", "!")) else line + "."

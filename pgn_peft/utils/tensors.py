@@ -1,4 +1,4 @@
-"""The comparison of a file's tensors with what it must hold."""
+"""The comparison of a file's tensors with the expected ones."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def compare_tensors(
     holds: str = "the tensors of the adapter that its config describes",
     remedy: str = "Weights and configuration do not belong together, or the file was damaged; fetch both again.",
 ) -> None:
-    """Compare names, shapes and values of tensors with what is needed. PEFT warns, or is silent.
+    """Compare names, shapes and values of tensors with the expected ones. PEFT warns at most.
 
     Args:
-        expected: the tensors; only their names, shapes and kinds of numbers count.
-        found: what is to be loaded; on the meta device to leave the values out of it.
+        expected: tensors of the right names, shapes and kinds (floating-point or not).
+        found: the tensors to load; on the meta device if their values are not to be checked.
         source: what `found` is, for the message.
         holds: what it must hold, for the message.
         remedy: what to do, for the message.

@@ -21,8 +21,8 @@ def read_integer(name: str, value: Any, minimum: int, maximum: int, optional: bo
     """Return `value` as an int in minimum..maximum, or None where `optional`.
 
     Raises:
-        TypeError: it is no integer.
-        ValueError: it lies outside.
+        TypeError: `value` is not an integer.
+        ValueError: `value` lies outside of minimum..maximum.
     """
     if optional and value is None:
         return None
@@ -78,7 +78,7 @@ def check_scale(name: str, value: Any, official: str, zero: bool = False) -> Non
         raise ValueError(f"`{name}` must lie in 0..1000{bound}, but got {value!r}. {remedy}")
 
 
-def check_processor(settings: Mapping[str, Any]) -> None:
+def check_processor_settings(settings: Mapping[str, Any]) -> None:
     """Check the fields of an image processor's file. Transformers takes any text for True, and True for a number.
 
     Raises:
@@ -105,8 +105,8 @@ def read_pair(name: str, value: Any, maximum: int) -> tuple[int, int]:
     """Return a list of two integers in 1..maximum as a tuple.
 
     Raises:
-        TypeError: it is none.
-        ValueError: one lies outside.
+        TypeError: `value` is not a list of two integers.
+        ValueError: one of them lies outside of 1..maximum.
     """
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise TypeError(f"`{name}` must be a list of two integers, but got {value!r}. Write both.")
@@ -117,8 +117,8 @@ def read_channel_values(name: str, value: Any, positive: bool) -> list[float]:
     """Return one finite number per channel, above 0 where `positive`.
 
     Raises:
-        TypeError: it is no list of numbers.
-        ValueError: it is empty, or a number is impossible.
+        TypeError: `value` is not a list of numbers.
+        ValueError: `value` is empty, or a number is out of range.
     """
     remedy = f"Copy it from the image processor: processor.{name}."
     if not isinstance(value, (list, tuple)) or not all(
@@ -129,7 +129,7 @@ def read_channel_values(name: str, value: Any, positive: bool) -> list[float]:
     smallest = 1e-6 if positive else -1000.0
     if not numbers or not all(smallest <= number <= 1000.0 for number in numbers):
         bound = "above 0" if positive else "finite"
-        raise ValueError(f"`{name}` must hold {bound} numbers, one a channel, but got {value!r}. {remedy}")
+        raise ValueError(f"`{name}` must hold {bound} numbers, one for each channel, but got {value!r}. {remedy}")
     return numbers
 
 
@@ -137,8 +137,8 @@ def read_indices(name: str, value: Any) -> list[int]:
     """Return a list of different integers of at least 0.
 
     Raises:
-        TypeError: it is no list of integers.
-        ValueError: it is empty, an integer is negative, or one comes twice.
+        TypeError: `value` is not a list of integers.
+        ValueError: `value` is empty, or an integer is negative or repeated.
     """
     if not isinstance(value, (list, tuple)) or not all(
         isinstance(index, Integral) and not isinstance(index, bool) for index in value
@@ -156,10 +156,10 @@ def read_indices(name: str, value: Any) -> list[int]:
 
 
 def read_names(name: str, value: Any) -> list[str] | None:
-    """Return a list of module names, given as such or as one string; None stays.
+    """Return a list of module names, given as a list or as one string; None for None.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: `value` is neither a list of names nor a string.
     """
     if value is None:
         return None
@@ -170,11 +170,11 @@ def read_names(name: str, value: Any) -> list[str] | None:
 
 
 def read_one_name(name: str, value: Any) -> list[str] | None:
-    """Return a list of exactly one module name; None stays.
+    """Return a list of exactly one module name; None for None.
 
     Raises:
-        TypeError: it is no name.
-        ValueError: it is several names, or none.
+        TypeError: `value` is neither a list of names nor a string.
+        ValueError: `value` holds several names, or none.
     """
     names = read_names(name, value)
     if names is not None and len(names) != 1:
