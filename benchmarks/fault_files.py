@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -32,6 +33,7 @@ TEXT = '0123456789abcdefghijklmnopqrstuvwxyz"{}[]:,. -'
 FORMS = {
     "generated": {"num_virtual_tokens": 3, "id2label": {0: "cat", 1: "dog", 2: "owl"}},
     "pixel": {"prompt_space": "pixel", **SCALE, "head": "frozen", "label_mapping": [3, 1], "num_labels": 2},
+    "module": {"generator": "static", "slot_prompts": False, "num_labels": 2, "modules_to_save": ["vit.layernorm"]},
 }
 
 
@@ -68,7 +70,7 @@ class Material:
         model.peft_config["default"].base_model_name_or_path = str(self.root / "base")
         generator = torch.Generator().manual_seed(seed)
         for key, tensor in model.state_dict().items():
-            if "pgn_" in key and tensor.is_floating_point():
+            if ("pgn_" in key or "modules_to_save" in key) and tensor.is_floating_point():
                 noise = torch.rand(tensor.shape, generator=generator)
                 tensor.copy_(0.5 + noise if "running_var" in key else noise - 0.5)
         return model.eval()
@@ -91,6 +93,13 @@ def load_beside(folder: Path, material: Material) -> Tensor:
     model = material.adapted("generated", seed=2)
     model.load_adapter(folder, adapter_name="second")
     model.set_adapter("second")
+    return logits(model)
+
+
+def load_over(folder: Path, material: Material, form: str) -> Tensor:
+    """Load an adapter's weights onto the name of another one like it, as `Trainer` does with its checkpoints."""
+    model = material.adapted(form, seed=2)
+    model.load_adapter(folder, adapter_name="default")
     return logits(model)
 
 
@@ -189,8 +198,11 @@ def regions_of(file: Path) -> list[tuple[int, int]]:
 def damaged_files(tally: Tally, material: Material, cases: int, seed: int) -> None:
     """Damage one file a case, and load what it belongs to in every way."""
     rng = random.Random(seed)
-    strict, others = strict_doors(material), other_doors(material)
-    expected = {(form, door): load(material.root / form) for form in FORMS for door, load in (strict | others).items()}
+    strict, others, over = strict_doors(material), other_doors(material), "`PeftModel.load_adapter` onto a name in use"
+    doors = {
+        form: strict | others | {over: lambda folder, form=form: load_over(folder, material, form)} for form in FORMS
+    }
+    expected = {(form, door): load(material.root / form) for form in FORMS for door, load in doors[form].items()}
     prompted = prompt(material.root / "prompter")
     targets = [(form, file) for form in FORMS for file in (WEIGHTS, WEIGHTS, WEIGHTS, CONFIG, CONFIG, PROCESSOR)]
     targets += [("prompter", PROMPTER_WEIGHTS), ("prompter", PROMPTER_CONFIG)] * 2
@@ -200,12 +212,15 @@ def damaged_files(tally: Tally, material: Material, cases: int, seed: int) -> No
         how, content = damage((folder / name).read_bytes(), regions_of(folder / name), rng)
         (folder / name).write_bytes(content)
         case = f"case {index}, {form}/{name}, {how}"
-        doors = {"`ImagePrompter.from_pretrained`": prompt} if form == "prompter" else strict | others
-        for door, load in doors.items():
-            if name == PROCESSOR and load is not classify:
-                continue  # nobody else reads it
-            wanted = prompted if form == "prompter" else expected[form, door]
-            tally.add(door, case, judge(load, folder, wanted))
+        if form == "prompter":
+            tally.add("`ImagePrompter.from_pretrained`", case, judge(prompt, folder, prompted))
+            continue
+        for door, load in doors[form].items():
+            if (name == PROCESSOR and load is not classify) or (name == CONFIG and door == over):
+                continue  # which does not read it
+            unguarded = door == over or (form == "module" and door in others and name == WEIGHTS)
+            row = f"{door}, `modules_to_save`" if unguarded and door != over else door
+            tally.add(row, case, judge(load, folder, expected[form, door]), guarded=not unguarded)
 
 
 # JSON of other types.
@@ -215,7 +230,7 @@ VALUES = [
     *([], [None], [1, "a"], [[1]], {}, {"a": 1}),
 ]
 OPTIONAL = ("image_size", "shortest_edge", "size", "crop_size", "rank")  # of a prompter
-ANNOTATIONS = {name: str(kind) for name, kind in PGNConfig.__annotations__.items()}
+TYPES = {field.name: str(field.type) for field in dataclasses.fields(PGNConfig)}
 
 
 def places(settings: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -240,7 +255,7 @@ def replaced(settings: Any, path: tuple, value: Any) -> Any:
 
 def is_possible(value: Any, original: Any, path: tuple, name: str) -> bool:
     """Whether a value is of the type of its place in a file, so that it is an edit and no fault."""
-    declared = ANNOTATIONS.get(path[0], "") if len(path) == 1 and name == CONFIG else ""
+    declared = TYPES.get(path[0], "") if len(path) == 1 and name == CONFIG else ""
     if value is None:
         return original is None or "None" in declared or path[-1] in OPTIONAL or str(path[-1]).startswith("do_")
     if isinstance(value, bool) or isinstance(original, bool):

@@ -8,14 +8,17 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import pgn_peft
 
 REFUSED, OTHERS, RIGHT, WRONG = "refused clearly", "refused by a library", "accepted and right", "wrong"
 KINDS = (REFUSED, OTHERS, RIGHT, WRONG)
 CLEAR = (ValueError, TypeError, OSError, SystemExit)
 # What a clear message names: a field or file in backticks, or one of the files by its name.
 NAMED = re.compile(r"`[^`]+`|\b\w+\.(json|safetensors|png|jpg|tiff|gif|bmp|webp)\b|['\"]/")
-OURS = re.compile(r"/(pgn_peft|examples)/\w+\.py$")
+OURS = (str(Path(pgn_peft.__file__).parent), str(Path(__file__).parents[1] / "examples"))
 
 
 @dataclass
@@ -80,4 +83,4 @@ def refusal(error: BaseException) -> tuple[str, str]:
     if isinstance(error, CLEAR) and NAMED.search(str(error)):
         return REFUSED, explanation
     frames = traceback.extract_tb(error.__traceback__)
-    return (WRONG if any(OURS.search(frame.filename) for frame in frames) else OTHERS), explanation
+    return (WRONG if any(frame.filename.startswith(OURS) for frame in frames) else OTHERS), explanation

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import train_image_classifier
-from fault_files import FORMS, Material, classify, equal, logits, prompt
+from fault_files import Material, classify, equal, logits, prompt
 from fault_outcomes import REFUSED, RIGHT, WRONG, Tally, judge
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -93,7 +93,7 @@ class Pair:
         processors = [material.processor, type(material.processor)(size={"height": 32, "width": 32})]
         self.classifiers = [
             Classifier(material.adapted(form, seed=3), processor)
-            for form, processor in zip(FORMS, processors, strict=True)
+            for form, processor in zip(("generated", "pixel"), processors, strict=True)
         ]
         self.prompters = [make_prompter(material.adapted("pixel", seed), material.processor) for seed in (3, 4)]
         folder = material.root / "pair"

@@ -22,8 +22,10 @@ otherwise.
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -38,8 +40,10 @@ from loopback_hub import LoopbackHub, loopback_hub  # noqa: E402
 # Before huggingface_hub is imported, which reads its address then: a Hub in this process, and no other.
 SERVER = loopback_hub()
 HUB: LoopbackHub = SERVER.__enter__()
+atexit.register(SERVER.__exit__, None, None, None)
 os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="faults-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
