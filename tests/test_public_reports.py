@@ -180,3 +180,13 @@ def test_a_state_dict_with_another_backbone_brings_all_that_follows_from_it(assi
     adapter_alone = {name: tensor for name, tensor in state_dict.items() if ".pgn_" in name}
     other.load_state_dict(adapter_alone, strict=False)
     assert other.get_base_model().vit.embeddings.pgn_library["default"].directions is directions  # a second's work
+
+
+def test_training_a_frozen_adapter_is_refused_in_words(tmp_path):
+    """huggingface/peft#1340: `from_pretrained` freezes it, and torch said that "element 0 does not require grad"."""
+    adapted().save_pretrained(tmp_path)
+    frozen = PeftModel.from_pretrained(tiny_vit(), tmp_path)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, remove_unused_columns=False)
+    rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}] * 2
+    with pytest.raises(ValueError, match="`model` must have trainable parameters, .*is_trainable=True"):
+        AdapterTrainer(frozen, arguments, train_dataset=rows, data_collator=ImageCollator(num_labels=2)).train()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer, parse_log_history
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils.hub import PushInProgress
 
 from pgn_peft.hub import publishing
@@ -106,6 +106,19 @@ class AdapterTrainer(Trainer):
             super()._load_best_model()
         finally:
             self.state.best_model_checkpoint = str(checkpoint)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, as `Trainer` does.
+
+        Raises:
+            ValueError: all of the model is frozen.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "`model` must have trainable parameters, but got a frozen one. Load the adapter with "
+                "is_trainable=True, or activate it: model.set_adapter(name)."
+            )
+        return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         # Trainer lets a loss divide by the number of labels in all processes and accumulated batches. Cross-entropy
