@@ -70,7 +70,7 @@ def kill_after(child: int, seconds: float) -> bool:
 
 
 def last_error(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "nothing was said"
 
 

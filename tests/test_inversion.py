@@ -89,7 +89,7 @@ def test_a_projection_of_low_rank_is_refused(images):
     sizes = {"hidden_size": 64, "patch_size": 4, "num_attention_heads": 4}
     model = move_adapter(get_peft_model(tiny_vit(**sizes), tiny_config(num_virtual_tokens=8, head="frozen"))).eval()
     with pytest.raises(
-        ValueError, match=r"rank 64 .* but got rank 48 \(48 pixels a patch\), which leaves up to \d+% of"
+        ValueError, match=r"rank 64 .* but got rank 48 \(48 values per patch\), which leaves up to \d+% of"
     ):
         make_prompter(model, processor())
 

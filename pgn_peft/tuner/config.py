@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,14 +105,14 @@ class PGNConfig(PGNFields):
 
 
 def _describe_fields() -> str:
-    indent = 8 * " "
+    indent = 4 * " "
     return "\n".join(
         textwrap.fill(
-            f"{field.name}: {field.metadata['help']}", 119, initial_indent=indent, subsequent_indent=indent + 4 * " "
+            f"{field.name}: {field.metadata['help']}", 119, initial_indent=indent, subsequent_indent=2 * indent
         )
         for field in own_fields()
     )
 
 
 # There is no docstring to complete where Python strips them (-OO).
-PGNConfig.__doc__ = (PGNConfig.__doc__ or "").replace("{fields}", _describe_fields())
+PGNConfig.__doc__ = inspect.cleandoc(PGNConfig.__doc__ or "").replace("{fields}", _describe_fields())
