@@ -8,7 +8,7 @@ import torch
 from conftest import answer, move_adapter, own_adapter_methods, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 
-from pgn_peft.tuner.layer import PGNTunerLayer
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 KINDS = {"generated": {"num_labels": 2}, "static": {"generator": "static", "head": "frozen"}, "pixel": PIXEL}

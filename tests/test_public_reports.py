@@ -164,3 +164,19 @@ def test_a_prompter_of_images_that_no_file_holds_is_refused():
     assert answer(model, torch.zeros(1, 2, 32, 32)).shape == (1, 2)
     with pytest.raises(ValueError, match="`num_channels` must be one of 1, 3, 4 .*, but got 2"):
         make_prompter(model, ViTImageProcessor(size={"height": 32, "width": 32}, **scale))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_with_another_backbone_brings_all_that_follows_from_it(assign, pixel_values):
+    """pytorch/pytorch#105233: buffers that are not saved stay those of the backbone that the model was made with."""
+    config = {"prompt_space": "pixel", "image_size": 32, "num_virtual_tokens": None}
+    config |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    model = adapted(**config)
+    other = get_peft_model(tiny_vit(seed=1), tiny_config(id2label=NAMES, **config)).eval()
+    state_dict = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other.load_state_dict(state_dict, assign=assign)
+    assert torch.equal(answer(other, pixel_values), answer(model, pixel_values))
+    directions = other.get_base_model().vit.embeddings.pgn_library["default"].directions
+    adapter_alone = {name: tensor for name, tensor in state_dict.items() if ".pgn_" in name}
+    other.load_state_dict(adapter_alone, strict=False)
+    assert other.get_base_model().vit.embeddings.pgn_library["default"].directions is directions  # a second's work

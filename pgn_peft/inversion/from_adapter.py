@@ -21,8 +21,9 @@ from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.head import find_head
-from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.offloading import loaded, loaded_copy
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 def make_prompter(

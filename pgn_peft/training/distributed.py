@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pgn_peft.tuner.layer import PGNTunerLayer
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 def _several_processes() -> bool:

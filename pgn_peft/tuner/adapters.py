@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.head import find_head
-from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.saved_weights import PREFIX
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 def unwrap(model: Any) -> Any:

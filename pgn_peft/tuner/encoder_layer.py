@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.layer import PGNLayer
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 class PGNBlock(PGNTunerLayer):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pgn_peft.tuner.batch_adapters import adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.layer import PGNTunerLayer
 from pgn_peft.tuner.offloading import loaded
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 from pgn_peft.utils.labels import Labels
 from pgn_peft.utils.values import filled
 

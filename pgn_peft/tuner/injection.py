@@ -20,9 +20,10 @@ from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.fields import refuse_head_in_modules_to_save
 from pgn_peft.tuner.head import PGNHead
-from pgn_peft.tuner.layer import PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.recorded_fields import record_base, record_depth, record_labels
 from pgn_peft.tuner.saved_weights import check_size
+from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.injection import Injection, plan_injection, refuse_other_adapters
-from pgn_peft.tuner.layer import NO_MERGE, PGNLayer, PGNTunerLayer
+from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.mixed_batch import mixed_batch
+from pgn_peft.tuner.tuner_layer import NO_MERGE, PGNTunerLayer
 from pgn_peft.utils.tensors import compare_tensors
 
 
