@@ -29,7 +29,7 @@ class PGNConfig(PGNFields):
     A field left at None is filled from the model when the adapter is created, and saved with it.
 
     Args:
-    {fields}
+        {fields}
 
     Raises:
         TypeError: a field has the wrong type.
@@ -106,13 +106,9 @@ class PGNConfig(PGNFields):
 
 def _describe_fields() -> str:
     indent = 4 * " "
-    return "\n".join(
-        textwrap.fill(
-            f"{field.name}: {field.metadata['help']}", 119, initial_indent=indent, subsequent_indent=2 * indent
-        )
-        for field in own_fields()
-    )
+    texts = (f"{field.name}: {field.metadata['help']}" for field in own_fields())
+    return "\n".join(textwrap.fill(text, 115, initial_indent=indent, subsequent_indent=2 * indent) for text in texts)
 
 
-# There is no docstring to complete where Python strips them (-OO).
-PGNConfig.__doc__ = inspect.cleandoc(PGNConfig.__doc__ or "").replace("{fields}", _describe_fields())
+# Python -OO leaves no docstring to complete.
+PGNConfig.__doc__ = inspect.cleandoc(PGNConfig.__doc__ or "").replace("    {fields}", _describe_fields())
