@@ -113,7 +113,7 @@ class AdapterTrainer(Trainer):
         Raises:
             ValueError: all of the model is frozen.
         """
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+        if not any(parameter.requires_grad for parameter in filled(self.model).parameters()):
             raise ValueError(
                 "`model` must have trainable parameters, but got a frozen one. Load the adapter with "
                 "is_trainable=True, or activate it: model.set_adapter(name)."
