@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from pgn_peft.nn.layout import compose, make_layout, to_image, to_patches
+from pgn_peft.nn.layout import compose, make_layout, to_image
 from pgn_peft.nn.resize import resize
+
+
+def to_patches(pixel_values, patch_size):
+    """Cut images (B, C, H, W) into patches (B, N, C, p, p), row by row."""
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = pixel_values.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels, patch_size, patch_size)
 
 
 @pytest.mark.parametrize(

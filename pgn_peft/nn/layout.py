@@ -215,14 +215,6 @@ def _surround(image: Tensor, patches: Tensor, layout: PromptLayout) -> Tensor:
     return torch.cat(column, dim=2)  # (B, C, H', W')
 
 
-def to_patches(pixel_values: Tensor, patch_size: int) -> Tensor:
-    """Cut images (B, C, H, W) into patches (B, N, C, p, p), row by row."""
-    batch, channels, height, width = pixel_values.shape
-    rows, columns = height // patch_size, width // patch_size
-    patches = pixel_values.reshape(batch, channels, rows, patch_size, columns, patch_size)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels, patch_size, patch_size)
-
-
 def to_image(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """Put patches (B, N, C, p, p), row by row, together to images (B, C, H, W)."""
     batch, _, channels, patch_size, _ = patches.shape
