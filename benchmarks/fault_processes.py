@@ -363,12 +363,12 @@ def full_disks(tally: Tally, material: Material, cases: int, seed: int) -> None:
                 )
                 filler.unlink()
                 tally.add(f"saving {what} on a full disk", f"{left} bytes left", outcome)
-    with small_disk(disk, "8m"):
+    with small_disk(disk, "32m"):
         for _ in range(max(1, cases // 4)):
             folder = disk / "run"
             shutil.rmtree(folder, ignore_errors=True)
             pair.save(0, folder)
-            left = rng.randrange(2_000_000)
+            left = rng.randrange(14_000_000)
             filler = fill(disk, left)
             outcome = in_child(train(material, folder), log, str(folder))
             outcome = afterwards(outcome, nothing_lost(judge(lambda f=folder: classify(f), lambda _: True)))

@@ -17,6 +17,7 @@ from test_trainer import make_trainer
 from train_image_classifier import writing_to
 
 from pgn_peft import ImagePrompter, PGNConfig, load_classifier
+from pgn_peft.hub import classifier as classifier_module
 from pgn_peft.training import last_complete_checkpoint
 from pgn_peft.utils.files import COMPLETE, replacing
 
@@ -139,7 +140,7 @@ def pair(material):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("what", ["adapter", "prompter"])
 def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new(what, pair, tmp_path):
-    save, load = (pair.save, pair.load) if what == "adapter" else (pair.save_prompter, pair.load_prompter)
+    save, load = (pair.save, pair.load_with_peft) if what == "adapter" else (pair.save_prompter, pair.load_prompter)
     for place in range(200):
         finished, outcome = kill_at_operation(save, load, tmp_path / "saved", place)
         assert outcome == ("accepted and right", ""), f"killed before file operation {place}"
@@ -182,6 +183,20 @@ def test_two_processes_that_complete_a_save_at_the_same_time(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "theirs"
     assert (tmp_path / "b.txt").read_text() == "ours"
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt"}
+
+
+def test_files_that_change_while_they_are_loaded_are_refused(pair, tmp_path, monkeypatch):
+    """The model was that of one adapter, and the image processor that of another one."""
+    pair.save(0, tmp_path)
+    load = classifier_module.AutoImageProcessor.from_pretrained
+
+    def save_and_load(*arguments, **options):
+        pair.save(1, tmp_path)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(classifier_module.AutoImageProcessor, "from_pretrained", save_and_load)
+    with pytest.raises(OSError, match=rf"`{tmp_path}` must not be written to while it is loaded"):
+        load_classifier(tmp_path)
 
 
 # Training.

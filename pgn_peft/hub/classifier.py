@@ -23,6 +23,7 @@ from pgn_peft.hub.downloads import (
     BASE_FILES,
     check_base_folder,
     check_processor_files,
+    check_unchanged,
     has_processor,
     read_adapter_config,
 )
@@ -203,7 +204,9 @@ def load_classifier(
             f"`preprocessor_config.json` must be in the adapter or in its base model, but got neither in {name!r} nor "
             f"in {str(base)!r}. Save the processor that it was trained with beside the adapter."
         )
-    return Classifier(model, _load_processor(processor_folder, model))
+    image_processor = _load_processor(processor_folder, model)
+    check_unchanged(folder, config)
+    return Classifier(model, image_processor)
 
 
 def _load_processor(folder: Path, model: nn.Module) -> Any:

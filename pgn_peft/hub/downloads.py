@@ -10,7 +10,7 @@ from pathlib import Path
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.utils.checksums import compare_file
+from pgn_peft.utils.checksums import FIELD, compare_file
 from pgn_peft.utils.files import finish_save, read_settings
 from pgn_peft.utils.values import check_processor_settings
 
@@ -51,6 +51,27 @@ def read_adapter_config(folder: Path, name: str) -> PGNConfig:
     for file in PROCESSOR_FILES:
         compare_file(folder / file, config.saved_checksums, CONFIG_NAME)
     return config
+
+
+def check_unchanged(folder: Path, config: PGNConfig) -> None:
+    """Refuse files that another process has replaced while they were loaded: they can be those of two adapters.
+
+    Args:
+        folder: the adapter's folder.
+        config: as `read_adapter_config` returned it.
+
+    Raises:
+        OSError: the configuration is not the one that was read.
+        ValueError: the image processor is not the one that was read.
+    """
+    found = (read_settings(folder / CONFIG_NAME).get(FIELD) or {}).get(CONFIG_NAME)
+    if found != config.saved_checksums.get(CONFIG_NAME):
+        raise OSError(
+            f"`{folder}` must not be written to while it is loaded, but got another {CONFIG_NAME} meanwhile. Load it "
+            "again."
+        )
+    for file in PROCESSOR_FILES:
+        compare_file(folder / file, config.saved_checksums, CONFIG_NAME)
 
 
 def _pickle_remedy(folder: Path, file: str) -> str:
