@@ -202,6 +202,8 @@ def make_trainer(
         compute_metrics=lambda outcome: {
             "accuracy": accuracy_score(outcome.label_ids, outcome.predictions.argmax(axis=-1))
         },
+        # A base whose config asks for hidden states or attentions answers with these too.
+        preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
         optimizers=(optimizer, None),
         callbacks=[EqualStatistics(), SameSteps()],
         processing_class=processor,

@@ -190,3 +190,21 @@ def test_training_a_frozen_adapter_is_refused_in_words(tmp_path):
     rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}] * 2
     with pytest.raises(ValueError, match="`model` must have trainable parameters, .*is_trainable=True"):
         AdapterTrainer(frozen, arguments, train_dataset=rows, data_collator=ImageCollator(num_labels=2)).train()
+
+
+def test_the_script_evaluates_a_base_that_answers_with_hidden_states(tmp_path):
+    """huggingface/transformers#30104: its predictions were a tuple, which numpy could not read."""
+    from train_image_classifier import Arguments, make_trainer
+
+    base = tiny_vit()
+    base.config.output_hidden_states = True
+    rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": label} for label in (0, 1)]
+    trainer = make_trainer(
+        get_peft_model(base, tiny_config(id2label=NAMES)),
+        {"train": rows, "validation": rows},
+        Arguments(str(tmp_path), use_cpu=True, disable_tqdm=True),
+        [{"params": [torch.nn.Parameter(torch.zeros(1))]}],
+        num_labels=2,
+        interpolate=False,
+    )
+    assert trainer.evaluate()["eval_accuracy"] == 0.5
