@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTForImageClassification
 
-from pgn_peft.nn.preprocessing import Preprocessing, normalize, to_pixels
+from pgn_peft.nn.images import to_pixels
+from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.version import __version__
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -40,7 +40,7 @@ from methods import Adapted, Border, new_head
 from smoke_material import smoke_arguments
 
 from pgn_peft import PGNConfig, frequency_mapping, make_prompter
-from pgn_peft.nn.preprocessing import to_8_bit, to_images, to_pixels
+from pgn_peft.nn.images import to_8_bit, to_images, to_pixels
 from pgn_peft.training import start_library_from_images
 
 METHODS = {

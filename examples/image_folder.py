@@ -16,7 +16,7 @@ from datasets.features.features import register_feature
 from tqdm import tqdm
 
 from pgn_peft.nn.image_files import check_image, is_image_file, list_files, open_image
-from pgn_peft.nn.preprocessing import convert_image
+from pgn_peft.nn.images import convert_image
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -31,7 +31,7 @@ LISTED = 10
 
 @dataclass
 class UprightImage(Image):
-    """A column of images, read as upright RGB ones of 8-bit pixels: see `pgn_peft.nn.preprocessing.convert_image`.
+    """A column of images, read as upright RGB ones of 8-bit pixels: see `pgn_peft.nn.images.convert_image`.
 
     `datasets.Image(mode="RGB")` clips wider pixels at 255, and its errors do not name the image.
     """
@@ -75,7 +75,7 @@ def list_names(names: list[str]) -> str:
 
 
 def read_folder(folder: Path) -> dict[str, Dataset]:
-    """Read a folder with one subfolder a class, or with one subfolder a split and in it one a class.
+    """Read a folder with a subfolder for each class, or one for each split with subfolders for the classes.
 
     A subfolder is a split if it is called train, validation (val, valid, dev) or test, and has its images in
     subfolders. Then all subfolders must be splits. Otherwise each subfolder is a class, whatever it is called, with

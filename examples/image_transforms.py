@@ -16,7 +16,8 @@ from image_folder import UprightImage
 from torch import Tensor
 from torchvision.transforms import v2
 
-from pgn_peft.nn.preprocessing import Preprocessing, to_pixels
+from pgn_peft.nn.images import to_pixels
+from pgn_peft.nn.preprocessing import Preprocessing
 from pgn_peft.version import __version__
 
 AUGMENTATIONS = {

@@ -21,7 +21,8 @@ from image_data import DataArguments, load_splits
 from torch import Tensor
 
 from pgn_peft import ImagePrompter
-from pgn_peft.nn.preprocessing import normalize, read_images
+from pgn_peft.nn.images import read_images
+from pgn_peft.nn.preprocessing import normalize
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

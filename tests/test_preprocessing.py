@@ -6,15 +6,8 @@ import torch
 from PIL import Image
 from transformers import ConvNextImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
-from pgn_peft.nn.preprocessing import (
-    Preprocessing,
-    denormalize,
-    normalize,
-    read_images,
-    to_8_bit,
-    to_images,
-    to_pixels,
-)
+from pgn_peft.nn.images import read_images, to_8_bit, to_images, to_pixels
+from pgn_peft.nn.preprocessing import Preprocessing, denormalize, normalize
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PROCESSORS = {

@@ -1,19 +1,17 @@
 """Faults that users of PEFT, Transformers and datasets have reported, tried here; each test names its report."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
+from datasets import ClassLabel, Dataset, Features, config
+from datasets import Image as ImageColumn
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits
+from train_image_classifier import Arguments, check_same_optimizer, main, make_trainer
 from transformers import TrainingArguments, ViTImageProcessor
 
 from pgn_peft import AdapterTrainer, ImageCollator, make_prompter
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 NAMES = {0: "cat", 1: "dog"}
 SCRIPT_ARGUMENTS = ["--model_name_or_path", "path/to/vit", "--output_dir", "path/to/adapter", "--use_cpu"]
@@ -106,18 +104,12 @@ def test_evaluations_that_would_round_the_weights_are_refused(name, tmp_path):
 
 def test_the_script_evaluates_all_images():
     """huggingface/transformers#9662: `dataloader_drop_last` leaves images out of evaluations too."""
-    from train_image_classifier import main
-
     with pytest.raises(SystemExit, match="`dataloader_drop_last` must be False, but got True"):
         main([*SCRIPT_ARGUMENTS, "--dataset", "path/to/images", "--dataloader_drop_last", "true"])
 
 
 def test_a_data_set_of_one_class_is_refused(tmp_path, monkeypatch):
     """huggingface/transformers#45611: one label is no classification; here it became a regression, 100 % accurate."""
-    from datasets import ClassLabel, Dataset, Features, config
-    from datasets import Image as ImageColumn
-    from train_image_classifier import main
-
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     features = Features({"image": ImageColumn(), "label": ClassLabel(names=["cat"])})
     tmp_path.joinpath("images").mkdir()
@@ -138,7 +130,6 @@ def test_a_data_set_of_one_class_is_refused(tmp_path, monkeypatch):
 )
 def test_a_resumed_run_has_the_optimizer_that_is_asked_for(change, message, tmp_path):
     """huggingface/transformers#9099: the checkpoint's is restored, and another learning rate was recorded."""
-    from train_image_classifier import check_same_optimizer
 
     def make(lr=0.1, weight_decay=0.0, kind=torch.optim.AdamW):
         groups = [{"name": "generator", "params": [torch.nn.Parameter(torch.zeros(2))]}]
@@ -194,8 +185,6 @@ def test_training_a_frozen_adapter_is_refused_in_words(tmp_path):
 
 def test_the_script_evaluates_a_base_that_answers_with_hidden_states(tmp_path):
     """huggingface/transformers#30104: its predictions were a tuple, which numpy could not read."""
-    from train_image_classifier import Arguments, make_trainer
-
     base = tiny_vit()
     base.config.output_hidden_states = True
     rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": label} for label in (0, 1)]

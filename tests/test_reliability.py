@@ -13,7 +13,7 @@ from fault_outcomes import Tally
 from fault_processes import Pair, kill_at_operation
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_trainer import make_trainer
+from tiny_trainer import make_trainer
 from train_image_classifier import writing_to
 
 from pgn_peft import ImagePrompter, PGNConfig, load_classifier

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pgn_peft.inversion.library import invert_library, invert_static_prompts
+from pgn_peft.nn.images import PILLOW_MODES, to_pixels
 from pgn_peft.nn.layout import PromptLayout, make_layout
 from pgn_peft.nn.library import PatchLibrary
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.pixel_prompts import PixelPrompts
-from pgn_peft.nn.preprocessing import PILLOW_MODES, Preprocessing, normalize, to_pixels
+from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from pgn_peft.nn.preprocessing import convert_image
+from pgn_peft.nn.images import convert_image
 
 # Written by macOS beside the files of an archive.
 NOT_FOLDERS_OF_IMAGES = ("__MACOSX",)

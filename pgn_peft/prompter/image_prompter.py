@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pgn_peft.nn.generator import PromptGenerator
+from pgn_peft.nn.images import read_images, to_8_bit, to_images
 from pgn_peft.nn.layout import PromptLayout, compose
 from pgn_peft.nn.pixel_prompts import PixelPrompts
-from pgn_peft.nn.preprocessing import Preprocessing, normalize, read_images, to_8_bit, to_images
+from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.prompter import files, settings
 from pgn_peft.prompter.answers import compare_with_probe, map_scores, read_scores
 from pgn_peft.prompter.card import make_prompter_card

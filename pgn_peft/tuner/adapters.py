@@ -94,7 +94,7 @@ def num_parameters(model: nn.Module, adapter_name: str) -> int:
     trained: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, PGNTunerLayer):
-            trained += module.adapter_modules(adapter_name)
+            trained += module.adapter_modules(adapter_name).values()
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             trained.append(module.modules_to_save[adapter_name])
     return sum(parameter.numel() for module in trained for parameter in module.parameters())

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pgn_peft.nn.preprocessing import PILLOW_MODES
+from pgn_peft.nn.images import PILLOW_MODES
 from pgn_peft.tuner.config import PGNConfig
 
 

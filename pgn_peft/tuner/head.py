@@ -73,10 +73,10 @@ class PGNHead(PGNTunerLayer):
             return None
         return cast(nn.Linear, self.pgn_head[adapter_name])
 
-    @property
-    def labels(self) -> dict[str, Labels]:
-        """Each adapter's labels."""
-        return {name: Labels(filled(config.id2label), config.problem_type) for name, config in self.configs.items()}
+    def labels(self, adapter_name: str | None) -> Labels:
+        """Return the labels of an adapter; those of the model for a name that it has no adapter of, or None."""
+        config = None if adapter_name is None else self.configs.get(adapter_name)
+        return self.base_labels if config is None else Labels(filled(config.id2label), config.problem_type)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (B, number of the active adapter's labels).
@@ -125,8 +125,7 @@ class PGNHead(PGNTunerLayer):
         self.record_problem_type()
         self._shown = adapter_name if adapter_name in self.configs else None
         if hasattr(self._model_config, "id2label"):
-            shown = self.base_labels if self._shown is None else self.labels[self._shown]
-            shown.show_in(self._model_config)
+            self.labels(self._shown).show_in(self._model_config)
 
     def record_problem_type(self) -> None:
         """Record the problem type that Transformers inferred from the first labels in the adapter's config.

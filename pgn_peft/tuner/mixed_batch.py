@@ -78,7 +78,7 @@ def _check_labels(tuner: BaseTuner, names: Sequence[str]) -> None:
     head = find_head(tuner)
     if head is None or not names:
         return
-    labels = {name: (head.base_labels if name == BASE else head.labels[name]).id2label for name in names}
+    labels = {name: head.labels(None if name == BASE else name).id2label for name in names}
     first, *others = labels
     for name in others:
         if labels[name] != labels[first]:

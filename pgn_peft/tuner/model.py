@@ -241,12 +241,11 @@ def _without_wrapper(name: str) -> str:
 def _own_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor of everything that belongs to the adapter."""
     for layer_name, layer in model.named_modules():
+        modules: dict[str, nn.Module] = {}
         if isinstance(layer, PGNTunerLayer):
-            containers = layer.adapter_layer_names
-        else:
-            containers = ("modules_to_save",) if isinstance(layer, ModulesToSaveWrapper) else ()
-        for container in containers:
-            if adapter_name in getattr(layer, container):
-                module = getattr(layer, container)[adapter_name]
-                for name, tensor in module.state_dict().items():
-                    yield f"{layer_name}.{container}.{adapter_name}.{name}", tensor
+            modules = layer.adapter_modules(adapter_name)
+        elif isinstance(layer, ModulesToSaveWrapper) and adapter_name in layer.modules_to_save:
+            modules = {"modules_to_save": layer.modules_to_save[adapter_name]}
+        for container, module in modules.items():
+            for name, tensor in module.state_dict().items():
+                yield f"{layer_name}.{container}.{adapter_name}.{name}", tensor

@@ -51,17 +51,17 @@ class PGNTunerLayer(BaseTunerLayer, nn.Module):
         """
         self._disable_adapters = not enabled
 
-    def adapter_modules(self, adapter_name: str) -> list[nn.Module]:
-        """List the modules of an adapter in this layer."""
-        containers = [getattr(self, name) for name in self.adapter_layer_names]
-        return [container[adapter_name] for container in containers if adapter_name in container]
+    def adapter_modules(self, adapter_name: str) -> dict[str, nn.Module]:
+        """Return the modules of an adapter in this layer, by the names of the ModuleDicts that hold them."""
+        containers = {name: getattr(self, name) for name in self.adapter_layer_names}
+        return {name: modules[adapter_name] for name, modules in containers.items() if adapter_name in modules}
 
     def expect_tensors(self, adapter_name: str) -> None:
         """Fill the new tensors of a saved adapter with NaN, until its file is loaded.
 
         Transformers' `load_adapter` only reports the tensors that it did not find, and initialises them at random.
         """
-        for module in self.adapter_modules(adapter_name):
+        for module in self.adapter_modules(adapter_name).values():
             for part in module.modules():
                 # Transformers' mark: it leaves such modules as they are.
                 part._is_hf_initialized = True  # type: ignore[assignment]  # torch knows tensors and modules only
@@ -84,10 +84,7 @@ class PGNTunerLayer(BaseTunerLayer, nn.Module):
         return super().requires_grad_(requires_grad)
 
     def _check_loaded(self, adapter_name: str) -> None:
-        for container in self.adapter_layer_names:
-            if adapter_name not in getattr(self, container):
-                continue
-            module = getattr(self, container)[adapter_name]
+        for container, module in self.adapter_modules(adapter_name).items():
             if any(bool(tensor.isnan().any()) for tensor in _floating_tensors(module)):
                 raise ValueError(
                     f"`{adapter_name}` must be loaded from a file with all tensors of the adapter, but got one "
@@ -107,7 +104,7 @@ class PGNTunerLayer(BaseTunerLayer, nn.Module):
         """
         base_dtypes = (weight.dtype for weight in self.base_layer.parameters() if weight.is_floating_point())
         dtype = torch.float32 if upcast else next(base_dtypes, torch.float32)
-        for module in self.adapter_modules(adapter_name):
+        for module in self.adapter_modules(adapter_name).values():
             if not upcast or next(module.parameters()).dtype.itemsize < 4:
                 module.to(dtype)
 

@@ -67,7 +67,7 @@ def find_folder(
 def is_repo_id(name: Any) -> bool:
     """Whether `name` can be the id of a repository on the Hub, and is not a folder or file of this machine."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in a list
 
     if not isinstance(name, str) or not name or Path(name).exists():
         return False
