@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import edit_json, move_adapter, tiny_config, tiny_vit
 from fault_outcomes import Tally
-from fault_processes import Pair, kill_at_operation
+from fault_processes import Pair, classify, kill_at_operation, one_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_trainer import make_trainer
@@ -185,7 +185,7 @@ def test_two_processes_that_complete_a_save_at_the_same_time(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt"}
 
 
-def test_files_that_change_while_they_are_loaded_are_refused(pair, tmp_path, monkeypatch):
+def test_an_adapter_that_is_replaced_while_it_is_loaded_is_the_first_one(pair, tmp_path, monkeypatch):
     """The model was that of one adapter, and the image processor that of another one."""
     pair.save(0, tmp_path)
     load = classifier_module.AutoImageProcessor.from_pretrained
@@ -194,9 +194,26 @@ def test_files_that_change_while_they_are_loaded_are_refused(pair, tmp_path, mon
         pair.save(1, tmp_path)
         return load(*arguments, **options)
 
-    monkeypatch.setattr(classifier_module.AutoImageProcessor, "from_pretrained", save_and_load)
-    with pytest.raises(OSError, match=rf"`{tmp_path}` must not be written to while it is loaded"):
-        load_classifier(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier_module.AutoImageProcessor, "from_pretrained", save_and_load)
+        found = classify(tmp_path)
+    assert one_of(found, pair.answers[:1])
+    assert not one_of(found, pair.answers[1:])
+
+
+@pytest.mark.parametrize("load", [load_classifier, PeftModel.from_pretrained], ids=["load_classifier", "PeftModel"])
+def test_weights_that_are_replaced_after_they_were_checked_are_refused(load, saved, material, monkeypatch):
+    read = PGNConfig.from_pretrained.__func__
+
+    def read_and_replace(cls, *arguments, **options):
+        config = read(cls, *arguments, **options)
+        flip(saved / WEIGHTS, -5)
+        return config
+
+    monkeypatch.setattr(PGNConfig, "from_pretrained", classmethod(read_and_replace))
+    arguments = (material.base(), saved) if load is not load_classifier else (saved,)
+    with pytest.raises(OSError, match=rf"`{saved}.*` must not be written to while it is loaded"):
+        load(*arguments)
 
 
 # Training.

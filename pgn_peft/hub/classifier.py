@@ -23,9 +23,9 @@ from pgn_peft.hub.downloads import (
     BASE_FILES,
     check_base_folder,
     check_processor_files,
-    check_unchanged,
     has_processor,
     read_adapter_config,
+    unchanging,
 )
 from pgn_peft.hub.image_size import interpolate_if_needed, made_of_square
 from pgn_peft.hub.model_card import CardFacts
@@ -192,24 +192,20 @@ def load_classifier(
     base_folder = find_folder("base_model_name_or_path", base, BASE_FILES, revision=base_revision, **options)
     check_base_folder(base_folder, str(base))
     model = _load_base(base_folder, config, device_map, dtype)
-    model.load_adapter(str(folder), use_safetensors=True)
-
-    if has_processor(folder):
-        processor_folder = folder
-    elif has_processor(base_folder):
-        logger.warning("%s has no image processor of its own; taking that of its base model, %s", name, base)
-        processor_folder = base_folder
-    else:
+    with unchanging(folder, config) as copy:
+        model.load_adapter(str(copy), use_safetensors=True)
+        if has_processor(copy):
+            return Classifier(model, _load_processor(copy, folder, model))
+    if not has_processor(base_folder):
         raise OSError(
             f"`preprocessor_config.json` must be in the adapter or in its base model, but got neither in {name!r} nor "
             f"in {str(base)!r}. Save the processor that it was trained with beside the adapter."
         )
-    image_processor = _load_processor(processor_folder, model)
-    check_unchanged(folder, config)
-    return Classifier(model, image_processor)
+    logger.warning("%s has no image processor of its own; taking that of its base model, %s", name, base)
+    return Classifier(model, _load_processor(base_folder, base_folder, model))
 
 
-def _load_processor(folder: Path, model: nn.Module) -> Any:
+def _load_processor(folder: Path, shown: Path, model: nn.Module) -> Any:
     try:
         check_processor_files(folder)
         image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -217,7 +213,7 @@ def _load_processor(folder: Path, model: nn.Module) -> Any:
     except Exception as error:  # many kinds, where a field has another type
         raise ValueError(
             f"`preprocessor_config.json` must describe an image processor, but got {one_line(error)} in "
-            f"{str(folder)!r}. Save the processor that the adapter was trained with there."
+            f"{str(shown)!r}. Save the processor that the adapter was trained with there."
         ) from error
     return image_processor
 

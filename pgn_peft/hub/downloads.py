@@ -5,12 +5,16 @@ Pickles and Python files, which can run code, are neither downloaded nor opened.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.utils.checksums import FIELD, compare_file
+from pgn_peft.utils.checksums import compare_file
 from pgn_peft.utils.files import finish_save, read_settings
 from pgn_peft.utils.values import check_processor_settings
 
@@ -53,25 +57,34 @@ def read_adapter_config(folder: Path, name: str) -> PGNConfig:
     return config
 
 
-def check_unchanged(folder: Path, config: PGNConfig) -> None:
-    """Refuse files that another process has replaced while they were loaded: they can be those of two adapters.
+@contextmanager
+def unchanging(folder: Path, config: PGNConfig) -> Iterator[Path]:
+    """Copy an adapter's files, so that no other process can replace them while they are loaded.
+
+    Loaders open a file more than once: they could read the header of one adapter and the weights of another.
 
     Args:
         folder: the adapter's folder.
         config: as `read_adapter_config` returned it.
 
+    Yields:
+        A folder with the files that were there when the configuration was read.
+
     Raises:
-        OSError: the configuration is not the one that was read.
-        ValueError: the image processor is not the one that was read.
+        OSError: they were replaced meanwhile.
     """
-    found = (read_settings(folder / CONFIG_NAME).get(FIELD) or {}).get(CONFIG_NAME)
-    if found != config.saved_checksums.get(CONFIG_NAME):
-        raise OSError(
-            f"`{folder}` must not be written to while it is loaded, but got another {CONFIG_NAME} meanwhile. Load it "
-            "again."
-        )
-    for file in PROCESSOR_FILES:
-        compare_file(folder / file, config.saved_checksums, CONFIG_NAME)
+    with tempfile.TemporaryDirectory() as copy:
+        for file in filter(Path.is_file, (folder / name for name in ADAPTER_FILES)):
+            shutil.copyfile(file, Path(copy, file.name))
+        try:
+            for name in (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES):
+                compare_file(Path(copy, name), config.saved_checksums, CONFIG_NAME)
+            same = PGNConfig.from_pretrained(copy).saved_checksums == config.saved_checksums
+        except ValueError:
+            same = False
+        if not same:
+            raise OSError(f"`{folder}` must not be written to while it is loaded, but got other files. Load it again.")
+        yield Path(copy)
 
 
 def _pickle_remedy(folder: Path, file: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from pgn_peft.utils.checksums import FIELD, compare_file, record
@@ -63,7 +63,8 @@ def read_tensors(folder: Path, settings: Mapping[str, Any], expected: Mapping[st
     """
     file = folder / WEIGHTS_FILE
     try:
-        tensors = load_file(file)
+        content = file.read_bytes()  # once, so that another process cannot replace it in between
+        tensors = load(content)
     except SafetensorError as error:
         raise ValueError(
             f"`{file}` must be a complete safetensors file, but got: {error}. Save or fetch the prompter again."
@@ -75,5 +76,5 @@ def read_tensors(folder: Path, settings: Mapping[str, Any], expected: Mapping[st
                 f"`{file}` must hold {name} as {expected[name].dtype}, but got {tensor.dtype}. Save or fetch the "
                 "prompter again."
             )
-    compare_file(file, settings.get(FIELD), CONFIG_FILE)
+    compare_file(file, settings.get(FIELD), CONFIG_FILE, content)
     return tensors

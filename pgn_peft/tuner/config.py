@@ -83,7 +83,27 @@ class PGNConfig(PGNFields):
             compare_file(folder / SAFETENSORS_WEIGHTS_NAME, config.saved_checksums, CONFIG_NAME)
             for part in PARTS:  # the file's checksum includes them
                 config.saved_checksums.pop(part, None)
+            config.weights_file = folder / SAFETENSORS_WEIGHTS_NAME
         return config
+
+    def check_weights_file(self) -> None:
+        """Refuse, where the configuration was read from a file, weights that were replaced since then.
+
+        Called once, when the tensors that a loader has read go into the model. Another process that saves there
+        meanwhile could have mixed two adapters: safetensors opens a file twice.
+
+        Raises:
+            OSError: the file has another checksum.
+        """
+        file, self.weights_file = self.weights_file, None
+        if file is None or not file.is_file():
+            return
+        try:
+            compare_file(file, self.saved_checksums, CONFIG_NAME)
+        except ValueError as error:
+            raise OSError(
+                f"`{file}` must not be written to while it is loaded, but got other content. Load it again."
+            ) from error
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -195,6 +196,7 @@ class PGNFields(PeftConfig):
         self.task_type = task_type
         self.peft_type = PGNPeftType.PGN
         self.saved_checksums: dict[str, str] = {}  # see `with_checksums`; no field, since it describes files
+        self.weights_file: Path | None = None  # compared with its checksum, until its tensors are loaded
         if self.pgn_peft_version is None:
             self.pgn_peft_version = __version__
         self.validate()

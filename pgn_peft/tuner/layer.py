@@ -101,6 +101,9 @@ class PGNLayer(PGNTunerLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._base_loaded = any(name.startswith(f"{prefix}base_layer.") for name in state_dict)
+        for name, config in self.configs.items():
+            if any(key.startswith(f"{prefix}pgn_library.{name}.") for key in state_dict):
+                config.check_weights_file()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def prompts(self, adapter_name: str, pixel_values: Tensor) -> Tensor:

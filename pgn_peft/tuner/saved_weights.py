@@ -94,7 +94,7 @@ def check_saved_weights(folder: Path, config: PGNFields) -> None:
             header = {name: _empty(archive.get_slice(name)) for name in archive.keys()}  # noqa: SIM118
         _compare(expected, header, config, str(file))
         _compare(expected, load_file(file), config, str(file))
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"`{file}` must be a complete safetensors file, but reading it failed: {error}. Copy or download the "
             "adapter again."

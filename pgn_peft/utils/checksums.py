@@ -62,13 +62,16 @@ def compare_settings(settings: Mapping[str, Any], config_name: str) -> None:
         )
 
 
-def compare_file(file: Path, checksums: Mapping[str, str] | None, config_name: str) -> None:
+def compare_file(
+    file: Path, checksums: Mapping[str, str] | None, config_name: str, content: bytes | None = None
+) -> None:
     """Compare a file with its checksum, if there is one.
 
     Args:
         file: the file.
         checksums: by name, from the configuration.
         config_name: name of the configuration's file, for the message.
+        content: what was read from the file; None: it is read.
 
     Raises:
         ValueError: the file is missing, or its content differs from what was saved.
@@ -76,7 +79,10 @@ def compare_file(file: Path, checksums: Mapping[str, str] | None, config_name: s
     expected = (checksums or {}).get(file.name)
     if expected is None:
         return
-    found = _of_file(file) if file.is_file() else "no such file"
+    if content is not None:
+        found = hashlib.sha256(content).hexdigest()
+    else:
+        found = _of_file(file) if file.is_file() else "no such file"
     if found != expected:
         raise ValueError(
             f"`{file}` must have the SHA-256 checksum {expected}, which was recorded when it was saved, but got "
