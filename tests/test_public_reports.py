@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file
 from torch.ao.quantization import quantize_dynamic
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.parallel.replicate import replicate
+from torch.optim.swa_utils import AveragedModel, update_bn
 from transformers import TrainingArguments, ViTImageProcessor
 
 from pgn_peft import AdapterTrainer, ImageCollator, make_prompter
@@ -279,3 +282,78 @@ def test_a_cast_model_takes_a_state_dict(dtype, pixel_values):
     found = answer(model, pixel_values)
     assert found.dtype == dtype
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("config", [{}, {"prompt_depth": None}, PIXELS])
+def test_averaged_weights_are_their_average_with_statistics_of_their_own(config, pixel_values, tmp_path):
+    """Lightning-AI/pytorch-lightning#14866: BatchNorm's statistics of averaged weights were wrong."""
+    model = adapted(**config)
+    averaged = AveragedModel(model)
+    first = copy.deepcopy(model.state_dict())
+    averaged.update_parameters(model)
+    averaged.update_parameters(move_adapter(model, seed=2))
+    for name, parameter in averaged.module.named_parameters():
+        torch.testing.assert_close(parameter, (first[name] + model.state_dict()[name]) / 2)
+    before = answer(model, pixel_values)
+    update_bn([pixel_values, 2 * pixel_values], averaged)
+    trunk = averaged.module.get_base_model().vit.embeddings.pgn_generator["default"].trunk
+    features = trunk.stem_conv(torch.cat([pixel_values, 2 * pixel_values]))
+    torch.testing.assert_close(trunk.stem_norm.running_mean, features.mean(dim=(0, 2, 3)))
+    assert torch.equal(answer(model, pixel_values), before)
+    averaged.module.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path).eval()
+    assert_nearly_equal(
+        answer(loaded, pixel_values), answer(averaged.eval(), pixel_values), valid_pixels=config == PIXELS
+    )
+
+
+@pytest.mark.parametrize("config", [{}, {"prompt_depth": None}, PIXELS])
+def test_replicas_have_the_gradients_of_one_model(config, pixel_values, monkeypatch):
+    """pytorch/pytorch#40457, adapter-hub/adapters#650: replicas of `DataParallel` list no parameters."""
+
+    def copies(tensors, devices, detach=False):
+        return [[tensor.view_as(tensor) for tensor in tensors] for _ in devices]
+
+    # Torch's own needs GPUs. The function hides the module of its name.
+    monkeypatch.setitem(replicate.__globals__, "_broadcast_coalesced_reshape", copies)
+    model, labels = adapted(**config), torch.tensor([0, 1, 0, 1])
+    gradients = []
+    for number in (1, 2):
+        model.zero_grad()
+        parts = zip(replicate(model, [0] * number), pixel_values.chunk(number), labels.chunk(number), strict=True)
+        torch.stack([replica(images, labels=part).loss for replica, images, part in parts]).mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    model.zero_grad()
+    model(pixel_values, labels=labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        for found in gradients:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_an_adapter_leaves_the_active_one_as_trainable_as_before(is_trainable, pixel_values, tmp_path):
+    """huggingface/peft#3580, #2928: a frozen adapter came to be trained in place of the one that was loaded for it."""
+    adapted(modules_to_save=["vit.layernorm"]).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_vit(), tmp_path, is_trainable=is_trainable)
+    names = {name for name, _ in model.named_parameters() if ".default." in name}
+    assert trainable(model) == (names if is_trainable else set())
+    model.load_adapter(tmp_path, "other", is_trainable=not is_trainable)
+    others = {name.replace(".default.", ".other.") for name in names}
+    assert trainable(model) == (names if is_trainable else others)
+    model.set_adapter("other", inference_mode=True)
+    assert trainable(model) == set()
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()(pixel_values)
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
+
+
+def test_an_adapter_in_channels_last_is_saved_as_any_other(pixel_values, tmp_path):
+    """safetensors/safetensors#308: tensors that were not contiguous could not be saved."""
+    model = adapted()
+    model.save_pretrained(tmp_path / "plain")
+    model.to(memory_format=torch.channels_last).save_pretrained(tmp_path / "channels_last")
+    plain, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "channels_last"))
+    assert plain.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "channels_last").eval()
+    assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
