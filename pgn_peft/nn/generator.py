@@ -251,7 +251,8 @@ class PromptGenerator(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters, float32 unless the whole model was cast."""
-        return self.head.bias.dtype
+        # Of a convolution: dynamic quantisation makes the linear layers' parameters methods.
+        return self.trunk.stem_conv.weight.dtype
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Compute the mixing coefficients.

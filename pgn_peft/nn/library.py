@@ -103,7 +103,9 @@ class PatchLibrary(nn.Module):
     @property
     def patches(self) -> Tensor:
         """The library: (L, C, p, p) in [0, 1]."""
-        shifts = self.token_shifts @ self.directions.flatten(0, 2).mT  # (L, C * p * p)
+        # Always computed in float32, while the parameters may have been cast.
+        directions = self.directions.to(self.token_shifts.dtype)
+        shifts = self.token_shifts @ directions.flatten(0, 2).mT  # (L, C * p * p)
         return (self.patch_logits + shifts.view_as(self.patch_logits)).sigmoid()
 
     def forward(self, coefficients: Tensor) -> Tensor:

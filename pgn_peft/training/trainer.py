@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import math
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer, parse_log_history
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils.hub import PushInProgress
 
@@ -32,12 +34,16 @@ logger = logging.getLogger(__name__)
 
 STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 
+# Whether label smoothing divides by the number of labels in all accumulated batches, which it does not in Transformers
+# 5.10. (huggingface/transformers#46731)
+SMOOTHING_COUNTS_LABELS = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
+
 
 class AdapterTrainer(Trainer):
     """Transformers' `Trainer`, whose pushes hold the adapter, its image processor and a card, and no pickles.
 
     Also corrects losses of regression and of several labels per image, which `Trainer` multiplies by the number of
-    processes and of accumulated batches.
+    processes and of accumulated batches, as that of Transformers 5.10 does with label smoothing.
 
     The card's hyperparameters, its table of evaluations and, where the data set has a name, the last evaluation's
     metrics come from the run.
@@ -60,8 +66,8 @@ class AdapterTrainer(Trainer):
     def __init__(
         self, model: nn.Module | None = None, *args: Any, facts: CardFacts | None = None, **kwargs: Any
     ) -> None:
-        inner = unwrap(model)
-        if inner is not model:
+        inner = None if model is None else unwrap(model)  # None: `model_init` makes the model
+        if inner is not None and inner is not model:
             # Trainer would save the names of the wrapper, and load no checkpoint into it.
             logger.warning(
                 "Compiling the model again, in place and with torch's default options. Pass the plain model and "
@@ -113,12 +119,26 @@ class AdapterTrainer(Trainer):
         Raises:
             ValueError: all of the model is frozen.
         """
-        if not any(parameter.requires_grad for parameter in filled(self.model).parameters()):
+        # Ray Tune's hyperparameter search removes the model, and `model_init` makes it again.
+        if self.model is not None and not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 "`model` must have trainable parameters, but got a frozen one. Load the adapter with "
                 "is_trainable=True, or activate it: model.set_adapter(name)."
             )
         return super().train(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss, as `Trainer` does.
+
+        Raises:
+            ValueError: labels are numbers (regression, several labels per image), which cannot be smoothed.
+        """
+        if self.label_smoother is not None and self.compute_loss_func is None and _are_numbers(inputs.get("labels")):
+            raise ValueError(
+                "`label_smoothing_factor` must be 0 for labels that are numbers (regression, several labels per "
+                f"image), but got {self.args.label_smoothing_factor}. It smooths class indices only."
+            )
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         # Trainer lets a loss divide by the number of labels in all processes and accumulated batches. Cross-entropy
@@ -126,7 +146,8 @@ class AdapterTrainer(Trainer):
         # multiplied by the number of processes and of accumulated batches. A loss function of the user's divides by
         # the number itself, as for `Trainer`.
         labels = batch_samples[0].get("labels") if batch_samples else None
-        if self.compute_loss_func is None and isinstance(labels, Tensor) and labels.is_floating_point():
+        smoothed = self.label_smoother is not None and not SMOOTHING_COUNTS_LABELS
+        if self.compute_loss_func is None and (smoothed or _are_numbers(labels)):
             return None
         return super()._get_num_items_in_batch(batch_samples, device)
 
@@ -227,6 +248,10 @@ class AdapterTrainer(Trainer):
         push = cast("Future[CommitInfo]", self.push_to_hub(commit_message=message, blocking=False))
         push.add_done_callback(_report)
         self.push_in_progress = PushInProgress([push])  # type: ignore[arg-type]  # annotated as one job
+
+
+def _are_numbers(labels: Any) -> bool:
+    return isinstance(labels, Tensor) and labels.is_floating_point()
 
 
 def _report(push: Future[CommitInfo]) -> None:

@@ -91,7 +91,8 @@ class PGNHead(PGNTunerLayer):
     def _classify(self, adapter_name: str | None, features: Tensor) -> Tensor:
         head = self.head(adapter_name)
         if head is not None:
-            return head(features.to(head.weight.dtype))
+            weight = head.weight  # a method, where `torch.ao.quantization.quantize_dynamic` has replaced the layer
+            return head(features.to(weight.dtype) if isinstance(weight, Tensor) else features)
         logits = self.base_layer(features)
         if adapter_name in self.label_mapping:
             return logits[..., torch.tensor(self.label_mapping[adapter_name], device=logits.device)]

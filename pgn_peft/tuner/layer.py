@@ -241,6 +241,7 @@ class PGNLayer(PGNTunerLayer):
 def _follow_the_backbone(layer: PGNLayer, incompatible_keys: Any) -> None:
     """Compute what adapters in pixel space derive from the backbone's weights, where others have been loaded."""
     if layer._base_loaded and layer.layouts and not layer.projection.weight.is_meta:
-        inverse = PatchInverse(layer.projection.weight)
-        for name in layer.layouts:
-            layer.pgn_library[name].directions = inverse.directions(filled(layer.configs[name].image_std))
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be trained with afterwards
+            inverse = PatchInverse(layer.projection.weight)
+            for name in layer.layouts:
+                layer.pgn_library[name].directions = inverse.directions(filled(layer.configs[name].image_std))
