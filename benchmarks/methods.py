@@ -180,7 +180,8 @@ class GeneratorAlone(nn.Module):
         pixel_values = normalize(pixels, *self.scale)
         if self.image_size is not None:
             pixel_values = resize_shorter_side(pixel_values, self.image_size)
-        return self.classifier(self.trunk(pixel_values))
+        _, features = self.trunk(pixel_values)
+        return self.classifier(features)
 
 
 def generator_alone(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:

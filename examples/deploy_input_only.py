@@ -155,9 +155,9 @@ def main(command_line: list[str] | None = None) -> dict[str, float] | None:
                 "every call then, to this machine too. Unset it; with local paths nothing else is called."
             )
         prompter = ImagePrompter.from_pretrained(options.prompter)
-        if prompter.layout.name != "canvas":
+        if prompter.layout.name == "append":
             raise SystemExit(
-                f"`prompter` must have the 'canvas' layout, but got {prompter.layout.name!r}: a pipeline resizes "
+                f"`prompter` must keep the image's size, but got {prompter.layout.name!r}: a pipeline resizes "
                 "larger images. Train with --prompt_layout canvas."
             )
         splits = load_splits(DataArguments(options.dataset), seed=0)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.nn.library import PatchLibrary
+from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import has_class_token
@@ -96,13 +96,14 @@ def library_tokens(model: nn.Module, adapter_name: str = "default") -> Tensor:
     """Return an adapter's library, on the CPU.
 
     Returns:
-        Tokens (L, D); with prompts in several layers (depth, L, D); in pixel space patches (L, C, p, p) in [0, 1].
+        Tokens (L, D); with prompts in several layers (depth, L, D); in pixel space patches (L, C, p, p) in [0, 1], or
+        their changes in the "dense" layout.
 
     Raises:
         ValueError: no adapter has this name.
     """
     library = find_layer(model, adapter_name).library(adapter_name)
-    tensor = library.patches if isinstance(library, PatchLibrary) else library.tokens
+    tensor = library.tokens if isinstance(library, TokenLibrary) else library.patches
     return tensor.detach().float().cpu()
 
 

@@ -107,7 +107,7 @@ def test_an_adapter_of_the_bases_size_still_refuses_others(saved):
         load_classifier(saved).model(torch.zeros(1, 3, 48, 48))
 
 
-@pytest.mark.parametrize("layout", ["canvas", "append"])
+@pytest.mark.parametrize("layout", ["canvas", "append", "dense"])
 def test_an_adapter_in_pixel_space(base, tmp_path, pixel_values, layout):
     norms = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     model = adapted(base, prompt_space="pixel", prompt_layout=layout, num_virtual_tokens=None, **norms)

@@ -14,6 +14,7 @@ from pgn_peft import Classifier
 from pgn_peft.tuner.adapters import prompt_layer
 
 NAMES = {0: "cat", 1: "dog", 2: "owl"}
+PIXEL = {"prompt_space": "pixel", "num_virtual_tokens": None, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 FORMS = {
     "latent": {},
     "resized": {"generator_image_size": 16},
@@ -22,12 +23,8 @@ FORMS = {
     "static": {"generator": "static"},
     "deep": {"prompt_depth": None},
     "averaged": {"prompt_depth": None},  # on a DINOv2, where prompts leave the tokens after the last layer
-    "canvas": {
-        "prompt_space": "pixel",
-        "num_virtual_tokens": None,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    },
+    "canvas": PIXEL,
+    "dense": PIXEL | {"prompt_layout": "dense"},
 }
 
 
@@ -61,6 +58,7 @@ class Logits(torch.nn.Module):
         ("latent", {}, [(2, (3, 15)), (16, (40, 5))]),
         ("averaged", {"generator": "static"}, [(2, (7,))]),
         ("canvas", {"generator": "static"}, [(2, (7,))]),
+        ("dense", {}, [(2, (7,))]),
     ],
 )
 def test_one_graph_trains_as_the_model_for_any_batch_size(form, config, batches):
@@ -70,7 +68,7 @@ def test_one_graph_trains_as_the_model_for_any_batch_size(form, config, batches)
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     # In pixel space a rounding to 8 bits can fall to the other side.
-    tolerance = {"atol": 1e-2, "rtol": 1e-2} if form == "canvas" else {"atol": 1e-5, "rtol": 1e-4}
+    tolerance = {"atol": 1e-2, "rtol": 1e-2} if form in ("canvas", "dense") else {"atol": 1e-5, "rtol": 1e-4}
 
     def step(count):
         losses = []
@@ -103,7 +101,7 @@ def test_an_exported_program_answers_as_the_model(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["resized", "deep", "canvas"])
+@pytest.mark.parametrize("form", ["resized", "deep", "canvas", "dense"])
 def test_onnx_gives_the_same_logits(form, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = make(form)
@@ -116,7 +114,9 @@ def test_onnx_gives_the_same_logits(form, tmp_path):
         expected = answer(model, images(count))
         (logits,) = session.run(["logits"], {"pixel_values": images(count).numpy()})
         # In pixel space a rounding to 8 bits can fall to the other side.
-        assert np.abs(logits - expected.numpy()).max() < (2e-2 if form == "canvas" else 1e-4) * expected.std()
+        assert (
+            np.abs(logits - expected.numpy()).max() < (2e-2 if form in ("canvas", "dense") else 1e-4) * expected.std()
+        )
 
 
 @pytest.mark.slow

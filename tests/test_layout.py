@@ -45,7 +45,7 @@ def test_prompts_fill_rows_and_columns(name, size, patch, prompts, grid, image_g
         ("canvas", 224, 16, 13, "but got 13. Use 14, 27, 28, 40 or 42"),
         ("canvas", 32, 16, 4, "but got 4. Use 2 or 3"),  # nothing would be left of the image
         ("append", 100, 16, 14, "`image_size` must be whole patches of 16 pixels, but got 100 x 100"),
-        ("below", 224, 16, 14, "`prompt_layout` must be one of append, canvas, but got 'below'"),
+        ("below", 224, 16, 14, "`prompt_layout` must be one of append, canvas, dense, but got 'below'"),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused_with_the_numbers_that_do(name, size, patch, prompts, message):

@@ -27,12 +27,13 @@ ADAPTERS = {
     "deep and static": {"prompt_depth": 2, "generator": "static"},
     "canvas": PIXEL,
     "lighter canvas": PIXEL | {"image_offset": False},
+    "dense": PIXEL | {"prompt_layout": "dense"},
 }
 # Adapters whose images have equally many tokens.
 GROUPS = [
     ["latent", "sigmoid", "static", "frozen"],
     ["deep", "deep and static"],
-    ["canvas", "__base__", "lighter canvas"],
+    ["canvas", "__base__", "lighter canvas", "dense"],
 ]
 
 

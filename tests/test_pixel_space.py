@@ -15,7 +15,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # Each layout with a generator and without one.
 forms = pytest.mark.parametrize(
     ("layout", "generator"),
-    [("canvas", "resnet10"), ("canvas", "static"), ("append", "resnet10"), ("append", "static")],
+    [(layout, generator) for layout in ("canvas", "append", "dense") for generator in ("resnet10", "static")],
 )
 
 
@@ -36,6 +36,8 @@ def layer_of(model):
         ("DeiTForImageClassification", "append", "resnet10"),
         ("ViTMSNForImageClassification", "canvas", "static"),
         ("ViTModel", "append", "resnet10"),
+        ("ViTForImageClassification", "dense", "resnet10"),
+        ("Dinov2ForImageClassification", "dense", "static"),
     ],
 )
 def test_the_adapted_model_is_the_stock_model_on_the_prompted_image(architecture, layout, generator, pixel_values):
@@ -66,8 +68,9 @@ def test_training_moves_the_whole_adapter_and_keeps_pixels_valid(layout, generat
         assert torch.equal(before[name], parameter) != parameter.requires_grad, name
     layer = layer_of(model)
     patches = layer.prompts("default", pixel_values)
-    assert 0 <= patches.min() < 0.05
-    assert 0.95 < patches.max() <= 1
+    if layout != "dense":
+        assert 0 <= patches.min() < 0.05
+        assert 0.95 < patches.max() <= 1
     pixels = denormalize(pixel_values.clamp(-1.8, 2.2), MEAN, STD)
     prompted = denormalize(layer.prompted_images("default", normalize(pixels, MEAN, STD)), MEAN, STD)
     assert prompted.min() > -1e-5
@@ -91,7 +94,7 @@ def test_save_and_load_under_another_name(layout, generator, pixel_values, tmp_p
     assert_nearly_equal(answer(again, pixel_values), expected, valid_pixels=True)
     recorded = loaded.peft_config["other"]
     assert (recorded.image_size, recorded.patch_size, recorded.hidden_size) == (32, 8, 32)
-    assert recorded.num_virtual_tokens == (4 if layout == "append" else 12)
+    assert recorded.num_virtual_tokens == {"append": 4, "canvas": 12, "dense": 16}[layout]
 
 
 def test_auto_peft_model_loads_it(pixel_values, tmp_path):
@@ -153,7 +156,12 @@ def test_another_resolution_than_the_models_own(pixel_values):
         ({"slot_prompts": True}, "`slot_prompts` must be False with prompt_space='pixel', but got True"),
         ({"mixing": "sigmoid"}, "`mixing` must be 'softmax' with prompt_space='pixel', but got 'sigmoid'"),
         ({"prompt_space": "pixels"}, "`prompt_space` must be one of latent, pixel, but got 'pixels'"),
-        ({"prompt_layout": "below"}, "`prompt_layout` must be one of append, canvas, but got 'below'"),
+        (
+            {"prompt_layout": "dense", "image_offset": True},
+            "`image_offset` must be left out with prompt_layout='dense', but got True",
+        ),
+        ({"prompt_layout": "dense", "generator_rank": 4}, "`generator_rank` must be left out with prompt_layout='d"),
+        ({"prompt_layout": "below"}, "`prompt_layout` must be one of append, canvas, dense, but got 'below'"),
         ({"image_size": 4}, "`image_size` must lie in 8..16384, but got 4"),
     ],
 )
@@ -171,6 +179,10 @@ def test_a_mean_that_is_no_list_is_refused():
     ("fields", "message"),
     [
         ({"num_virtual_tokens": 5}, "`num_virtual_tokens` must fill .* but got 5. Use 4, 7, 8, 10 or 12"),
+        (
+            {"prompt_layout": "dense", "num_virtual_tokens": 12},
+            "`num_virtual_tokens` must be 16 in the 'dense' layout, which has a prompt for each of the 4 x 4 patches",
+        ),
         ({"image_size": 36}, "`image_size` must be whole patches of 8 pixels, but got 36 x 36"),
         (
             {"image_mean": [0.5], "image_std": [0.5]},
@@ -230,6 +242,52 @@ def test_a_token_shift_moves_the_token_equally_in_every_direction():
         library.token_shifts.copy_(shifts)
         after = layer.patch_embeddings(normalize(library.patches, MEAN, STD))[:, 0]
     torch.testing.assert_close(after - before, shifts, atol=2e-4, rtol=0)
+
+
+def in_range(size=(32, 32)):
+    """Normalised images of 8-bit pixels."""
+    pixels = torch.randint(0, 256, (4, 3, *size), generator=torch.Generator().manual_seed(0))
+    return normalize(pixels / 255, MEAN, STD)
+
+
+@pytest.mark.parametrize("generator", ["resnet10", "static"])
+def test_a_dense_adapter_starts_as_the_frozen_model(generator):
+    model = get_peft_model(tiny_vit(), pixel_config(prompt_layout="dense", generator=generator, head="frozen")).eval()
+    assert_nearly_equal(answer(model, in_range()), answer(tiny_vit(), in_range()))
+    answer_loss = model(pixel_values=in_range(), labels=torch.arange(4)).loss
+    answer_loss.backward()
+    assert layer_of(model).pgn_library["default"].token_shifts.grad.abs().max() > 0
+
+
+def test_a_dense_prompt_shifts_its_patchs_token():
+    """Where no pixel is clipped, by the mixture of the library's shifts, up to the rounding to 8 bits."""
+    model = get_peft_model(tiny_vit(), pixel_config(prompt_layout="dense")).eval()
+    layer = layer_of(model)
+    library = layer.pgn_library["default"]
+    with torch.no_grad():
+        library.token_shifts.normal_(generator=torch.Generator().manual_seed(0))
+        pixel_values = normalize(torch.full((2, 3, 32, 32), 128 / 255), MEAN, STD)
+        shifts = layer.generator("default")(pixel_values) @ library.token_shifts
+        before = layer.patch_embeddings(pixel_values)
+        after = layer.patch_embeddings(layer.prompted_images("default", pixel_values))
+    assert shifts.shape == (2, 16, 32)
+    torch.testing.assert_close(after - before, shifts, atol=0.05 * shifts.abs().max().item(), rtol=0)
+
+
+def test_a_dense_adapter_takes_images_of_other_sizes(tmp_path):
+    model = move_adapter(get_peft_model(tiny_vit(), pixel_config(prompt_layout="dense"))).eval()
+    large = in_range((48, 40))
+    assert layer_of(model).prompts("default", large).shape == (4, 6 * 5, 3, 8, 8)
+    prompted = layer_of(model).prompted_images("default", large)
+    assert prompted.shape == large.shape
+    expected = answer(tiny_vit(), prompted, interpolate_pos_encoding=True)
+    with model.disable_adapter():
+        torch.testing.assert_close(answer(model, prompted, interpolate_pos_encoding=True), expected)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(image_size=48), tmp_path).eval()
+    assert answer(loaded, in_range((48, 48))).shape == (4, 5)
+    with pytest.raises(ValueError, match="`image_size` must be whole patches of 8 pixels, but got 44 x 48"):
+        answer(model, in_range((44, 48)), interpolate_pos_encoding=True)
 
 
 def test_mixing_by_hand():

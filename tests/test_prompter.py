@@ -56,6 +56,8 @@ FORMS = {
     "append": {"prompt_layout": "append"},
     "static": {"generator": "static"},
     "no offset": {"image_offset": False},
+    "dense": {"prompt_layout": "dense"},
+    "dense static": {"prompt_layout": "dense", "generator": "static"},
     "small generator": {"generator_image_size": 16, "generator_norm": "group"},
     "latent in range": {"space": "latent"},
     "latent static in range": {"space": "latent", "generator": "static"},
@@ -67,7 +69,9 @@ def prompter_of(form, **options):
     return model, make_prompter(model, PROCESSOR, in_range="latent" in form, **options)
 
 
-@pytest.mark.parametrize("form", ["canvas", "append", "static", "no offset", "small generator"])
+@pytest.mark.parametrize(
+    "form", ["canvas", "append", "static", "no offset", "small generator", "dense", "dense static"]
+)
 def test_the_client_sends_what_was_trained(form):
     model, prompter = prompter_of(form)
     images = photos()

@@ -73,7 +73,7 @@ def test_the_adapters_head_is_as_wide_as_the_models(architecture, pixel_values):
     assert answer(headless, pixel_values).shape == (4, 3)
 
 
-@pytest.mark.parametrize("prompt_layout", ["canvas", "append"])
+@pytest.mark.parametrize("prompt_layout", ["canvas", "append", "dense"])
 @pytest.mark.parametrize("architecture", REPRESENTATIVE)
 def test_prompts_in_pixel_space_are_patches_like_others(architecture, prompt_layout, pixel_values):
     layout = {"prompt_layout": prompt_layout, "num_virtual_tokens": None}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pgn_peft.inversion.library import invert_library, invert_static_prompts
 from pgn_peft.nn.images import PILLOW_MODES, to_pixels
 from pgn_peft.nn.layout import PromptLayout, make_layout
-from pgn_peft.nn.library import PatchLibrary
+from pgn_peft.nn.library import AdditiveLibrary, PatchLibrary
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import Preprocessing, normalize
@@ -74,7 +74,7 @@ def make_prompter(
     preprocessing = Preprocessing.from_processor(processor)
     layout = _layout(layer, adapter_name, preprocessing)
     generator, library = layer.generator(adapter_name), layer.library(adapter_name)
-    if isinstance(library, PatchLibrary):
+    if isinstance(library, (PatchLibrary, AdditiveLibrary)):
         offset = None if library.image_offset is None else library.image_offset.detach().float().cpu().clone()
         prompts = PixelPrompts(library.patches.detach().float().cpu(), image_offset=offset)
     else:
@@ -115,7 +115,8 @@ def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) ->
             "`processor` must make images of one size, but got one that resizes the shorter side and crops nothing. "
             "Use a processor with a fixed height and width, or one that crops."
         )
-    if config.prompt_layout is not None and size != (config.image_size,) * 2:
+    any_size = config.prompt_layout == "dense" and config.generator != "static"
+    if config.prompt_layout is not None and not any_size and size != (config.image_size,) * 2:
         raise ValueError(
             f"`processor` must make images of {config.image_size} x {config.image_size} pixels, as the adapter was "
             f"trained with, but got {size[0]} x {size[1]}. Set processor.size (and crop_size)."
@@ -128,7 +129,7 @@ def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) ->
                     f"`{name}` must be {trained} in the processor, as the adapter was trained with, but got {found}. "
                     "Pass the processor of the model that the adapter was made for."
                 )
-        return layer.layouts[adapter_name]
+        return layer.layout(adapter_name, size)
     patch_size = layer.projection.kernel_size[0]
     return make_layout("append", size, patch_size, config.num_virtual_tokens)
 
@@ -138,7 +139,7 @@ def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) ->
     with loaded(layer.projection):
         device, dtype = layer.projection.weight.device, layer.projection.weight.dtype
     pixels = to_pixels(prompter.probe(), prompter.num_channels)
-    if prompter.layout.name == "canvas":
+    if prompter.layout.name != "append":
         pixels = prompter.preprocessing.apply(pixels)  # cuts its margins off
     pixels = pixels[None].to(device).float() / 255
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pgn_peft.nn.resize import resize
+from pgn_peft.utils.values import filled
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -128,17 +129,24 @@ class ResNet10(nn.Module):
         self.block2 = ResidualBlock(width, 2 * width, stride=2, norm=make_norm)
         self.block3 = ResidualBlock(2 * width, 4 * width, stride=2, norm=make_norm)
         self.block4 = ResidualBlock(4 * width, 8 * width, stride=2, norm=make_norm)
-        self.num_features = 8 * width
+        self.num_place_features, self.num_features = 4 * width, 8 * width
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Map images (B, C, H, W) of any size to features (B, 8 * width)."""
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features of places in an image, and of the whole.
+
+        Args:
+            pixel_values: (B, C, H, W) images of any size.
+
+        Returns:
+            (B, 4 * width, H / 16, W / 16), rounded up, of the third block; and (B, 8 * width) of the last one.
+        """
         # Convolutions with few channels are up to twice as fast in channels-last.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         features = self.stem_norm(self.stem_conv(pixel_values))
         # Pooling before the ReLU gives the same values with a quarter of the ReLUs.
         features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1))
-        features = self.block4(self.block3(self.block2(self.block1(features))))
-        return features.mean(dim=(2, 3))  # (B, 8 * width)
+        places = self.block3(self.block2(self.block1(features)))
+        return places, self.block4(places).mean(dim=(2, 3))
 
 
 TRUNKS = {"resnet10": ResNet10}
@@ -189,11 +197,35 @@ class FactorisedHead(nn.Module):
         return (queries @ self.keys.mT).flatten(1) + self.bias  # (B, P * L)
 
 
+class DenseHead(nn.Module):
+    """Mixing logits for each patch of an image: from the features of its place, and from those of the whole.
+
+    Has no parameter that depends on the number of patches, so that images may be of any size.
+
+    Args:
+        num_place_features: of the trunk's map.
+        num_features: of the whole image.
+        library_size: entries of the library, L.
+
+    Differs from the official code, which has one prompt for each of P slots, wherever it goes.
+    """
+
+    def __init__(self, num_place_features: int, num_features: int, library_size: int) -> None:
+        super().__init__()
+        self.places = nn.Conv2d(num_place_features, library_size, kernel_size=1)
+        self.image = nn.Linear(num_features, library_size, bias=False)
+
+    def forward(self, places: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Map features of places (B, F', h, w) and of images (B, F) to logits (B, rows * columns, L) of a grid."""
+        logits = resize(self.places(places), grid) + self.image(features)[:, :, None, None]
+        return logits.flatten(2).mT
+
+
 class PromptGenerator(nn.Module):
     """Map an image to the coefficients that mix its prompts from the library.
 
     Args:
-        num_virtual_tokens: prompts per image, P.
+        num_virtual_tokens: prompts per image, P; with `patch_size` only a record of it.
         library_size: entries of the library, L.
         trunk: the CNN, a key of `TRUNKS`.
         num_channels: channels of the image.
@@ -204,6 +236,8 @@ class PromptGenerator(nn.Module):
         initial_logit_std: standard deviation of the initial bias of the logits; 0 keeps torch's small default, with
             which all prompts start as nearly the same mixture.
         rank: length of queries and keys of a factorised head; None: one linear layer, as in the official code.
+        patch_size: one prompt for each patch of the image, whose side is this many pixels, by a `DenseHead`; None: one
+            for each of P slots.
 
     Attributes:
         settings: the arguments that determine the parameters, for saving.
@@ -223,11 +257,13 @@ class PromptGenerator(nn.Module):
         mixing: str = "softmax",
         initial_logit_std: float = 0.0,
         rank: int | None = None,
+        patch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.num_virtual_tokens = num_virtual_tokens
         self.library_size = library_size
         self.image_size = image_size
+        self.patch_size = patch_size
         self.mixing = mixing
         self.settings: dict[str, Any] = {
             "num_virtual_tokens": num_virtual_tokens,
@@ -240,13 +276,16 @@ class PromptGenerator(nn.Module):
             "rank": rank,
         }
         self.trunk = TRUNKS[trunk](num_channels=num_channels, width=width, norm=norm)
-        self.head: nn.Linear | FactorisedHead
-        if rank is None:
+        self.head: nn.Linear | FactorisedHead | DenseHead
+        if patch_size is not None:
+            self.head = DenseHead(self.trunk.num_place_features, self.trunk.num_features, library_size)
+        elif rank is None:
             self.head = nn.Linear(self.trunk.num_features, num_virtual_tokens * library_size)
         else:
             self.head = FactorisedHead(self.trunk.num_features, num_virtual_tokens, library_size, rank)
         if initial_logit_std > 0:
-            nn.init.normal_(self.head.bias, std=initial_logit_std)
+            bias = self.head.places.bias if isinstance(self.head, DenseHead) else self.head.bias
+            nn.init.normal_(filled(bias), std=initial_logit_std)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -263,9 +302,14 @@ class PromptGenerator(nn.Module):
         Returns:
             (B, P, L) coefficients, non-negative.
         """
+        size = pixel_values.shape[-2:]
         pixel_values = pixel_values.to(self.dtype)
         if self.image_size is not None:
             pixel_values = resize_shorter_side(pixel_values, self.image_size)
-        logits = self.head(self.trunk(pixel_values))  # (B, P * L)
-        logits = logits.view(-1, self.num_virtual_tokens, self.library_size)  # (B, P, L)
+        places, features = self.trunk(pixel_values)
+        if isinstance(self.head, DenseHead):
+            grid = (size[0] // filled(self.patch_size), size[1] // filled(self.patch_size))
+            logits = self.head(places, features, grid)
+        else:
+            logits = self.head(features).unflatten(1, (self.num_virtual_tokens, -1))  # (B, P, L)
         return MIXINGS[self.mixing](logits)

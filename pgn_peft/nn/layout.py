@@ -12,16 +12,17 @@ from torch import Tensor
 
 from pgn_peft.nn.resize import resize
 
-LAYOUTS = ("append", "canvas")
+LAYOUTS = ("append", "canvas", "dense")
 
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """A grid of patches: the image covers a rectangle of it, and each patch around the image holds a prompt.
+    """A grid of patches: the image covers a rectangle of it, and each patch around the image, or of it, has a prompt.
 
     Args:
         name: "append": the grid grows by rows below the image and columns at its right; "canvas": it keeps the size
-            of the model's input, and the image is shrunk to make room around it.
+            of the model's input, and the image is shrunk to make room around it; "dense": the image covers all of it,
+            and prompts are added to its patches.
         patch_size: side p of the model's patches, in pixels.
         grid: rows and columns of patches in the prompted image.
         image_grid: rows and columns that the image covers.
@@ -36,8 +37,9 @@ class PromptLayout:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """The number of prompts P: all patches outside of the image."""
-        return self.grid[0] * self.grid[1] - self.image_grid[0] * self.image_grid[1]
+        """The number of prompts P: all patches outside of the image, or all of its own ("dense")."""
+        patches = self.grid[0] * self.grid[1]
+        return patches if self.name == "dense" else patches - self.image_grid[0] * self.image_grid[1]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -57,7 +59,7 @@ class PromptLayout:
     @property
     def slots(self) -> list[int]:
         """The prompts' patches, counted row by row through the grid; prompt i lies in patch `slots[i]`."""
-        inside = set(self.image_patches)
+        inside = set() if self.name == "dense" else set(self.image_patches)
         return [patch for patch in range(self.grid[0] * self.grid[1]) if patch not in inside]
 
     @property
@@ -77,10 +79,11 @@ def make_layout(
     """Find the layout of P prompts, which must fill whole rows and columns of patches.
 
     Args:
-        name: "append" or "canvas".
+        name: "append", "canvas" or "dense".
         image_size: height and width of the images that the model sees without prompts, in pixels.
         patch_size: side of the model's patches, in pixels.
-        num_virtual_tokens: P; None: one row below the image ("append") or one ring around it ("canvas").
+        num_virtual_tokens: P; None: one row below the image ("append"), one ring around it ("canvas"), or all of its
+            patches ("dense"), where no other number fits.
 
     Returns:
         The layout. If several fit, the one with the most even numbers of rows and columns. On a canvas the image is in
@@ -101,6 +104,13 @@ def make_layout(
             f"Use multiples of {patch_size}."
         )
     rows, columns = image_size[0] // patch_size, image_size[1] // patch_size
+    if name == "dense":
+        if num_virtual_tokens not in (None, rows * columns):
+            raise ValueError(
+                f"`num_virtual_tokens` must be {rows * columns} in the 'dense' layout, which has a prompt for each of "
+                f"the {rows} x {columns} patches of an image, but got {num_virtual_tokens}. Leave it out."
+            )
+        return PromptLayout(name, patch_size, (rows, columns), (rows, columns), (0, 0))
     fitting = _fitting(name, rows, columns)
     if num_virtual_tokens is None:
         ring = rows * columns - (rows - 2) * (columns - 2)
@@ -147,12 +157,12 @@ def compose(
 
     Args:
         pixels: (B, C, H, W) images of the layout's `input_size`, in [0, 1].
-        patches: (B, P, C, p, p) prompts, in [0, 1] for valid images.
+        patches: (B, P, C, p, p) prompts, in [0, 1] for valid images; in the "dense" layout signed changes of pixels.
         layout: where they go.
         image_offset: added to the image after it is resized: (C, h, w), or one patch (C, p, p) added to each of the
             image's patches; None: nothing.
-        valid: clip the image to [0, 1] after that, and round all pixels to 8 bits, as in a file. Gradients pass the
-            rounding unchanged.
+        valid: clip the image to [0, 1] after that (in the "dense" layout after the prompts are added), and round all
+            pixels to 8 bits, as in a file. Gradients pass the rounding unchanged.
 
     Returns:
         (B, C, H', W') prompted images of the layout's `size`.
@@ -175,9 +185,12 @@ def compose(
     if image_offset is not None:
         times = [whole // part for whole, part in zip(layout.image_size, image_offset.shape[-2:], strict=True)]
         image = image + image_offset.repeat(1, *times)
+    patches = patches.to(image.dtype)
+    if layout.name == "dense":
+        image = image + to_image(patches, layout.grid)
     if valid:
         image = image.clamp(0, 1)
-    prompted = _surround(image, patches.to(image.dtype), layout)
+    prompted = image if layout.name == "dense" else _surround(image, patches, layout)
     # Rounding alone can change a prediction near a decision boundary, so training rounds too.
     return _to_8_bits(prompted) if valid else prompted
 

@@ -74,7 +74,7 @@ class PatchLibrary(nn.Module):
         hidden_size: the backbone's width D.
         initializer_range: standard deviation of the initial pixels' logits, around grey. `start_from_images` is
             better.
-        directions: (C, p, p, D) change of a patch's logits that shifts its token by one, along each of D axes.
+        directions: (C, p, p, D) change of a patch's pixels that shifts its token by one, along each of D axes.
         image_offset: also learn one patch (C, p, p) that is added to each of the image's own, from zeros.
 
     Differs from the paper, which trains tokens and turns them into pixels afterwards.
@@ -106,7 +106,8 @@ class PatchLibrary(nn.Module):
         # Always computed in float32, while the parameters may have been cast.
         directions = self.directions.to(self.token_shifts.dtype)
         shifts = self.token_shifts @ directions.flatten(0, 2).mT  # (L, C * p * p)
-        return (self.patch_logits + shifts.view_as(self.patch_logits)).sigmoid()
+        slope = 0.25  # of the sigmoid at grey: from pixels to their logits
+        return (self.patch_logits + shifts.view_as(self.patch_logits) / slope).sigmoid()
 
     def forward(self, coefficients: Tensor) -> Tensor:
         """Blend library patches into one prompt per slot.
@@ -139,3 +140,44 @@ class PatchLibrary(nn.Module):
         # The logits of black and white are infinite; at 0.02 and 0.98 the sigmoid still has a gradient.
         self.patch_logits.copy_(cut.clamp(0.02, 0.98).logit())
         self.token_shifts.zero_()
+
+
+class AdditiveLibrary(nn.Module):
+    """Learned changes of a patch, mixtures of which are added to the patches of an image.
+
+    Each is the shift of the token that the backbone computes from a patch, and reaches the pixels through the inverse
+    of the patch projection: a training step moves the token equally far in every direction. All start at zero, so that
+    the adapted model starts as the frozen one.
+
+    Args:
+        library_size: number of changes, L.
+        hidden_size: the backbone's width, D.
+        directions: (C, p, p, D) change of a patch's pixels that shifts its token by one, along each of D axes.
+
+    Differs from the paper, which appends prompts to the tokens.
+    """
+
+    directions: Tensor
+    image_offset = None
+
+    def __init__(self, library_size: int, hidden_size: int, directions: Tensor | None = None) -> None:
+        super().__init__()
+        self.token_shifts = nn.Parameter(torch.zeros(library_size, hidden_size))
+        # Computed from the frozen backbone, so it is not saved.
+        self.register_buffer("directions", directions, persistent=False)
+
+    @property
+    def patches(self) -> Tensor:
+        """The library: (L, C, p, p), changes of pixels in [0, 1]."""
+        # Always computed in float32, while the parameters may have been cast.
+        directions = self.directions.to(self.token_shifts.dtype)
+        return (self.token_shifts @ directions.flatten(0, 2).mT).unflatten(-1, directions.shape[:3])
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        """Blend changes into one per patch: from (B, P, L) to (B, P, C, p, p)."""
+        patches = self.patches
+        return (coefficients @ patches.flatten(1)).unflatten(-1, patches.shape[1:])
+
+    def static_prompts(self, batch_size: int) -> Tensor:
+        """Return all L changes as those of every image's patches: (B, L, C, p, p), the input-independent control."""
+        return self.patches.expand(batch_size, -1, -1, -1, -1)

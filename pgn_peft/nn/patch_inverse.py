@@ -39,7 +39,7 @@ class PatchInverse:
         return pixels @ self.weight.mT
 
     def directions(self, image_std: Sequence[float], floor: float = 0.036) -> Tensor:
-        """Compute the change of a patch's logits that moves its token by one along each axis.
+        """Compute the change of a patch's pixels, in [0, 1], that moves its token by one along each axis.
 
         Args:
             image_std: standard deviation of each channel that the image processor divides by.
@@ -47,13 +47,12 @@ class PatchInverse:
                 pixels out of range and hardly change the token.
 
         Returns:
-            (C, p, p, D) float32, for pixels that are the sigmoid of their logits, around grey.
+            (C, p, p, D) float32.
         """
         values = self.singular_values[: self.rank].clamp(min=floor * self.singular_values[0])
         pixels = ((self.right.mT / values) @ self.left.mT).unflatten(0, self.patch_shape)  # normalised
-        slope = 0.25  # of the sigmoid at grey
         std = torch.tensor(image_std, dtype=pixels.dtype, device=pixels.device)
-        return (pixels * std[:, None, None, None] / slope).float()
+        return (pixels * std[:, None, None, None]).float()
 
     def pixels_in_range(self, tokens: Tensor, low: Tensor, high: Tensor, steps: int = 300) -> Tensor:
         """Find pixels between `low` and `high` whose tokens come closest to `tokens`.

@@ -90,7 +90,7 @@ class ImagePrompter(nn.Module):
     # Prompting.
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Generate the prompts for images (B, C, H, W) in [0, 1]: (B, P, C, p, p), in [0, 1] where `in_range`."""
+        """Generate the prompts for images (B, C, H, W) in [0, 1]: (B, P, C, p, p), as `compose` takes them."""
         if self.generator is None:
             patches = self.library.expand(pixels.shape[0], -1, -1, -1, -1)
         else:
@@ -156,7 +156,7 @@ class ImagePrompter(nn.Module):
     @property
     def _margins(self) -> tuple[int, int, int, int]:
         """The margins that the server's processor cuts off. Images with appended rows bypass the processor."""
-        return self.preprocessing.margins if self.layout.name == "canvas" else (0, 0, 0, 0)
+        return self.preprocessing.margins if self.layout.name != "append" else (0, 0, 0, 0)
 
     # The server's answers.
 

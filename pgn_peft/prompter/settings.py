@@ -51,7 +51,9 @@ def read_parts(settings: dict[str, Any]) -> dict[str, Any]:
     """
     layout, channels = _read_layout(settings["layout"]), len(settings["preprocessing"]["image_mean"])
     preprocessing = _read_preprocessing(settings["preprocessing"])
-    generator, library_size = _read_generator(settings["generator"], channels)
+    generator, library_size = _read_generator(
+        settings["generator"], channels, layout.patch_size if layout.name == "dense" else None
+    )
     num_prompts = layout.num_virtual_tokens
     patch = (channels, layout.patch_size, layout.patch_size)
     with torch.device("meta"):
@@ -120,7 +122,9 @@ def _read_preprocessing(settings: dict[str, Any]) -> Preprocessing:
     )
 
 
-def _read_generator(settings: dict[str, Any] | None, channels: int) -> tuple[PromptGenerator | None, int]:
+def _read_generator(
+    settings: dict[str, Any] | None, channels: int, patch_size: int | None
+) -> tuple[PromptGenerator | None, int]:
     if settings is None:
         return None, 0
     check_choice("trunk", settings["trunk"], tuple(TRUNKS))
@@ -138,5 +142,6 @@ def _read_generator(settings: dict[str, Any] | None, channels: int) -> tuple[Pro
             norm=settings["norm"],
             mixing=settings["mixing"],
             rank=read_integer("rank", settings["rank"], 1, LARGEST_WIDTH, optional=True),
+            patch_size=patch_size,
         )
     return generator, library_size

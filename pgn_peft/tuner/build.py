@@ -5,16 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from pgn_peft.nn.generator import PromptGenerator
-from pgn_peft.nn.library import PatchLibrary, TokenLibrary
+from pgn_peft.nn.library import AdditiveLibrary, PatchLibrary, TokenLibrary
 from pgn_peft.tuner.fields import PGNFields
 from pgn_peft.utils.values import filled
 
 
 def make_library(
     config: PGNFields, hidden_size: int, num_channels: int, directions: Tensor | None = None
-) -> TokenLibrary | PatchLibrary:
+) -> TokenLibrary | PatchLibrary | AdditiveLibrary:
     """Create the library that a config describes; for the "static" generator it is the prompts themselves."""
     size = filled(config.num_virtual_tokens) if config.generator == "static" else config.library_size
+    if config.prompt_layout == "dense":
+        return AdditiveLibrary(size, hidden_size, directions)
     if config.prompt_space == "pixel":
         return PatchLibrary(
             size,
@@ -23,7 +25,7 @@ def make_library(
             hidden_size,
             initializer_range=config.initializer_range,
             directions=directions,
-            image_offset=config.image_offset,
+            image_offset=bool(config.image_offset),
         )
     slots = config.num_virtual_tokens if config.slot_prompts else None
     return TokenLibrary(
@@ -50,4 +52,5 @@ def make_generator(config: PGNFields, num_channels: int) -> PromptGenerator | No
         mixing=config.mixing,
         initial_logit_std=filled(config.initial_logit_std),
         rank=config.generator_rank,
+        patch_size=config.patch_size if config.prompt_layout == "dense" else None,
     )

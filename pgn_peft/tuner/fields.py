@@ -56,8 +56,9 @@ class PGNFields(PeftConfig):
 
     num_virtual_tokens: int | None = _field(
         None,
-        "Prompts per image, P. None: 16, or with a `prompt_layout` what fills it: one row of patches for 'append', "
-        "one ring for 'canvas'. Other numbers must fill whole rows and columns there.",
+        "Prompts per image, P. None: 16, or with a `prompt_layout` what fills it: all patches of the image for "
+        "'dense', one row of patches for 'append', one ring for 'canvas'. Other numbers must fill whole rows and "
+        "columns there.",
         integers=(1, 65_536),
     )
     library_size: int = _field(
@@ -129,9 +130,10 @@ class PGNFields(PeftConfig):
     )
     prompt_layout: str | None = _field(
         None,
-        "Where patches go. 'canvas': around the image, which is shrunk into the middle, so that the input keeps its "
-        "size. 'append': in rows and columns added below and at the right; in latent space this prepares for prompt "
-        "inversion. None: 'canvas' in pixel space, none in latent space.",
+        "Where patches go. 'dense': a prompt for each patch of the image is added to its pixels. 'canvas': around the "
+        "image, which is shrunk into the middle, so that the input keeps its size. 'append': in rows and columns "
+        "added below and at the right; in latent space this prepares for prompt inversion. None: 'canvas' in pixel "
+        "space, none in latent space.",
         choices=tuple(LAYOUTS),
     )
     image_size: int | None = _field(
@@ -143,8 +145,10 @@ class PGNFields(PeftConfig):
     image_std: list[float] | None = _field(
         None, "The image processor's standard deviation of each channel, for pixel space."
     )
-    image_offset: bool = _field(
-        True, "In pixel space, also learn one patch that is added to each patch of the image, clipped to valid pixels."
+    image_offset: bool | None = _field(
+        None,
+        "In pixel space, also learn one patch that is added to each patch of the image, clipped to valid pixels. "
+        "None: except for 'dense', where all mixtures can have it.",
     )
     head: str = _field(
         "trained",
@@ -260,7 +264,16 @@ class PGNFields(PeftConfig):
         if self.prompt_layout is None:
             self.num_virtual_tokens = 16 if self.num_virtual_tokens is None else self.num_virtual_tokens
             return
+        dense = self.prompt_layout == "dense"
+        if self.image_offset is None:
+            self.image_offset = self.prompt_space == "pixel" and not dense
         checks.check_boolean("image_offset", self.image_offset)
+        for name in ("image_offset", "generator_rank"):
+            if dense and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must be left out with prompt_layout='dense', but got {getattr(self, name)!r}. It is "
+                    "for prompts around the image."
+                )
         if self.prompt_space == "latent" and self.prompt_layout != "append":
             raise ValueError(
                 f"`prompt_layout` must be 'append' or None with prompt_space='latent', but got "
@@ -273,7 +286,7 @@ class PGNFields(PeftConfig):
                 "`slot_prompts` must be False with prompt_space='pixel', but got True. Patches stay valid pixels as "
                 "mixtures, and not as sums; initial_logit_std=4 starts each slot near a patch of its own."
             )
-        if self.mixing != "softmax":
+        if self.mixing != "softmax" and not dense:
             raise ValueError(
                 f"`mixing` must be 'softmax' with prompt_space='pixel', but got {self.mixing!r}. Only coefficients "
                 "that sum to 1 mix valid pixels into valid pixels."

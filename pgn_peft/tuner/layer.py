@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.layout import PromptLayout, compose, make_layout
-from pgn_peft.nn.library import PatchLibrary, TokenLibrary
+from pgn_peft.nn.library import AdditiveLibrary, PatchLibrary, TokenLibrary
 from pgn_peft.nn.patch_inverse import PatchInverse
 from pgn_peft.nn.preprocessing import denormalize, normalize
 from pgn_peft.tuner.backbones import patch_projection
@@ -89,9 +89,19 @@ class PGNLayer(PGNTunerLayer):
         else:
             self.pgn_generator[adapter_name] = self._settle(generator)
 
-    def library(self, adapter_name: str) -> TokenLibrary | PatchLibrary:
+    def library(self, adapter_name: str) -> TokenLibrary | PatchLibrary | AdditiveLibrary:
         """Return the library of an adapter."""
-        return cast("TokenLibrary | PatchLibrary", self.pgn_library[adapter_name])
+        return cast("TokenLibrary | PatchLibrary | AdditiveLibrary", self.pgn_library[adapter_name])
+
+    def layout(self, adapter_name: str, image_size: tuple[int, int]) -> PromptLayout:
+        """Return the layout of an adapter in pixel space for images of some height and width, in pixels.
+
+        That of a generator in the "dense" layout follows the image; others are fixed.
+        """
+        layout = self.layouts[adapter_name]
+        if layout.name == "dense" and adapter_name in self.pgn_generator:
+            return make_layout("dense", image_size, layout.patch_size)
+        return layout
 
     def generator(self, adapter_name: str) -> PromptGenerator | None:
         """Return the generator of an adapter; None for static prompts."""
@@ -115,7 +125,7 @@ class PGNLayer(PGNTunerLayer):
 
         Returns:
             (B, P, D) prompts; for an adapter with prompts in several layers (B, depth * P, D), layer by layer; for one
-            in pixel space (B, P, C, p, p) patches in [0, 1].
+            in pixel space (B, P, C, p, p) patches in [0, 1], or changes of patches in the "dense" layout.
         """
         library, generator = self.library(adapter_name), self.generator(adapter_name)
         if generator is None:
@@ -132,12 +142,13 @@ class PGNLayer(PGNTunerLayer):
         Returns:
             (B, C, H', W') prompted images, normalised.
         """
-        config, library = self.configs[adapter_name], cast(PatchLibrary, self.library(adapter_name))
+        config, library = self.configs[adapter_name], self.library(adapter_name)
+        layout = self.layout(adapter_name, (pixel_values.shape[-2], pixel_values.shape[-1]))
         mean, std = filled(config.image_mean), filled(config.image_std)
         # Always in float32: half precision does not hold 8 bits of a normalised pixel.
         pixels = denormalize(pixel_values.float(), mean, std)
         patches = self.prompts(adapter_name, pixel_values).float()
-        prompted = compose(pixels, patches, self.layouts[adapter_name], library.image_offset)
+        prompted = compose(pixels, patches, layout, cast(PatchLibrary, library).image_offset)
         return normalize(prompted, mean, std).to(pixel_values.dtype)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -163,7 +174,7 @@ class PGNLayer(PGNTunerLayer):
         for name in active:
             if name in self.layouts:  # one at most: PGNModel.set_adapter
                 images = self.prompted_images(name, pixel_values)
-                kwargs = kwargs | self.size_options(self.layouts[name].size)
+                kwargs = kwargs | self.size_options((images.shape[-2], images.shape[-1]))
         tokens = self.base_layer(images, *args, **kwargs)  # (B, N, D)
         # Appended after the position embeddings were added: a prompt has no position in the image.
         prompts = [self.prompts(name, pixel_values).to(tokens.dtype) for name in active if name not in self.layouts]
@@ -180,7 +191,7 @@ class PGNLayer(PGNTunerLayer):
             adapter_name: a loaded adapter, or "__base__".
             image_size: height and width of the image, in pixels.
         """
-        size = self.layouts[adapter_name].size if adapter_name in self.layouts else image_size
+        size = self.layout(adapter_name, image_size).size if adapter_name in self.layouts else image_size
         return (*size, *self._count_prompts(adapter_name))
 
     def running_prompts(self) -> tuple[int, int]:
