@@ -33,6 +33,7 @@ FIELDS = (
     "prompt_space",
     "prompt_layout",
     "image_offset",
+    "jpeg_quality",
     "head",
 )
 

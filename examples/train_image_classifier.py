@@ -284,7 +284,7 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
     mapping = find_label_mapping(backbone, without_augmentation, interpolate) if adapter.label_mapping else None
     config = adapter.config(labels, processor, side, mapping)
     model: PeftModel = get_peft_model(backbone, config, revision=adapter.model_revision)
-    if config.prompt_space == "pixel":
+    if config.prompt_space == "pixel" and config.prompt_layout != "dense":  # which starts at zero
         start_library(model, without_augmentation, processor)
     trainable, _ = model.get_nb_trainable_parameters()
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pgn_peft.nn.resize import resize
-from pgn_peft.utils.values import filled
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -206,17 +205,29 @@ class DenseHead(nn.Module):
         num_place_features: of the trunk's map.
         num_features: of the whole image.
         library_size: entries of the library, L.
+        patch_size: side of the backbone's patches, in pixels.
 
     Differs from the official code, which has one prompt for each of P slots, wherever it goes.
     """
 
-    def __init__(self, num_place_features: int, num_features: int, library_size: int) -> None:
+    def __init__(self, num_place_features: int, num_features: int, library_size: int, patch_size: int) -> None:
         super().__init__()
+        self.patch_size = patch_size
         self.places = nn.Conv2d(num_place_features, library_size, kernel_size=1)
         self.image = nn.Linear(num_features, library_size, bias=False)
 
-    def forward(self, places: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Map features of places (B, F', h, w) and of images (B, F) to logits (B, rows * columns, L) of a grid."""
+    def forward(self, places: Tensor, features: Tensor, image_size: torch.Size) -> Tensor:
+        """Compute the mixing logits of an image's patches.
+
+        Args:
+            places: (B, F', h, w), the trunk's map.
+            features: (B, F) of the whole image.
+            image_size: height and width of the image, in pixels.
+
+        Returns:
+            (B, P, L) logits, row by row.
+        """
+        grid = (image_size[0] // self.patch_size, image_size[1] // self.patch_size)
         logits = resize(self.places(places), grid) + self.image(features)[:, :, None, None]
         return logits.flatten(2).mT
 
@@ -263,7 +274,6 @@ class PromptGenerator(nn.Module):
         self.num_virtual_tokens = num_virtual_tokens
         self.library_size = library_size
         self.image_size = image_size
-        self.patch_size = patch_size
         self.mixing = mixing
         self.settings: dict[str, Any] = {
             "num_virtual_tokens": num_virtual_tokens,
@@ -278,14 +288,14 @@ class PromptGenerator(nn.Module):
         self.trunk = TRUNKS[trunk](num_channels=num_channels, width=width, norm=norm)
         self.head: nn.Linear | FactorisedHead | DenseHead
         if patch_size is not None:
-            self.head = DenseHead(self.trunk.num_place_features, self.trunk.num_features, library_size)
+            self.head = DenseHead(self.trunk.num_place_features, self.trunk.num_features, library_size, patch_size)
         elif rank is None:
             self.head = nn.Linear(self.trunk.num_features, num_virtual_tokens * library_size)
         else:
             self.head = FactorisedHead(self.trunk.num_features, num_virtual_tokens, library_size, rank)
         if initial_logit_std > 0:
-            bias = self.head.places.bias if isinstance(self.head, DenseHead) else self.head.bias
-            nn.init.normal_(filled(bias), std=initial_logit_std)
+            biased = self.head.places if isinstance(self.head, DenseHead) else self.head
+            nn.init.normal_(cast(Tensor, biased.bias), std=initial_logit_std)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -308,8 +318,7 @@ class PromptGenerator(nn.Module):
             pixel_values = resize_shorter_side(pixel_values, self.image_size)
         places, features = self.trunk(pixel_values)
         if isinstance(self.head, DenseHead):
-            grid = (size[0] // filled(self.patch_size), size[1] // filled(self.patch_size))
-            logits = self.head(places, features, grid)
+            logits = self.head(places, features, size)
         else:
             logits = self.head(features).unflatten(1, (self.num_virtual_tokens, -1))  # (B, P, L)
         return MIXINGS[self.mixing](logits)

@@ -150,6 +150,12 @@ class PGNFields(PeftConfig):
         "In pixel space, also learn one patch that is added to each patch of the image, clipped to valid pixels. "
         "None: except for 'dense', where all mixtures can have it.",
     )
+    jpeg_quality: int | None = _field(
+        None,
+        "In pixel space, train on prompted images that went through JPEG of this quality, for a server that gets JPEG "
+        "of this quality or better. None: 8-bit pixels without loss, as in PNG.",
+        integers=(1, 100),
+    )
     head: str = _field(
         "trained",
         "'trained': the adapter owns a classification head for its own labels. 'frozen': the model's head and labels "
@@ -260,6 +266,11 @@ class PGNFields(PeftConfig):
             raise ValueError(
                 f"`prompt_depth` must be 1 with prompt_space='pixel' or a `prompt_layout`, but got "
                 f"{self.prompt_depth}. An image brings prompts to the first layer only; leave it out."
+            )
+        if self.prompt_space == "latent" and self.jpeg_quality is not None:
+            raise ValueError(
+                f"`jpeg_quality` must be None with prompt_space='latent', but got {self.jpeg_quality}. Only prompts "
+                "in pixels become part of an image file."
             )
         if self.prompt_layout is None:
             self.num_virtual_tokens = 16 if self.num_virtual_tokens is None else self.num_virtual_tokens

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pgn_peft.nn.generator import PromptGenerator
+from pgn_peft.nn.jpeg import through_jpeg
 from pgn_peft.nn.layout import PromptLayout, compose, make_layout
 from pgn_peft.nn.library import AdditiveLibrary, PatchLibrary, TokenLibrary
 from pgn_peft.nn.patch_inverse import PatchInverse
@@ -149,6 +150,8 @@ class PGNLayer(PGNTunerLayer):
         pixels = denormalize(pixel_values.float(), mean, std)
         patches = self.prompts(adapter_name, pixel_values).float()
         prompted = compose(pixels, patches, layout, cast(PatchLibrary, library).image_offset)
+        if self.training and config.jpeg_quality is not None:
+            prompted = through_jpeg(prompted, config.jpeg_quality)
         return normalize(prompted, mean, std).to(pixel_values.dtype)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:

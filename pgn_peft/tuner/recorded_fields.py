@@ -85,6 +85,11 @@ def _record_layout(config: PGNConfig, embeddings: nn.Module) -> None:
             f"`image_mean` and `image_std` must have {config.num_channels} numbers, one for each channel of the "
             f"model, but got {len(mean)} and {len(std)}. Copy them from the model's image processor."
         )
+    if config.jpeg_quality is not None and config.num_channels not in (1, 3):
+        raise ValueError(
+            f"`jpeg_quality` must be None for a model with {config.num_channels} channels, but got "
+            f"{config.jpeg_quality}. JPEG holds one or three."
+        )
     layout = make_layout(
         filled(config.prompt_layout), (config.image_size,) * 2, filled(config.patch_size), config.num_virtual_tokens
     )
