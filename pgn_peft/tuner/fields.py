@@ -152,8 +152,8 @@ class PGNFields(PeftConfig):
     )
     jpeg_quality: int | None = _field(
         None,
-        "In pixel space, train on prompted images that went through JPEG of this quality, for a server that gets JPEG "
-        "of this quality or better. None: 8-bit pixels without loss, as in PNG.",
+        "In pixel space, send half of the prompted images through JPEG of this quality in training, for a server that "
+        "gets JPEG of this quality or better, or PNG. None: 8-bit pixels, as in PNG.",
         integers=(1, 100),
     )
     head: str = _field(
