@@ -59,7 +59,9 @@ def test_a_prompt_that_nothing_attends_to_has_no_share(pixel_values):
 
 
 def test_in_pixel_space_prompts_are_found_where_the_layout_has_them(pixel_values):
-    model = get_peft_model(tiny_vit(), tiny_config(num_virtual_tokens=None, prompt_space="pixel", **SCALE)).eval()
+    model = get_peft_model(
+        tiny_vit(), tiny_config(num_virtual_tokens=None, prompt_space="pixel", prompt_layout="canvas", **SCALE)
+    ).eval()
     assert attention_to_prompts(model, pixel_values).shape == (4, 2, 12)  # a ring of 12 patches in a grid of 4 x 4
     patches = library_tokens(model)
     assert patches.shape == (6, 3, 8, 8)
@@ -72,7 +74,11 @@ def test_in_pixel_space_prompts_are_found_where_the_layout_has_them(pixel_values
 )
 def test_patches_are_found_behind_whatever_tokens_come_first(architecture, pixel_values):
     base = tiny_vit(architecture, attn_implementation="eager")
-    model = move_adapter(get_peft_model(base, tiny_config(num_virtual_tokens=None, prompt_space="pixel", **SCALE)))
+    model = move_adapter(
+        get_peft_model(
+            base, tiny_config(num_virtual_tokens=None, prompt_space="pixel", prompt_layout="canvas", **SCALE)
+        )
+    )
     with torch.no_grad():
         weights = model.eval()(pixel_values, output_attentions=True).attentions[1]  # (B, heads, tokens, tokens)
     image = [5, 6, 9, 10]  # of 4 x 4 patches

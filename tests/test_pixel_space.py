@@ -136,7 +136,7 @@ def test_two_adapters_in_pixel_space_at_once_are_refused(pixel_values):
 
 
 def test_another_resolution_than_the_models_own(pixel_values):
-    model = get_peft_model(tiny_vit(), pixel_config(image_size=48)).eval()
+    model = get_peft_model(tiny_vit(), pixel_config(image_size=48, prompt_layout="canvas")).eval()
     assert model.peft_config["default"].num_virtual_tokens == 6 * 6 - 4 * 4
     large = torch.nn.functional.interpolate(pixel_values, size=(48, 48))
     assert answer(model, large, interpolate_pos_encoding=True).shape == (4, 5)
@@ -154,7 +154,10 @@ def test_another_resolution_than_the_models_own(pixel_values):
         ({"image_std": [0.2, 0.0, 0.2]}, r"`image_std` must hold above 0 numbers, .* but got \[0.2, 0.0, 0.2\]"),
         ({"image_mean": [float("nan")] * 3}, "`image_mean` must hold finite numbers"),
         ({"slot_prompts": True}, "`slot_prompts` must be False with prompt_space='pixel', but got True"),
-        ({"mixing": "sigmoid"}, "`mixing` must be 'softmax' with prompt_space='pixel', but got 'sigmoid'"),
+        (
+            {"mixing": "sigmoid", "prompt_layout": "canvas"},
+            "`mixing` must be 'softmax' with prompt_space='pixel', but got 'sigmoid'",
+        ),
         ({"prompt_space": "pixels"}, "`prompt_space` must be one of latent, pixel, but got 'pixels'"),
         (
             {"prompt_layout": "dense", "image_offset": True},
@@ -178,7 +181,10 @@ def test_a_mean_that_is_no_list_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_virtual_tokens": 5}, "`num_virtual_tokens` must fill .* but got 5. Use 4, 7, 8, 10 or 12"),
+        (
+            {"num_virtual_tokens": 5, "prompt_layout": "canvas"},
+            "`num_virtual_tokens` must fill .* but got 5. Use 4, 7, 8, 10 or 12",
+        ),
         (
             {"prompt_layout": "dense", "num_virtual_tokens": 12},
             "`num_virtual_tokens` must be 16 in the 'dense' layout, which has a prompt for each of the 4 x 4 patches",
@@ -213,7 +219,7 @@ def test_bfloat16(pixel_values):
 
 
 def test_the_library_starts_from_training_images():
-    model = get_peft_model(tiny_vit(), pixel_config(library_size=50))
+    model = get_peft_model(tiny_vit(), pixel_config(library_size=50, prompt_layout="canvas"))
     images = torch.rand(10, 3, 20, 12).clamp(0.02, 0.98)
     start_library_from_images(model, images)
     library = layer_of(model).pgn_library["default"]
@@ -231,7 +237,7 @@ def test_the_library_starts_from_training_images():
 
 def test_a_token_shift_moves_the_token_equally_in_every_direction():
     """Around grey, to first order: that is what the parameter is for."""
-    model = get_peft_model(tiny_vit(), pixel_config(generator="static"))
+    model = get_peft_model(tiny_vit(), pixel_config(generator="static", prompt_layout="canvas"))
     layer = layer_of(model)
     library = layer.pgn_library["default"]
     assert isinstance(library, PatchLibrary)

@@ -132,7 +132,7 @@ class PGNFields(PeftConfig):
         None,
         "Where patches go. 'dense': a prompt for each patch of the image is added to its pixels. 'canvas': around the "
         "image, which is shrunk into the middle, so that the input keeps its size. 'append': in rows and columns "
-        "added below and at the right; in latent space this prepares for prompt inversion. None: 'canvas' in pixel "
+        "added below and at the right; in latent space this prepares for prompt inversion. None: 'dense' in pixel "
         "space, none in latent space.",
         choices=tuple(LAYOUTS),
     )
@@ -261,7 +261,7 @@ class PGNFields(PeftConfig):
                 "all that this generator has."
             )
         if self.prompt_space == "pixel" and self.prompt_layout is None:
-            self.prompt_layout = "canvas"
+            self.prompt_layout = "dense"
         if self.prompt_depth != 1 and self.prompt_layout is not None:
             raise ValueError(
                 f"`prompt_depth` must be 1 with prompt_space='pixel' or a `prompt_layout`, but got "
