@@ -150,7 +150,7 @@ def build(method: str, server: heads.Server, material: bench.Material, seed: int
     fields, _ = PGN_METHODS[method]
     mean, std = map(list, material.scale)
     common = {"library_size": options.library_size, "generator_image_size": options.generator_image_size}
-    config = PGNConfig(head="frozen", image_mean=mean, image_std=std, **common, **fields)
+    config = PGNConfig(head="frozen", image_mean=mean, image_std=std, **(common | fields))
     server.model = get_peft_model(server.model, config)
     if config.prompt_layout == "canvas":
         images = material.splits["train"].pixels[:500].float() / 255
