@@ -96,7 +96,10 @@ OTHER_RATE = 0.003  # of a generator, and of a head beside prompts
 # Digits are not the same mirrored.
 NOT_FLIPPED = ("digits",)
 # What all runs of a table have in common, beside the model.
-PROTOCOL = ("side", "epochs", "batch", "precision", "library_size", "generator_image_size", "max_train_samples")
+PROTOCOL = (
+    *("side", "epochs", "batch", "precision", "library_size", "generator_image_size"),
+    *("max_train_samples", "max_test_samples"),
+)
 ENCODINGS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG"},
     "jpeg90": {"format": "JPEG", "quality": 90},
