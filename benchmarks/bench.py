@@ -157,6 +157,8 @@ def train(
     warm_up: float = 0.05,
     precision: str = "float32",
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    optimizer_class: type[torch.optim.AdamW] = torch.optim.AdamW,
+    after_epoch: Callable[[], None] = lambda: None,
 ) -> float:
     """Train with AdamW, a linear warm-up and a cosine to zero.
 
@@ -171,6 +173,8 @@ def train(
         warm_up: share of the steps in which the learning rate rises.
         precision: see `autocast`.
         loss: pixels (B, C, H, W) in [0, 1] and labels (B,) to a loss; None: cross-entropy of the model's logits.
+        optimizer_class: AdamW, or a variant of it.
+        after_epoch: called after each epoch.
 
     Returns:
         The mean loss of the last epoch.
@@ -180,7 +184,7 @@ def train(
         def loss(batch: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(model(batch).float(), labels)
 
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = optimizer_class(groups, weight_decay=0.0)
     steps_per_epoch = len(split.labels) // batch_size
     steps = epochs * steps_per_epoch
     rising = max(1, round(warm_up * steps))
@@ -200,6 +204,7 @@ def train(
             optimizer.step()
             rates.step()
             total += value.detach()
+        after_epoch()
         print(f"  epoch {epoch + 1} of {epochs}, loss {total.item() / steps_per_epoch:.3f}", flush=True)
     return total.item() / steps_per_epoch
 

@@ -1,256 +1,446 @@
-"""Methods that adapt a model through its input image alone, compared on 8-bit PNGs.
+"""Methods that adapt a frozen model through its input image alone, compared on 8-bit PNGs and JPEGs.
 
-    python benchmarks/input_only.py --data ../shared/data/eurosat --model ../shared/models/deit-tiny-patch16-224
+    python benchmarks/input_only.py --model path/to/deit-tiny-patch16-224 --data path/to/eurosat path/to/cifar100 \
+        path/to/flowers17 digits
+    python benchmarks/input_only.py --report
 
-The server is a stock `ViTForImageClassification` behind its own image processor, with its own head: the task's classes
-are read off its answers by a label mapping found by frequency on the training images (the same for all methods).
+The server is a stock `ViTForImageClassification` behind its own image processor, with its own head; or a CLIP image
+tower whose head is the text embeddings of ImageNet's classes (a folder that holds those too, and `--head text` for a
+data set with `classes.json`). It answers with the scores of all its classes.
 
-- mapping: the images as they are;
-- border: visual prompting (Bahng et al. 2022): a learned border added to the image, 30 pixels wide at 224, 15 at 112;
-- static: learned patches around the shrunk image, the same for all images;
-- pgn: patches mixed for each image.
+Heads (`--head`) read the task's classes off the scores (`heads.py`):
 
-`--head trained` trains a linear head as well (for a server that accepts a head), with the linear probe in place of the
-mapping, and latent prompts ("latent-static", "latent-pgn") to compare with.
+- 1:1: one class of the server for each, by frequency on the unprompted training images;
+- blm: Bayesian label mapping (BLM+);
+- ridge: a linear map of all scores, fitted to the prompted training images after the prompts were trained with "blm";
+- trained: a linear head on the features, trained together with the prompts, and computed from the scores;
+- text: the server's class of the same name.
 
-All methods see the same images, flips, batches, epochs and schedule. Each one's learning rate is chosen from a grid of
-equal size by the accuracy on validation with seed 0; the report is that of other seeds, on test images seen once,
-after the last epoch. Figures are those of the PNGs: encoded, decoded, and through the server's processor; and of JPEGs
-of quality 90, for the loss that they cause. Every run is appended to a file of JSON lines, and one that is in it is
-not repeated. `--smoke`: tiny, offline, in seconds.
+Prompts (`--methods`):
+
+- none: the images as they are. With "ridge" and "trained" this is the baseline that prompts must beat;
+- border (VP), ring (EVP), smm (SMM), lor-vp (LoR-VP), full: see `pixel_methods.py`;
+- static, pgn: PGN, one prompt added to each patch of the image, the same for all images or generated for each;
+- pgn-ring: PGN, generated patches around the shrunk image;
+- latent-static, latent-pgn: prompts as tokens, which no image can hold: the limit, with the head "trained" only.
+
+All methods see the same images, flips (not of digits), batches, epochs and schedule. Each has two learning rates; one
+is chosen by the accuracy on validation with seed 0. PGN's generator, and a head beside prompts, learn at 0.003. Then
+other seeds are trained, and evaluated once on test: as trained, as PNG, and as JPEG of quality 90 and 95, each
+encoded, decoded, and sent through the processor to a model that was loaded anew. Training computes in bfloat16 by
+autocast, evaluation in float32.
+
+Every run is appended to a file of JSON lines, and one that is in it is not repeated. `--report` prints the table of a
+file. `--smoke`: tiny, offline, in seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import statistics
 import sys
 import tempfile
+import time
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from PIL import Image
 from torch import Tensor, nn
-from transformers import set_seed
+from torch.nn import functional as F
+from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
-from methods import Adapted, Border, new_head
+import heads
+from pixel_methods import PEERS, NormalizedGradient, PixelPrompt
 from smoke_material import smoke_arguments
 
 from pgn_peft import PGNConfig, frequency_mapping, make_prompter
-from pgn_peft.nn.images import to_8_bit, to_images, to_pixels
+from pgn_peft.nn.images import to_8_bit, to_images
+from pgn_peft.nn.layout import LAYOUTS
+from pgn_peft.nn.preprocessing import normalize
 from pgn_peft.training import start_library_from_images
 
-METHODS = {
-    "frozen": ("mapping", "border", "static", "pgn"),
-    "trained": ("linear", "border", "static", "pgn", "latent-static", "latent-pgn"),
+RESULTS = Path(__file__).with_name("results") / "input_only.jsonl"
+# PGN's forms: fields of the config, and the two rates of the library (of the prompts, where there is no library).
+PGN_METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
+    "static": ({"generator": "static", "prompt_space": "pixel", "prompt_layout": "dense"}, (0.01, 0.03)),
+    "pgn-ring": ({"prompt_space": "pixel", "prompt_layout": "canvas"}, (0.03, 0.1)),
+    "pgn": ({"prompt_space": "pixel", "prompt_layout": "dense"}, (0.01, 0.03)),
+    "latent-static": ({"generator": "static"}, (0.003, 0.01)),
+    "latent-pgn": ({}, (0.01, 0.03)),
 }
-# Learning rates to choose from, as many for each method: of a border, a library or a linear probe. A generator, and a
-# head beside prompts, learn at a rate of their own.
-GRID = (0.03, 0.1)
-GRIDS = {name: (0.003, 0.01) for name in ("linear", "latent-static", "latent-pgn")}
-OTHER_LEARNING_RATE = 0.003
+METHODS = ("none", *PEERS, *PGN_METHODS)
+NAMES = {
+    "none": "no prompts",
+    "border": "border (VP)",
+    "ring": "ring (EVP)",
+    "smm": "SMM",
+    "lor-vp": "LoR-VP",
+    "full": "full pattern",
+    "static": "static prompts",
+    "pgn-ring": "PGN, ring",
+    "pgn": "**PGN**",
+    "latent-static": "latent: static prompts",
+    "latent-pgn": "latent: PGN",
+}
+HEADS = ("1:1", "blm", "ridge", "trained", "text")
+# What prompts are trained with where the head itself is fitted afterwards.
+TRAINED_WITH = {"ridge": "blm"}
+HEAD_RATES = (0.003, 0.01)  # of a linear head without prompts
+OTHER_RATE = 0.003  # of a generator, and of a head beside prompts
+# Digits are not the same mirrored.
+NOT_FLIPPED = ("digits",)
+# What all runs of a table have in common, beside the model.
+PROTOCOL = (
+    *("side", "epochs", "batch", "precision", "library_size", "generator_image_size"),
+    *("max_train_samples", "max_test_samples"),
+)
+ENCODINGS: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG"},
+    "jpeg90": {"format": "JPEG", "quality": 90},
+    "jpeg95": {"format": "JPEG", "quality": 95},
+}
 
 
-class Mapped(nn.Module):
-    """The server's logits, read through a label mapping."""
+class Adapted(nn.Module):
+    """A server behind its prompts: pixels (B, C, H, W) in [0, 1] to features (B, D).
 
-    def __init__(self, server: nn.Module, mapping: list[int] | None) -> None:
+    Args:
+        server: frozen; with PGN its model holds the adapter.
+        scale: mean and standard deviation of its processor.
+        prompt: a peer's change of the image; None: no prompts, or PGN's.
+    """
+
+    def __init__(self, server: heads.Server, scale: Any, prompt: PixelPrompt | None = None) -> None:
         super().__init__()
-        self.server, self.mapping = server, mapping
+        self.server, self.scale, self.prompt = server, scale, prompt
 
-    def forward(self, pixel_values: Tensor):
-        """Answer normalised pixels with the model's outputs, the logits mapped."""
-        outputs = self.server(pixel_values)
-        if self.mapping is not None:
-            outputs.logits = outputs.logits[:, self.mapping]
-        return outputs
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Answer images with features."""
+        if self.prompt is not None:
+            pixels = self.prompt.prompted(pixels)
+        return self.server.features(normalize(pixels, *self.scale))
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Return what is trained: prompts at the given rate, PGN's generator at its own."""
+        if self.prompt is not None:
+            return self.prompt.groups(learning_rate)
+        library, others = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (library if ".pgn_library." in name else others).append(parameter)
+        groups = [{"params": library, "lr": learning_rate}, {"params": others, "lr": OTHER_RATE}]
+        return [group for group in groups if group["params"]]
 
 
-def through(encoding: str, images: list[Image.Image], processor) -> Tensor:
-    """Encode images, decode them, and run the server's processor."""
-    decoded = []
-    for image in images:
-        file = io.BytesIO()
-        image.save(file, encoding, **({"quality": 90} if encoding == "JPEG" else {}))
-        decoded.append(Image.open(file))
-    return processor(images=decoded, return_tensors="pt")["pixel_values"]
+@cache
+def load_material(data: str, model: str, side: int, train: int | None, evaluated: int | None) -> bench.Material:
+    """Load a data set; kept, since many runs in a row use the same."""
+    return bench.load_material(data, model, side, train, evaluated)
 
 
-def build(method: str, server: nn.Module, material: bench.Material, mapping: list[int] | None, options) -> nn.Module:
-    """Make the model that a method trains."""
-    server.requires_grad_(False)
-    if method in ("mapping", "linear", "border"):
-        if mapping is None:
-            new_head(server, len(material.names))
-        adapted = Adapted(Mapped(server, mapping), material)
-        return Border(adapted, options.side).to(bench.DEVICE) if method == "border" else adapted
-    kind = method.removeprefix("latent-")
-    common = {
-        "generator": "static" if kind == "static" else "resnet10",
-        "library_size": options.library_size,
-        "generator_image_size": options.generator_image_size,
-        "initial_logit_std": 4.0,
-        "head": "trained" if mapping is None else "frozen",
-        "label_mapping": mapping,
-        "id2label": dict(enumerate(material.names)),
-    }
-    if method.startswith("latent-"):
-        return Adapted(get_peft_model(server, PGNConfig(**common)), material)
+def build(method: str, server: heads.Server, material: bench.Material, seed: int, options: Any) -> Adapted:
+    """Put prompts before a server."""
+    if method == "none":
+        return Adapted(server, material.scale)
+    if method in PEERS:
+        return Adapted(server, material.scale, PEERS[method][0](options.side, material.scale)).to(bench.DEVICE)
+    fields, _ = PGN_METHODS[method]
     mean, std = map(list, material.scale)
-    pixel = PGNConfig(
-        prompt_space="pixel", num_virtual_tokens=options.num_virtual_tokens, image_mean=mean, image_std=std, **common
+    common = {"library_size": options.library_size, "generator_image_size": options.generator_image_size}
+    config = PGNConfig(head="frozen", image_mean=mean, image_std=std, **(common | fields))
+    server.model = get_peft_model(server.model, config)
+    if config.prompt_layout == "canvas":
+        images = material.splits["train"].pixels[:500].float() / 255
+        start_library_from_images(server.model, images, seed=seed)
+    return Adapted(server, material.scale)
+
+
+def features_of(model: Adapted, split: bench.Split) -> Tensor:
+    """Return the features (N, D) of a split, computed in float32."""
+    return bench.predict(model, split.pixels).clone()  # a tensor that may take part in training
+
+
+def make_head(name: str, server: heads.Server, material: bench.Material, options: Any) -> heads.Head:
+    """Make the head that prompts are trained with; the unprompted training images decide where images do."""
+    count, train = len(material.names), material.splits["train"]
+    if name == "trained":
+        return heads.Trained(server, count)
+    if name == "text":
+        return heads.Mapped(server, heads.text_mapping(options.data))
+    unprompted = Adapted(server, material.scale)
+    splits = {name: material.splits[name] for name in ("train", "validation")}
+    scores = {name: server.scores(features_of(unprompted, split)) for name, split in splits.items()}
+    if name == "blm":
+        return heads.fit(name, server, scores, {name: split.labels for name, split in splits.items()}, count)
+    return heads.Mapped(server, frequency_mapping(scores["train"].cpu(), train.labels.cpu(), count, server.names))
+
+
+def train(model: Adapted, head: heads.Head, split: bench.Split, groups: list[dict[str, Any]], options: Any) -> float:
+    """Train prompts, and the head if it has parameters."""
+    server = model.server
+
+    def loss(batch: Tensor, labels: Tensor) -> Tensor:
+        features = model(batch)
+        head.observe(server.scores(features.detach()), labels)
+        return F.cross_entropy(head(features).float(), labels)
+
+    return bench.train(
+        model,
+        split,
+        groups,
+        epochs=options.epochs,
+        batch_size=options.batch,
+        flip=Path(options.data).name not in NOT_FLIPPED,
+        precision=options.precision,
+        loss=loss,
+        optimizer_class=NormalizedGradient,
+        after_epoch=head.end_epoch,
     )
-    model = get_peft_model(server, pixel)
-    start_library_from_images(model, material.splits["train"].pixels[:500].float() / 255, seed=options.seed)
-    return Adapted(model, material)
 
 
-def groups(model: nn.Module, learning_rate: float) -> list[dict]:
-    """Sort what is trained: the library, the border or a linear probe at the searched rate, the rest at its own."""
-    found: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            searched = "pgn_library" in name or name == "border" or name.startswith("model.server")
-            found.setdefault(learning_rate if searched else OTHER_LEARNING_RATE, []).append(parameter)
-    return [{"params": parameters, "lr": rate} for rate, parameters in found.items()]
-
-
-def run(method: str, learning_rate: float | None, seed: int, report: bool, options) -> dict:
-    """Train one model; evaluate it as trained and through PNGs, on validation or, if it is to be reported, on test."""
+def run(method: str, head_name: str, learning_rate: float | None, seed: int, split: str, options: Any) -> dict:
+    """Train one model, and evaluate it on a split; where that is test, also as PNG and as JPEG."""
     set_seed(seed)
-    options.seed = seed
-    material = bench.load_material(
+    material = load_material(
         options.data, options.model, options.side, options.max_train_samples, options.max_test_samples
     )
-    server = bench.load_backbone(options.model, options.side)
-    images = material.splits["train"]
-    mapping = None
-    if options.head == "frozen":
-        logits = bench.predict(Adapted(server, material), images.pixels)
-        mapping = frequency_mapping(logits, images.labels, len(material.names), server.config.id2label)
-    model = build(method, server, material, mapping, options)
-    loss = None
-    if learning_rate is not None:
-        loss = bench.train(
-            model,
-            images,
-            groups(model, learning_rate),
-            epochs=options.epochs,
-            batch_size=options.batch,
-            flip=True,
-        )
-    images = material.splits["test" if report else "validation"]
-    trained = bench.predict(model, images.pixels)
+    server = heads.load_server(options.model, options.side)
+    head = make_head(head_name, server, material, options)
+    model = build(method, server, material, seed, options)
+    own_head = list(head.parameters())
+    if method == "none":
+        groups = [{"params": own_head, "lr": learning_rate}] if own_head else []
+    else:
+        groups = model.groups(learning_rate) + ([{"params": own_head, "lr": OTHER_RATE}] if own_head else [])
+    start = time.perf_counter()
+    loss = train(model, head, material.splits["train"], groups, options) if groups else None
+    seconds = time.perf_counter() - start
+    wanted = {"train", "validation", split} if head_name == "blm" else {split}
+    features = {name: features_of(model, material.splits[name]) for name in wanted}
+    labels = {name: material.splits[name].labels for name in features}
+    readouts = {head_name: head}
+    if head_name == "blm":
+        scores = {name: server.scores(found) for name, found in features.items()}
+        readouts = {name: heads.fit(name, server, scores, labels, len(material.names)) for name in ("blm", "ridge")}
+    with torch.no_grad():
+        trained = {name: readout(features[split]) for name, readout in readouts.items()}
     row = {
-        "accuracy": bench.accuracy(trained, images.labels),
         "train_loss_last_epoch": loss,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) if loss else 0,
-        "images": len(images.labels),
+        "train_seconds": round(seconds, 1) if groups else 0,
+        "trainable_parameters": sum(parameter.numel() for group in groups for parameter in group["params"]),
         "train_images": len(material.splits["train"].labels),
+        "images": len(labels[split]),
+        "heads": {name: {"accuracy": bench.accuracy(found, labels[split])} for name, found in trained.items()},
     }
-    if not method.startswith("latent-"):
-        shown = to_images(images.pixels, Image.Image)
-        for encoding, logits in serve(method, model, server, shown, material.processor).items():
-            row[f"{encoding.lower()}_accuracy"] = bench.accuracy(logits, images.labels)
-            row[f"{encoding.lower()}_agreement"] = bench.accuracy(logits, trained.argmax(1))
+    if split == "test" and not method.startswith("latent-"):
+        images = prompted_images(model, material.splits[split].pixels, material.processor)
+        stock = heads.load_server(options.model, options.side)
+        for encoding in ENCODINGS:
+            scores = served(stock, images, encoding, material.processor)
+            for name, readout in readouts.items():
+                answers = readout.read(scores)
+                row["heads"][name][f"{encoding}_accuracy"] = bench.accuracy(answers, labels[split])
+                row["heads"][name][f"{encoding}_agreement"] = bench.accuracy(answers, trained[name].argmax(1))
     return row
 
 
-def serve(method: str, model: nn.Module, server: nn.Module, images: list[Image.Image], processor) -> dict[str, Tensor]:
-    """Answer prompted images, as PNG and as JPEG, with the unmodified server: logits of the task's classes."""
-    head = mapping = None
-    if method in ("static", "pgn"):
-        prompter = make_prompter(model.model, processor)
-        mapping, head = prompter.label_mapping, prompter.head
-        images = [image for start in range(0, len(images), 50) for image in prompter(images[start : start + 50])]
-        server = model.model.unload()
-    elif method == "border":
-        pixels = torch.stack([to_pixels(image, 3) for image in images]).float() / 255
-        images = to_images(to_8_bit(model.prompted(pixels).detach()), Image.Image)
-        mapping = model.model.model.mapping
-    else:
-        mapping = model.model.mapping
-    answers = {}
-    with torch.inference_mode():
-        for encoding in ("PNG", "JPEG"):
-            logits = []
-            for start in range(0, len(images), 50):
-                pixel_values = through(encoding, images[start : start + 50], processor)
-                if head is None:
-                    logits.append(server(pixel_values).logits)
-                else:
-                    logits.append(head(server.vit(pixel_values).last_hidden_state[:, 0]))
-            answers[encoding] = torch.cat(logits) if mapping is None else torch.cat(logits)[:, mapping]
-    return answers
+@torch.inference_mode()
+def prompted_images(model: Adapted, pixels: Tensor, processor: Any) -> Tensor:
+    """Return the images (N, C, H, W) that are sent, 8-bit pixels, for 8-bit pixels of the same form."""
+    model.eval()
+    if model.prompt is not None:
+        return torch.cat([to_8_bit(model.prompt.prompted(batch.float() / 255)) for batch in pixels.split(100)])
+    if not hasattr(model.server.model, "peft_config"):
+        return pixels
+    prompter = make_prompter(model.server.model, processor)
+    return torch.cat([prompter(batch) for batch in pixels.cpu().split(100)])
 
 
-def run_all(options: argparse.Namespace) -> list[dict]:
-    """Run what is missing in the results file, and return the rows to be reported."""
+@torch.inference_mode()
+def served(server: heads.Server, images: Tensor, encoding: str, processor: Any) -> Tensor:
+    """Encode and decode images, and answer them with a stock server behind its processor: log-probabilities (N, K)."""
+    answers = []
+    for batch in images.split(100):
+        decoded = []
+        for image in to_images(batch, Image.Image):
+            file = io.BytesIO()
+            image.save(file, **ENCODINGS[encoding])
+            decoded.append(Image.open(file))
+        pixel_values = processor(images=decoded, return_tensors="pt")["pixel_values"].to(bench.DEVICE)
+        answers.append(server(pixel_values).log_softmax(-1))
+    return torch.cat(answers)
+
+
+def available_methods() -> list[str]:
+    """Return the methods whose layout this version of the package has."""
+    return [name for name in METHODS if PGN_METHODS.get(name, ({},))[0].get("prompt_layout", "canvas") in LAYOUTS]
+
+
+def rates(method: str, head: str, count: int) -> tuple[float | None, ...]:
+    """Return the learning rates that a method chooses from; None where nothing is trained."""
+    if method == "none":
+        return HEAD_RATES[:count] if head == "trained" else (None,)
+    return (PEERS[method] if method in PEERS else PGN_METHODS[method])[1][:count]
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Run what is missing in the results file."""
     results = bench.Results(options.results)
-    names = ("head", "side", "epochs", "batch", "library_size", "generator_image_size", "num_virtual_tokens")
-    common = {name: getattr(options, name) for name in names} | {"data": Path(options.data).name}
-
-    def cell(method: str, learning_rate: float | None, seed: int, report: bool) -> dict:
-        key = {"method": method, "learning_rate": learning_rate, "seed": seed, "report": report}
-        return results.get(key | common, lambda: run(method, learning_rate, seed, report, options))
-
-    reported = []
-    for method in options.methods or METHODS[options.head]:
-        rates = (None,) if method == "mapping" else GRIDS.get(method, GRID)[: options.grid]
-        chosen = max((cell(method, rate, 0, False) for rate in rates), key=lambda row: row["accuracy"])
-        rate = chosen["settings"]["learning_rate"]
-        reported += [cell(method, rate, seed, True) for seed in options.seeds]
-    return reported
+    for data in options.all_data:
+        options.data = data
+        common = {name: getattr(options, name) for name in PROTOCOL}
+        common |= {"data": Path(data).name, "model": Path(options.model).name}
+        for head in options.head:
+            for method in options.methods:
+                if not method.startswith("latent-") or head == "trained":
+                    run_cell(results, method, head, common, options)
 
 
-def table(rows: list[dict]) -> str:
-    """Make a Markdown table of the reported runs."""
-    lines = [
-        "| method | trained parameters | learning rate | seed | as trained | as PNG | agreement | as JPEG |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def run_cell(results: bench.Results, method: str, head: str, common: dict[str, Any], options: Any) -> None:
+    """Choose a learning rate on validation, and run the other seeds on test."""
+    trained_with = TRAINED_WITH.get(head, head)
+
+    def get(rate: float | None, seed: int, split: str) -> dict[str, Any]:
+        key = {"method": method, "head": trained_with, "learning_rate": rate, "seed": seed, "split": split}
+        return results.get(key | common, lambda: run(method, trained_with, rate, seed, split, options))
+
+    found = rates(method, head, options.grid)
+    rate = found[0]
+    if len(found) > 1:
+        rate = max(found, key=lambda rate: get(rate, 0, "validation")["heads"][head]["accuracy"])
+    for seed in options.seeds if rate is not None else options.seeds[:1]:  # without training there is nothing random
+        get(rate, seed, "test")
+
+
+def chosen(rows: list[dict[str, Any]], head: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Gather the tested runs of a head by method and data set, each with the learning rate chosen for that head."""
+    searched: dict[tuple[str, str], dict[float | None, float]] = {}
+    tested: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        served = ("png_accuracy", "png_agreement", "jpeg_accuracy")
-        figures = " | ".join(f"{row[name]:.3f}" if name in row else "-" for name in ("accuracy", *served))
         settings = row["settings"]
-        lines.append(
-            f"| {settings['method']} | {row['trainable_parameters']:,} | {settings['learning_rate'] or '-'} "
-            f"| {settings['seed']} | {figures} |"
-        )
+        place = settings["method"], settings["data"]
+        if settings["head"] != TRAINED_WITH.get(head, head):
+            continue
+        if settings["split"] == "test":
+            tested.setdefault(place, []).append(row)
+        else:
+            searched.setdefault(place, {})[settings["learning_rate"]] = row["heads"][head]["accuracy"]
+    for place, found in searched.items():
+        best = max(found, key=found.get)
+        tested[place] = [row for row in tested.get(place, []) if row["settings"]["learning_rate"] == best]
+    return {place: found for place, found in tested.items() if found}
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Make a Markdown table for each model, protocol and head: a row a method, two columns a data set."""
+    together: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        together.setdefault(tuple(row["settings"][name] for name in ("model", *PROTOCOL)), []).append(row)
+    lines = []
+    for (model, side, epochs, *_), group in together.items():
+        for head in HEADS:
+            if cells := chosen(group, head):
+                lines += [f"Head: {head} ({model}, {side} px, {epochs} epochs)", "", *table(cells, head), ""]
     return "\n".join(lines)
 
 
-def main(command_line: list[str] | None = None) -> None:
+def table(cells: dict[tuple[str, str], list[dict[str, Any]]], head: str) -> list[str]:
+    """Make the lines of one table."""
+    data_sets = list(dict.fromkeys(data for _, data in cells))
+    columns = ["method", "trained parameters", "learning rate", "PNG as trained"]
+    columns += [column for data in data_sets for column in (data, "JPEG 90; 95")]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for method in METHODS:
+        here = {data: cells[method, data] for data in data_sets if (method, data) in cells}
+        if here:
+            figures = [figure for data in data_sets for figure in figures_of(here.get(data, []), head)]
+            lines.append("| " + " | ".join([NAMES[method], *describe(here, head), *figures]) + " |")
+    return lines
+
+
+def describe(here: dict[str, list[dict[str, Any]]], head: str) -> list[str]:
+    """Return a method's trained parameters, its learning rate on each data set, and the lowest agreement."""
+    runs = [row for found in here.values() for row in found]
+    counts = sorted({row["trainable_parameters"] for row in runs})
+    found = ["-" if (rate := runs[0]["settings"]["learning_rate"]) is None else f"{rate:g}" for runs in here.values()]
+    agreements = [row["heads"][head]["png_agreement"] for row in runs if "png_agreement" in row["heads"][head]]
+    return [
+        " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))),
+        found[0] if len(set(found)) == 1 else ", ".join(found),
+        f"{min(agreements):.3f}" if agreements else "-",
+    ]
+
+
+def figures_of(runs: list[dict[str, Any]], head: str) -> tuple[str, str]:
+    """Return mean and standard deviation over the seeds, as PNG (or as trained, in latent space), and as JPEG."""
+    found = [run["heads"][head] for run in runs]
+    if not found:
+        return "-", "-"
+    accuracy = [one.get("png_accuracy", one["accuracy"]) for one in found]
+    spread = f"±{statistics.stdev(accuracy):.3f}" if len(accuracy) > 1 else ""
+    jpeg = [
+        f"{statistics.mean(one[name] for one in found):.3f}"
+        for name in ("jpeg90_accuracy", "jpeg95_accuracy")
+        if name in found[0]
+    ]
+    return f"{statistics.mean(accuracy):.3f}{spread}", "; ".join(jpeg) or "-"
+
+
+def make_smoke(folder: Path, options: argparse.Namespace) -> None:
+    """Set the options to a tiny model, with enough classes to determine its features, and generated images."""
+    smoke_arguments(folder)
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = ViTConfig(image_size=32, patch_size=8, num_labels=48, **tiny)
+    ViTForImageClassification(config).save_pretrained(folder / "vit")
+    options.all_data, options.model, options.results = [f"{folder}/images"], f"{folder}/vit", f"{folder}/results.jsonl"
+    options.head = options.head or HEADS[:4]
+    options.side, options.epochs, options.batch, options.library_size = 32, 1, 8, 8
+    options.grid, options.seeds, options.precision, options.generator_image_size = 1, (1,), "float32", None
+
+
+def main(command_line: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with train, validation and test.parquet, or any image data set")
-    parser.add_argument("--model", help="id or path of a ViT")
-    parser.add_argument("--head", choices=("frozen", "trained"), default="frozen")
-    parser.add_argument("--results", default="outputs/input_only.jsonl", help="file of JSON lines, appended to")
-    parser.add_argument("--methods", nargs="+", help="only these")
-    parser.add_argument("--grid", type=int, default=2, help="use this many learning rates")
-    parser.add_argument("--seeds", nargs="*", type=int, default=(1,))
+    parser.add_argument(
+        "--data", dest="all_data", nargs="+", help='"digits", folders with train, validation and test.parquet, ...'
+    )
+    parser.add_argument("--model", help="id or path of a ViT, or folder of a CLIP image tower with text embeddings")
+    parser.add_argument("--head", nargs="+", choices=HEADS, help="by default all but text, which needs CLIP")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=available_methods(), help="only these")
+    parser.add_argument("--results", help="file of JSON lines, appended to; by default outputs/input_only.jsonl")
+    parser.add_argument("--report", action="store_true", help="only print the tables of the results")
+    parser.add_argument("--grid", type=int, default=2, help="use this many learning rates; 1: nothing is chosen")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(1, 2, 3))
     parser.add_argument("--side", type=int, default=112, help="of the images, in pixels")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")
     parser.add_argument("--library_size", type=int, default=64)
     parser.add_argument("--generator_image_size", type=int, default=64)
-    parser.add_argument("--num_virtual_tokens", type=int, help="by default one ring of patches")
     parser.add_argument("--max_train_samples", type=int, default=1000)
     parser.add_argument("--max_test_samples", type=int, default=1000)
     parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
     options = parser.parse_args(command_line)
     with tempfile.TemporaryDirectory() as folder:
         if options.smoke:
-            smoke_arguments(Path(folder))
-            options.data, options.model = f"{folder}/images", f"{folder}/vit"
-            options.results = f"{folder}/results.jsonl"
-            options.side, options.epochs, options.grid, options.batch, options.library_size = 32, 1, 1, 8, 8
-        if not (options.data and options.model):
+            make_smoke(Path(folder), options)
+        elif options.report:
+            options.results = options.results or RESULTS
+        elif not (options.all_data and options.model):
             parser.error("--data and --model are required")
-        print(table(run_all(options)))
+        options.results = options.results or "outputs/input_only.jsonl"
+        options.head = options.head or HEADS[:4]
+        if not options.report:
+            run_all(options)
+        rows = list(bench.Results(options.results))
+        print(report(rows))
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,0 +1,258 @@
+"""A frozen server that answers with scores, and heads that read a task's classes off them.
+
+A head maps the server's features to the task's logits while it is trained (`forward`), and the server's answer to the
+same logits where it is deployed (`read`): a server returns scores, not features.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from bench import DEVICE, accuracy, load_backbone
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, CLIPVisionModelWithProjection
+
+# BLM+: k as a share of the task's classes and the smoothing, as in the paper's code; and a second k to choose from, as
+# a share of the server's classes.
+TOP_K_SHARE = 0.15
+SECOND_TOP_K_SHARE = 0.2
+SMOOTHING = 1.0
+# Ridge penalties to choose from, as multiples of the mean eigenvalue.
+PENALTIES = tuple(10.0**power for power in range(-5, 2))
+# The scale of CLIP's logits.
+CLIP_SCALE = 100.0
+
+
+class Server(nn.Module):
+    """A frozen model and its own classifier.
+
+    Args:
+        model: a stock ViT, from whose CLS token the classifier reads, or a CLIP image tower with its projection.
+        classifier: the weight (K, D) and bias (K,) of the scores.
+        names: of the K classes.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, model: nn.Module, classifier: tuple[Tensor, Tensor], names: dict[int, str]) -> None:
+        super().__init__()
+        self.model, self.names = model.requires_grad_(False).eval(), names
+        self.register_buffer("weight", classifier[0].detach())
+        self.register_buffer("bias", classifier[1].detach())
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Answer normalised pixels with the features (B, D) that the classifier takes."""
+        outputs = self.model(pixel_values=pixel_values)
+        if "image_embeds" in outputs:
+            # CLIP compares directions; scaled so that a feature has a mean square of 1, as after a layer norm.
+            return F.normalize(outputs.image_embeds.float(), dim=-1) * self.weight.shape[1] ** 0.5
+        return outputs.last_hidden_state[:, 0].float()
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Turn features (B, D) into the logits (B, K) of the server's classes, in float32."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features, self.weight, self.bias)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Answer normalised pixels with the logits (B, K)."""
+        return self.scores(self.features(pixel_values))
+
+
+def load_server(path: str, side: int | None) -> Server:
+    """Load a stock `ViTForImageClassification`, or a CLIP image tower with text embeddings of ImageNet's classes.
+
+    CLIP's folder has `imagenet1k_text_embeds.safetensors` and `imagenet1k_classes.json` beside the checkpoint.
+    Position embeddings are resized where `side` is not the model's own.
+    """
+    if AutoConfig.from_pretrained(path).model_type != "clip_vision_model":
+        backbone = load_backbone(path, side)
+        head = (backbone.classifier.weight, backbone.classifier.bias)
+        return Server(backbone.vit, head, backbone.config.id2label).to(DEVICE)
+    texts = load_file(Path(path, "imagenet1k_text_embeds.safetensors"))["a_photo_of_a"]
+    names = json.loads(Path(path, "imagenet1k_classes.json").read_text(encoding="utf-8"))["names"]
+    head = (texts * (CLIP_SCALE / texts.shape[1] ** 0.5), torch.zeros(len(texts)))
+    return Server(_load_clip(path, side), head, dict(enumerate(names))).to(DEVICE)
+
+
+def _load_clip(path: str, side: int | None) -> CLIPVisionModelWithProjection:
+    model = CLIPVisionModelWithProjection.from_pretrained(path, attn_implementation="eager")
+    if side is None or side == model.config.image_size:
+        return model
+    embeddings = model.vision_model.embeddings
+    count = (side // model.config.patch_size) ** 2 + 1
+    positions = embeddings.interpolate_pos_encoding(torch.zeros(1, count, model.config.hidden_size), side, side)
+    weights = model.state_dict() | {"vision_model.embeddings.position_embedding.weight": positions[0].detach()}
+    config = copy.deepcopy(model.config)
+    config.image_size = side
+    resized = CLIPVisionModelWithProjection(config)
+    resized.load_state_dict(weights)
+    return resized
+
+
+def text_mapping(data: str) -> list[int]:
+    """Return the ImageNet class of each of a data set's classes, from its `classes.json`: the head of its texts."""
+    return json.loads(Path(data, "classes.json").read_text(encoding="utf-8"))["imagenet_index"]
+
+
+def centre(scores: Tensor) -> Tensor:
+    """Subtract each image's mean from scores (B, K): the same for logits and for log-probabilities."""
+    return scores.double() - scores.double().mean(1, keepdim=True)
+
+
+class Head(nn.Module):
+    """Base of the heads that read the server's scores."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.scores = server.scores
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Turn the server's features (B, D) into the task's logits (B, M)."""
+        return self.read(self.scores(features))
+
+    def read(self, scores: Tensor) -> Tensor:
+        """Turn the server's answer (B, K), logits or log-probabilities, into the task's logits (B, M)."""
+        raise NotImplementedError
+
+    def observe(self, scores: Tensor, labels: Tensor) -> None:
+        """Take note of the scores (B, K) of a training batch."""
+
+    def end_epoch(self) -> None:
+        """Change the head at the end of an epoch."""
+
+
+class Mapped(Head):
+    """One class of the server for each of the task's: by frequency, or by name."""
+
+    def __init__(self, server: Server, mapping: list[int]) -> None:
+        super().__init__(server)
+        self.mapping = mapping
+
+    def read(self, scores: Tensor) -> Tensor:
+        """Pick the columns."""
+        return scores[:, self.mapping]
+
+
+class Bayesian(Head):
+    """BLM+: each of the task's classes is a weighted set of the server's.
+
+    The weights (K, M): each training image adds its k largest probabilities to its true class; rows are divided by
+    their sums, which smoothing increases, and columns by theirs. The task's logits are the server's times the weights.
+    While prompts are trained, the weights of an epoch come from the answers of the epoch before.
+
+    Args:
+        server: the server.
+        num_labels: number of the task's classes, M.
+        k: number of probabilities of an image that count.
+
+    Source: Chen et al., NeurIPS 2024, arXiv:2410.24018, and its code (github.com/tmlr-group/BayesianLM). Differs: k is
+    that of the paper, 0.15 M, or 0.2 K, whichever is better on validation.
+    """
+
+    def __init__(self, server: Server, num_labels: int, k: int) -> None:
+        super().__init__(server)
+        self.num_labels, self.k = num_labels, k
+        self.counts = torch.zeros(len(server.weight), num_labels, device=server.weight.device)
+        self.weights = self.counts.clone()
+
+    def read(self, scores: Tensor) -> Tensor:
+        """Average the scores with each class's weights, which sum to 1."""
+        return scores.float() @ self.weights
+
+    @torch.no_grad()
+    def observe(self, scores: Tensor, labels: Tensor) -> None:
+        """Add a batch to the counts."""
+        values, classes = scores.float().softmax(-1).topk(self.k)
+        kept = torch.zeros_like(scores, dtype=torch.float32).scatter_(1, classes, values)  # (B, K)
+        self.counts += kept.T @ F.one_hot(labels, self.num_labels).float()
+
+    def end_epoch(self) -> None:
+        """Replace the weights by those of the images observed since the last time."""
+        shares = self.counts / (self.counts.sum(1, keepdim=True) + SMOOTHING)
+        self.weights = shares / shares.sum(0).clamp(min=1e-12)
+        self.counts = torch.zeros_like(self.counts)
+
+
+class Trained(Head):
+    """A linear head on the server's features, trained together with the prompts.
+
+    With logits z = W h + b of all K classes, an answer determines z up to one number for each image, and so, where the
+    centred W has rank D, the features h and this head.
+    """
+
+    def __init__(self, server: Server, num_labels: int) -> None:
+        super().__init__(server)
+        centred = (part.double() - part.double().mean(0) for part in (server.weight, server.bias))
+        self.centred_weight, self.centred_bias = centred
+        self.linear = nn.Linear(server.weight.shape[1], num_labels).to(server.weight.device)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Apply the head to features (B, D)."""
+        return self.linear(features)
+
+    @torch.no_grad()
+    def read(self, scores: Tensor) -> Tensor:
+        """Compute the same from scores: exact, up to the precision of the scores.
+
+        Raises:
+            ValueError: the scores do not determine the features.
+        """
+        if torch.linalg.matrix_rank(self.centred_weight) < self.centred_weight.shape[1]:
+            raise ValueError(
+                f"`scores` must determine the server's {self.centred_weight.shape[1]} features, but got those of "
+                f"{len(self.centred_weight)} classes. Use the head 'ridge'."
+            )
+        features = (centre(scores) - self.centred_bias) @ torch.linalg.pinv(self.centred_weight).T
+        return self.linear(features.float())
+
+
+class Ridge(Head):
+    """A linear map of the centred log-scores, fitted to training images by least squares with a penalty.
+
+    Args:
+        server: the server.
+        train: scores (N, K) and labels (N,) to fit.
+        validation: scores and labels on which the penalty is chosen.
+        num_labels: number of the task's classes, M.
+    """
+
+    def __init__(
+        self, server: Server, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], num_labels: int
+    ) -> None:
+        super().__init__(server)
+        inputs, targets = centre(train[0]), F.one_hot(train[1], num_labels).double()
+        self.means = inputs.mean(0), targets.mean(0)
+        inputs, targets = inputs - self.means[0], targets - self.means[1]
+        values, vectors = torch.linalg.eigh(inputs.T @ inputs)  # (K,), (K, K)
+        projected = vectors.T @ (inputs.T @ targets)  # (K, M)
+        found = {}
+        for penalty in PENALTIES:
+            self.map = vectors @ (projected / (values + penalty * values.mean())[:, None])
+            found[penalty] = accuracy(self.read(validation[0]), validation[1])
+        self.penalty = max(found, key=found.get)
+        self.map = vectors @ (projected / (values + self.penalty * values.mean())[:, None])
+
+    def read(self, scores: Tensor) -> Tensor:
+        """Apply the map."""
+        return (centre(scores) - self.means[0]) @ self.map + self.means[1]
+
+
+def fit(name: str, server: Server, scores: dict[str, Tensor], labels: dict[str, Tensor], num_labels: int) -> Head:
+    """Fit "blm" or "ridge" to the server's scores for training images; k or the penalty is chosen on validation."""
+    train, validation = ((scores[split], labels[split]) for split in ("train", "validation"))
+    if name == "ridge":
+        return Ridge(server, train, validation, num_labels)
+    fitted = []
+    for k in (int(TOP_K_SHARE * num_labels), int(SECOND_TOP_K_SHARE * len(server.weight))):
+        fitted.append(Bayesian(server, num_labels, max(1, k)))
+        fitted[-1].observe(*train)
+        fitted[-1].end_epoch()
+    return max(fitted, key=lambda head: accuracy(head.read(validation[0]), validation[1]))
