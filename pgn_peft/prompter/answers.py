@@ -10,8 +10,8 @@ from typing import Any
 PROBE_TOLERANCE = 0.25
 
 
-def read_scores(answer: Iterable[Any]) -> dict[str, float]:
-    """Return the scores in an answer by label.
+def read_entries(answer: Iterable[Any]) -> list[tuple[str, float]]:
+    """Return the labels and scores in an answer. Two classes of a server can have the same label.
 
     Args:
         answer: entries with `label` and `score`, as dictionaries or as objects, from a pipeline or an endpoint.
@@ -20,12 +20,17 @@ def read_scores(answer: Iterable[Any]) -> dict[str, float]:
         TypeError: `answer` is not a list of entries with `label` and `score`.
     """
     try:
-        return {str(_get(entry, "label")): float(_get(entry, "score")) for entry in answer}
+        return [(str(_get(entry, "label")), float(_get(entry, "score"))) for entry in answer]
     except (TypeError, KeyError, AttributeError) as error:
         raise TypeError(
             f"`answer` must be a list of entries with `label` and `score`, but got {answer!r}. Pass on what the "
             "server answered for one image."
         ) from error
+
+
+def read_scores(answer: Iterable[Any]) -> dict[str, float]:
+    """Return the scores in an answer by label; see `read_entries`."""
+    return dict(read_entries(answer))
 
 
 def _get(entry: Any, name: str) -> Any:
