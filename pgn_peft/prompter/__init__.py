@@ -1,6 +1,7 @@
 """The client of a hosted model. Imports neither PEFT nor Transformers."""
 
+from pgn_peft.prompter.embeddings_client import EmbeddingsClient
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.prompter.label_mapping import frequency_mapping
 
-__all__ = ["ImagePrompter", "frequency_mapping"]
+__all__ = ["EmbeddingsClient", "ImagePrompter", "frequency_mapping"]
