@@ -173,7 +173,7 @@ def test_a_label_mapping_by_hand():
     assert torch.allclose(mapping_matrix(probabilities, labels, 2, 1.0), expected)
     logs = probabilities.repeat(2, 1).log()
     logs[logs.isinf()] = math.nan
-    head = fit_label_mapping(logs, labels.repeat(2), 2, ["a", "b", "c"], "softmax", smoothing=2.0)
+    head = fit_label_mapping(logs, labels.repeat(2), 2, ["a", "b", "c"], smoothing=2.0)
     assert torch.allclose(head.weight, expected)
     found = head.read([[{"label": "b", "score": 0.9}, {"label": "new", "score": 0.1}]])[0].exp()
     assert torch.allclose(found, 0.9 * expected[:, 1].double(), rtol=1e-5)
@@ -241,6 +241,7 @@ def test_a_trained_head_works_through_a_stock_pipeline(function):
         assert list(found.values()) == sorted(found.values(), reverse=True)
         for index, label in model.config.id2label.items():
             assert found[label] == pytest.approx(scores[index].item(), abs=0.02)
+    assert prompter.check_server(server(prompter.probe(), **options)) < 1e-3
     report = prompter.describe_answer(server(prompter.probe(), **options))
     assert report.all_scores
     assert report.readable

@@ -21,7 +21,7 @@ class AnswerReport:
         decimals: decimals after the point, where all scores are rounded to the same number of them.
         num_zeros: scores that are 0, from rounding.
         rounding_error: expected error of the prompter's logits from the rounding, root mean square, of the least exact
-            logit; None without a head that reads all scores, or where scores are missing.
+            logit; None without an exact head, or where scores are missing.
         readable: whether the prompter's head can read such answers; None without one.
     """
 
@@ -72,7 +72,7 @@ def describe(entries: Sequence[tuple[str, float]], head: ScoreHead | None, num_c
     if head is not None:
         row = as_row(entries, head.labels)
         present = not bool(row.isnan().any())
-        if head.report.kind != "mapping" and present:
+        if head.report.kind == "exact" and present:  # a fitted head has seen the rounding of its answers
             # Roundings are independent, and spread evenly between their bounds.
             variance = precision.log_errors(row, scale).square() / 3
             error = float((head.weight.double().cpu().square() @ variance).sqrt().max())

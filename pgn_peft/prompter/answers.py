@@ -28,9 +28,12 @@ def read_entries(answer: Iterable[Any]) -> list[tuple[str, float]]:
         ) from error
 
 
-def read_scores(answer: Iterable[Any]) -> dict[str, float]:
-    """Return the scores in an answer by label; see `read_entries`."""
-    return dict(read_entries(answer))
+def by_label(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return scores by label; the larger one, where two classes have the same label."""
+    scores: dict[str, float] = {}
+    for label, score in entries:
+        scores[label] = max(score, scores.get(label, score))
+    return scores
 
 
 def _get(entry: Any, name: str) -> Any:

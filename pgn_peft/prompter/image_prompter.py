@@ -22,11 +22,12 @@ from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.prompter import files, settings
 from pgn_peft.prompter.answer_report import AnswerReport, describe
-from pgn_peft.prompter.answers import compare_with_probe, map_scores, read_entries, read_scores
+from pgn_peft.prompter.answers import by_label, compare_with_probe, map_scores, read_entries
 from pgn_peft.prompter.card import make_prompter_card
 from pgn_peft.prompter.embedding_head import EmbeddingHead, fit_embedding_head, text_head
 from pgn_peft.prompter.score_fitting import fit_to_answers
 from pgn_peft.prompter.score_head import ScoreHead
+from pgn_peft.prompter.score_scale import find_scale
 from pgn_peft.utils.checksums import compare_settings
 from pgn_peft.utils.files import read_settings
 from pgn_peft.utils.labels import normalize_id2label
@@ -186,7 +187,7 @@ class ImagePrompter(nn.Module):
             ValueError: `answer` lacks scores that are needed, or is about other classes.
         """
         entries = read_entries(answer)
-        scores = dict(entries)
+        scores = by_label(entries)
         own = self.head is not None and scores.keys() <= set(filled(self.id2label).values())
         if self.score_head is not None and not (own and scores.keys().isdisjoint(self.score_head.labels)):
             probabilities = self.score_head.read_entries(entries).softmax(-1).tolist()
@@ -324,7 +325,12 @@ class ImagePrompter(nn.Module):
                 "`probe_scores` must be known to check a server, but got None: the model has no classification head. "
                 "Make the prompter from a model that has one."
             )
-        return compare_with_probe(read_scores(answer), self.probe_scores.tolist(), filled(self.server_labels))
+        entries = read_entries(answer)
+        scores = [score for _, score in entries]
+        if len(scores) == len(self.probe_scores) and find_scale(scores, complete=True) == "logits":
+            scores = torch.tensor(scores).softmax(0).tolist()
+        found = by_label(zip((label for label, _ in entries), scores, strict=True))
+        return compare_with_probe(found, self.probe_scores.tolist(), filled(self.server_labels))
 
     # Files.
 

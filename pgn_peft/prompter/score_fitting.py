@@ -45,8 +45,8 @@ def fit_to_answers(answers: Iterable[Iterable[Any]], labels: Sequence[int] | Ten
     scale = next((name for name in ("logits", "sigmoid") if name in scales), "softmax")
     scores, classes = log_scores(rows, scale), check_classes(labels, len(rows), num_labels)
     heads = [fit_score_head(scores, classes, num_labels, names, scale)]
-    if scale != "logits":
-        heads.append(fit_label_mapping(scores, classes, num_labels, names, scale))
+    if scale == "softmax":
+        heads.append(fit_label_mapping(scores, classes, num_labels, names))
     return max(heads, key=lambda head: head.report.accuracy or 0.0)
 
 
@@ -66,7 +66,7 @@ def fit_score_head(scores: Tensor, labels: Tensor, num_labels: int, names: Seque
 
 
 def fit_label_mapping(
-    scores: Tensor, labels: Tensor, num_labels: int, names: Sequence[str], scale: str, smoothing: float = 1.0
+    scores: Tensor, labels: Tensor, num_labels: int, names: Sequence[str], smoothing: float = 1.0
 ) -> ScoreHead:
     """Fit a Bayesian label mapping: a score of the task's class is the sum of all scores, weighted.
 
@@ -75,7 +75,6 @@ def fit_label_mapping(
         labels: (N,) 0..M-1.
         num_labels: M.
         names: of the server's K classes.
-        scale: what the server's scores are, "softmax" or "sigmoid".
         smoothing: added to the sum of each of the server's classes, so that rare ones weigh less.
 
     Source: BLM+ of Cai et al., "Bayesian-guided Label Mapping for Visual Reprogramming", NeurIPS 2024,
@@ -89,7 +88,7 @@ def fit_label_mapping(
     held_out = _held_out(lambda rows, rest: probabilities[rest] @ weigh(rows).mT, labels)
     accuracy = float((held_out.argmax(1) == labels).double().mean())
     report = ScoreHeadReport("mapping", False, accuracy=accuracy)
-    return ScoreHead(weigh(torch.arange(len(labels))), torch.zeros(num_labels), names, report, scale)
+    return ScoreHead(weigh(torch.arange(len(labels))), torch.zeros(num_labels), names, report, "softmax")
 
 
 def mapping_matrix(probabilities: Tensor, labels: Tensor, num_labels: int, smoothing: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.prompter.answers import read_entries
+from pgn_peft.prompter.answers import by_label, read_entries
 from pgn_peft.prompter.score_scale import find_scale, log_scores
 
 KINDS = ("exact", "ridge", "mapping")
@@ -116,7 +116,7 @@ class ScoreHead(nn.Module):
 
 def as_row(entries: Sequence[tuple[str, float]], labels: Sequence[str]) -> Tensor:
     """Order an answer's scores: (K,) float64 by `labels`, NaN where one is missing."""
-    scores = dict(entries)
+    scores = by_label(entries)
     return torch.tensor([scores.get(label, math.nan) for label in labels], dtype=torch.float64)
 
 
