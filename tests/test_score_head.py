@@ -144,7 +144,7 @@ def test_ridge_recovers_a_linear_rule(layers):
     labels = (features @ own_weight[:2].mT).argmax(1)
     answers = list(map(entries, (features @ weight.mT + bias).softmax(1)))
     head = fit_to_answers(answers[:400], labels[:400], 2)
-    assert (head.report.kind, head.report.complete) == ("ridge", True)
+    assert (head.report.kind, head.report.top_k) == ("ridge", None)
     accuracy = (head.read(answers[400:]).argmax(1) == labels[400:]).double().mean()
     assert accuracy > 0.9
     assert head.report.accuracy == pytest.approx(accuracy.item(), abs=0.04)
@@ -191,10 +191,12 @@ def test_answers_of_the_best_labels_only_can_be_fitted():
         for label in labels
     ]
     head = fit_to_answers(answers, labels, 2)
-    assert not head.report.complete
+    assert head.report.top_k == 2
     assert head.report.accuracy == 1
     assert head.read([[{"label": "1", "score": 0.5}], [{"label": "2", "score": 0.5}]]).argmax(1).tolist() == [0, 1]
     assert head.read([[{"label": "never seen", "score": 0.5}]]).isfinite().all()
+    more = [{"label": str(label), "score": 0.01} for label in (2, 3)]
+    assert torch.equal(head.read([answers[0] + more]), head.read([answers[0]]))
 
 
 def test_raw_logits_can_be_fitted_and_scores_must_suit_labels():
@@ -294,7 +296,11 @@ def test_a_head_fitted_to_answers_is_used_and_saved(tmp_path):
     loaded = ImagePrompter.from_pretrained(tmp_path)
     assert loaded.read_answer(answers[2]) == prompter.read_answer(answers[2])
     assert loaded.score_head.report == prompter.score_head.report
-    assert "fitted to the server's answers" in loaded.make_card("someone/prompter").text
+    assert prompter.describe_answer(answers[0]).readable
+    assert not prompter.describe_answer(answers[0][:1]).readable
+    card = loaded.make_card("someone/prompter").text
+    assert "fitted to the server's answers" in card
+    assert "top_k=2)" in card
 
 
 def test_an_exact_head_is_saved_and_the_card_says_so(tmp_path):
@@ -314,7 +320,8 @@ def test_an_exact_head_is_saved_and_the_card_says_so(tmp_path):
     ("change", "message"),
     [
         ({"kind": "os.system"}, "`kind` must be one of exact, ridge, mapping, but got 'os.system'"),
-        ({"complete": 1}, "must be the configuration of a prompter, but got TypeError: `complete`"),
+        ({"top_k": True}, "must be the configuration of a prompter, but got TypeError: `top_k`"),
+        ({"top_k": 10**9}, "`top_k` must lie in"),
         ({"labels": ["a"]}, "must hold the tensors of .* but got others"),
         ({"labels": [1, 2]}, "must be the configuration of a prompter"),
         ({"labels": []}, "`id2label` must name at least one class"),

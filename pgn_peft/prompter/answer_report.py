@@ -49,7 +49,7 @@ class AnswerReport:
         if self.readable is False:
             text += " Its head cannot read them: "
             if self.rounding_error is None:
-                text += f"ask the server for all its labels (top_k={self.num_classes}), or "
+                text += f"ask the server for all its labels (top_k={self.num_classes or 'their number'}), or "
             else:
                 text += f"the error must be at most {LOGIT_TOLERANCE}. Ask the server for more digits, or "
             text += "fit a head to such answers: prompter.fit_answers(answers, labels)."
@@ -76,7 +76,7 @@ def describe(entries: Sequence[tuple[str, float]], head: ScoreHead | None, num_c
             # Roundings are independent, and spread evenly between their bounds.
             variance = precision.log_errors(row, scale).square() / 3
             error = float((head.weight.double().cpu().square() @ variance).sqrt().max())
-        readable = (present or not head.report.complete) and (error is None or error <= LOGIT_TOLERANCE)
-        readable = readable and not bool(row.isnan().all())
+        enough = present or (head.report.top_k is not None and len(entries) >= head.report.top_k)
+        readable = enough and (error is None or error <= LOGIT_TOLERANCE)
     zeros = sum(score == 0 for score in values)
     return AnswerReport(len(entries), num_classes, scale, precision.digits, precision.decimals, zeros, error, readable)

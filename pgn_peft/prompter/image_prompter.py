@@ -210,7 +210,8 @@ class ImagePrompter(nn.Module):
         scores, and of as many digits, as will be asked for later. A few hundred images are enough for ten classes.
 
         Args:
-            answers: as for `read_answer`, one for each image.
+            answers: as for `read_answer`, one for each image. If they hold the best k scores only, `read_answer` uses
+                no more of later answers.
             labels: the images' classes, 0..M-1.
 
         Returns:
@@ -406,7 +407,7 @@ class ImagePrompter(nn.Module):
             has_probe=self.probe_scores is not None,
             has_head=self.head is not None,
             score_head=None if self.score_head is None else self.score_head.report,
-            top_k=len(self.server_labels or self.id2label or {}),
+            top_k=(self.score_head and self.score_head.report.top_k) or len(self.server_labels or self.id2label or {}),
             image_size="{} x {}".format(*self.layout.input_size),
             prompted_size="{} x {}".format(*self.layout.size),
             num_prompts=self.layout.num_virtual_tokens,

@@ -61,7 +61,7 @@ def fit_score_head(scores: Tensor, labels: Tensor, num_labels: int, names: Seque
         scale: what the server's scores are, one of `SCALES`.
     """
     weight, bias, accuracy = fit_ridge(centred(scores), labels, num_labels)
-    report = ScoreHeadReport("ridge", not bool(scores.isnan().any()), needed_digits(weight), accuracy=accuracy)
+    report = ScoreHeadReport("ridge", _top_k(scores), needed_digits(weight), accuracy=accuracy)
     return ScoreHead(weight, bias, names, report, scale)
 
 
@@ -87,7 +87,7 @@ def fit_label_mapping(
 
     held_out = _held_out(lambda rows, rest: probabilities[rest] @ weigh(rows).mT, labels)
     accuracy = float((held_out.argmax(1) == labels).double().mean())
-    report = ScoreHeadReport("mapping", False, accuracy=accuracy)
+    report = ScoreHeadReport("mapping", _top_k(scores), accuracy=accuracy)
     return ScoreHead(weigh(torch.arange(len(labels))), torch.zeros(num_labels), names, report, "softmax")
 
 
@@ -182,3 +182,9 @@ def _held_out(predict: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Te
     parts = [(rest, predict(fitted, rest)) for fitted, rest in rows if len(rest)]
     predictions = torch.cat([part for _, part in parts])
     return predictions[torch.cat([rest for rest, _ in parts]).argsort()]
+
+
+def _top_k(scores: Tensor) -> int | None:
+    """Return how many scores (N, K) an answer has at most; None if no answer lacks one."""
+    present = ~scores.isnan()
+    return None if bool(present.all()) else int(present.sum(dim=1).max())

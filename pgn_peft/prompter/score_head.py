@@ -26,7 +26,7 @@ class ScoreHeadReport:
     Args:
         kind: "exact": a trained head, taken through the inverse of the server's head; "ridge": fitted on answers by
             ridge regression on log-scores; "mapping": Bayesian label mapping of answers.
-        complete: whether it needs the scores of all classes.
+        top_k: how many of the best scores it reads; None: it needs the scores of all classes.
         digits: significant decimal digits of the scores with which no logit is wrong by more than 0.1, if all
             roundings add up. Usually one less is enough; see `ImagePrompter.describe_answer`. None for a mapping.
         rank: rank of the server's centred head; None if the head was fitted.
@@ -35,7 +35,7 @@ class ScoreHeadReport:
     """
 
     kind: str
-    complete: bool
+    top_k: int | None = None
     digits: int | None = None
     rank: int | None = None
     condition_number: float | None = None
@@ -49,7 +49,7 @@ class ScoreHead(nn.Module):
         weight: (M, K).
         bias: (M,); not used by a mapping.
         labels: the K names of the server's classes that are read.
-        report: how it was made. `kind` and `complete` decide what `forward` does.
+        report: how it was made. `kind` and `top_k` decide what `forward` does.
         scale: what the server's scores are, one of `SCALES`; None: found out for each answer.
     """
 
@@ -80,7 +80,7 @@ class ScoreHead(nn.Module):
         """
         scores = scores.double()
         missing = scores.isnan()
-        if self.report.complete and bool(missing.any()):
+        if self.report.top_k is None and bool(missing.any()):
             raise ValueError(
                 f"`answer` must hold the scores of all classes, but got none for {int(missing.any(0).sum())} of "
                 f"{len(self.labels)}. Ask the server for all its labels (top_k={len(self.labels)} or more). If it "
@@ -103,8 +103,10 @@ class ScoreHead(nn.Module):
 
     def read_entries(self, entries: Sequence[tuple[str, float]]) -> Tensor:
         """Compute the task's logits (M,) of one answer's labels and scores."""
+        if self.report.top_k is not None:
+            entries = sorted(entries, key=lambda entry: -entry[1])[: self.report.top_k]
         row = as_row(entries, self.labels)
-        if not entries or (self.report.complete and bool(row.isnan().all())):
+        if not entries or (self.report.top_k is None and bool(row.isnan().all())):
             raise ValueError(
                 f"`answer` must hold labels that the head was made for, like {self.labels[0]!r}, but got "
                 f"{', '.join(repr(label) for label, _ in entries[:5]) or 'none'}. The server runs another model; fit "
@@ -181,6 +183,6 @@ def exact_score_head(
         own = server_bias.detach().double().cpu()[kept]
         bias = bias - mapped @ (own - own.mean())
     report = ScoreHeadReport(
-        "exact", True, needed_digits(mapped), rank, condition_number=float(singular[0] / singular[-1])
+        "exact", None, needed_digits(mapped), rank, condition_number=float(singular[0] / singular[-1])
     )
     return ScoreHead(mapped, bias, [names[index] for index in kept], report)

@@ -17,7 +17,6 @@ from pgn_peft.prompter.score_head import KINDS, ScoreHead, ScoreHeadReport
 from pgn_peft.prompter.score_scale import SCALES
 from pgn_peft.utils.labels import normalize_id2label
 from pgn_peft.utils.values import (
-    check_boolean,
     check_choice,
     filled,
     read_channel_values,
@@ -119,13 +118,12 @@ def _read_score_head(settings: dict[str, Any], num_labels: int) -> ScoreHead:
         return value
 
     check_choice("kind", settings["kind"], KINDS)
-    check_boolean("complete", settings["complete"])
     if settings["scale"] is not None:
         check_choice("scale", settings["scale"], SCALES)
     labels = list(normalize_id2label(dict(enumerate(settings["labels"]))).values())
     report = ScoreHeadReport(
         settings["kind"],
-        settings["complete"],
+        read_integer("top_k", settings["top_k"], 1, len(labels), optional=True),
         read_integer("digits", settings["digits"], 1, 1000, optional=True),
         read_integer("rank", settings["rank"], 1, 1_000_000, optional=True),
         number("condition_number", 1e30),
