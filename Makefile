@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-avx2 quality style docs coverage wheel clean
+.PHONY: demo test test-avx2 test-servers quality style docs coverage wheel clean
 
 # An editable install of the package with all its extras; made again when the dependencies change.
 $(VENV)/installed: pyproject.toml
@@ -25,6 +25,16 @@ NUMBERS := $(addprefix tests/test_, $(addsuffix .py, generator contract forms de
 test-avx2: $(VENV)/installed
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(RUN) -m pytest -n auto --dist worksteal \
 		-m "not slow and not shared" $(NUMBERS)
+
+# A real embedding server, whose requirements exclude this package's, in an environment of its own.
+SERVERS := .venv-servers
+$(SERVERS)/installed: Makefile
+	$(PYTHON) -m venv $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --quiet 'infinity-emb[server]==0.0.78' 'transformers<4.49' torch aiohttp pillow
+	touch $@
+
+test-servers: $(VENV)/installed $(SERVERS)/installed
+	INFINITY=$(SERVERS)/bin/infinity_emb $(RUN) -m pytest tests/test_servers.py
 
 coverage: $(VENV)/installed
 	$(RUN) -m pytest --cov --cov-report=term
@@ -51,4 +61,4 @@ wheel: $(VENV)/installed
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist site outputs demo-output *.egg-info
+	rm -rf $(VENV) $(SERVERS) build dist site outputs demo-output *.egg-info

@@ -3,16 +3,18 @@
 Train the client's half first, on an open copy of the model; it is the folder `prompter` in the output folder:
 
     python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
-        --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --initial_logit_std 4 \
-        --output_dir outputs/my-adapter
+        --dataset path/to/images --prompt_space pixel --initial_logit_std 4 --output_dir outputs/my-adapter
     python examples/deploy_input_only.py --model_name_or_path facebook/deit-tiny-patch16-224 \
         --dataset path/to/images --prompter outputs/my-adapter/prompter
 
 The second command starts `pipeline("image-classification")` of the unmodified model in a process of its own, behind
-HTTP on this machine, as an endpoint would run it. The client knows only an address: it sends one probe to check that
-images arrive unchanged, and then test images, as they are and prompted, through `huggingface_hub.InferenceClient`.
-With `--url` it calls a server that is already running. `--smoke` trains a tiny model and does all this offline, in
-seconds.
+HTTP on this machine, as an endpoint would run it. The client knows only an address: it sends a probe to check that
+images arrive unchanged and that the scores that return are enough, and then test images, as they are and prompted,
+through `huggingface_hub.InferenceClient`. With `--url` it calls a server that is already running.
+
+The adapter's own head is computed from the scores of all the server's classes. Where these are too few, or have too
+few digits, `--fit_images 300` fits a head to the server's answers to prompted training images instead; `--top_k 5`
+asks the server for 5 scores only. `--smoke` trains a tiny model and does all this offline, in seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -99,12 +101,35 @@ def as_png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def call(url: str, prompter: ImagePrompter, rows, local: torch.nn.Module) -> dict[str, float]:
+@torch.inference_mode()
+def classify_locally(prompter: ImagePrompter, local: torch.nn.Module, image: Image.Image) -> str:
+    """Classify a prompted image by the model at hand, with the adapter's own head if the answers are read by this."""
+    features = []
+    hook = local.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    scores = local(prompter.pixel_values(image)).logits[0].softmax(-1)
+    hook.remove()
+    if prompter.head is not None and prompter.score_head.report.kind == "exact":
+        return prompter.id2label[prompter.classify(features[0]).argmax().item()]
+    answer = [{"label": local.config.id2label[index], "score": score} for index, score in enumerate(scores.tolist())]
+    return prompter.read_answer(answer)[0]["label"]
+
+
+def call(
+    url: str, prompter: ImagePrompter, rows, local: torch.nn.Module, top_k: int | None, to_fit
+) -> dict[str, float]:
     """Send test images to the server, as they are and prompted, and compare with the model at hand."""
     client = InferenceClient(model=url)
-    difference = prompter.check_server(client.image_classification(as_png(prompter.probe())))
+    top_k = len(prompter.server_labels) if top_k is None else top_k
+    answer = client.image_classification(as_png(prompter.probe()), top_k=top_k)
+    difference = prompter.check_server(answer)
     print(f"the server sees what it is sent: its scores for the probe differ by {difference:.1e} of the largest")
-    names, top_k = rows.features["label"].names, len(prompter.server_labels)
+    if len(to_fit):
+        images = tqdm(to_fit["image"], total=len(to_fit), leave=False)
+        answers = [client.image_classification(as_png(prompter(image)), top_k=top_k) for image in images]
+        accuracy = prompter.fit_answers(answers, to_fit["label"])
+        print(f"a head fitted to {len(answers)} answers ({prompter.score_head.report.kind}): {accuracy:.3f} held out")
+    print(prompter.describe_answer(answer))
+    names = rows.features["label"].names
     correct = {"as they are": 0, "prompted": 0}
     agreement, added_bytes, added_seconds = 0, 0, 0.0
     for image, label in tqdm(zip(rows["image"], rows["label"], strict=True), total=len(rows), leave=False):
@@ -117,10 +142,7 @@ def call(url: str, prompter: ImagePrompter, rows, local: torch.nn.Module) -> dic
         for kind, file in files.items():
             answers[kind] = prompter.read_answer(client.image_classification(file, top_k=top_k))[0]["label"]
             correct[kind] += answers[kind] == names[label]
-        with torch.inference_mode():
-            logits = local(prompter.pixel_values(image)).logits[0]
-        mapped = logits if prompter.label_mapping is None else logits[prompter.label_mapping]
-        agreement += prompter.id2label[mapped.argmax().item()] == answers["prompted"]
+        agreement += classify_locally(prompter, local, image) == answers["prompted"]
     number = len(rows)
     return {
         "accuracy as they are": correct["as they are"] / number,
@@ -137,6 +159,8 @@ def main(command_line: list[str] | None = None) -> dict[str, float] | None:
     parser.add_argument("--prompter", help="folder or id of an ImagePrompter")
     parser.add_argument("--dataset", help="images to classify: its test split, or else validation")
     parser.add_argument("--max_images", type=int, default=200)
+    parser.add_argument("--top_k", type=int, help="scores to ask the server for; by default all")
+    parser.add_argument("--fit_images", type=int, default=0, help="training images to fit a head to the answers to")
     parser.add_argument("--url", help="of a server; by default one is started")
     parser.add_argument("--serve", metavar="MODEL", help="be the server of this model, until interrupted")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
@@ -164,11 +188,9 @@ def main(command_line: list[str] | None = None) -> dict[str, float] | None:
         rows = splits["test" if "test" in splits else "validation"]
         rows = rows.shuffle(seed=0).select(range(min(options.max_images, len(rows))))
         local = AutoModelForImageClassification.from_pretrained(options.model_name_or_path).eval()
-        if options.url:
-            figures = call(options.url, prompter, rows, local)
-        else:
-            with hosted(options.model_name_or_path) as url:
-                figures = call(url, prompter, rows, local)
+        to_fit = splits["train"].shuffle(seed=0).select(range(min(options.fit_images, len(splits["train"]))))
+        with nullcontext(options.url) if options.url else hosted(options.model_name_or_path) as url:
+            figures = call(url, prompter, rows, local, options.top_k, to_fit)
     for name, value in figures.items():
         print(name, f"{value:.0f}" if "bytes" in name else f"{value:.1f}" if "milli" in name else f"{value:.3f}")
     return figures

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import ViTImageProcessor, pipeline
 
 from pgn_peft import PGNConfig, frequency_mapping, make_prompter
-from pgn_peft.prompter.answers import map_scores, read_scores
+from pgn_peft.prompter.answers import by_label, map_scores, read_entries
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD)
@@ -45,10 +45,11 @@ def test_scores_are_mapped_by_index_and_made_to_sum_to_one():
 
 def test_answers_come_as_dictionaries_and_as_objects():
     entries = [{"label": "a", "score": 0.7}, SimpleNamespace(label="b", score=0.3)]
-    assert read_scores(entries) == {"a": 0.7, "b": 0.3}
+    assert read_entries(entries) == [("a", 0.7), ("b", 0.3)]
+    assert by_label([("a", 0.7), ("b", 0.3), ("a", 0.1), ("b", 0.4)]) == {"a": 0.7, "b": 0.4}
     for wrong in ("error", [1, 2], [{"label": "a"}], 7):
         with pytest.raises(TypeError, match="`answer` must be a list of entries with `label` and `score`, but got"):
-            read_scores(wrong)
+            read_entries(wrong)
 
 
 def test_a_stock_pipeline_and_the_adapted_model_give_the_same_scores():
@@ -117,6 +118,13 @@ def test_a_server_that_sees_something_else_is_found_out(fault):
         ValueError, match="`answer` must be the model's answer to the probe, but got scores that differ by"
     ):
         prompter.check_server(endpoint(image))
+
+
+def test_classes_that_share_a_name_do_not_disturb_the_probe():
+    names = dict.fromkeys(range(20), "crane") | {2: "dog"}
+    config = tiny_config(prompt_space="pixel", image_mean=MEAN, image_std=STD, num_virtual_tokens=None, head="frozen")
+    prompter = make_prompter(get_peft_model(tiny_vit(num_labels=20, id2label=names), config), PROCESSOR)
+    assert prompter.check_server(server(id2label=names)(prompter.probe(), top_k=20)) < 1e-3
 
 
 def test_a_server_with_other_labels_is_found_out():

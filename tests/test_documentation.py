@@ -16,6 +16,7 @@ from PIL import Image
 
 import pgn_peft
 from pgn_peft import Classifier, PGNConfig
+from pgn_peft.prompter import EmbeddingsClient
 from pgn_peft.tuner.fields import own_fields
 from pgn_peft.utils.citation import CITATION
 
@@ -41,6 +42,11 @@ def run(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": n % 3} for n in range(6)]
     monkeypatch.setattr(transformers.TrainingArguments, "num_train_epochs", 1)
+    monkeypatch.setattr(
+        EmbeddingsClient,
+        "__call__",
+        lambda _, images: torch.randn(len(images) if isinstance(images, list) else 1, 512),
+    )
     server = transformers.pipeline("image-classification", model="vit")
     adapted = get_peft_model(tiny_vit(num_labels=1000).from_pretrained("vit"), PGNConfig(num_labels=3))
     Classifier(adapted, ViTImageProcessor.from_pretrained("vit")).save_pretrained("outputs/my-adapter")
@@ -48,6 +54,7 @@ def run(tmp_path, monkeypatch):
     def run(page):
         names = {"train_dataset": rows, "image": Image.new("RGB", (40, 30), "red"), "server": server}
         names |= {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+        names |= {"train_images": [Image.new("RGB", (40, 30), (40 * n, 99, 0)) for n in range(6)]}
         names |= {"labels": torch.tensor([row["labels"] for row in rows]), "text_embeds": torch.eye(3, 512)}
         code = "\n".join(blocks(page, "python"))
         for checkpoint, stand_in in (("google/vit-base-patch16-224", "vit"), ("openai/clip-vit-base-patch32", "clip")):

@@ -50,6 +50,7 @@ FIGURES = {
     "memory": (r"\| method \| tiny, batch (\d+), float32 \|", 8, 8),  # peaks need processes of their own
     "multitask": (f"images: shared 1.000, separate {NUMBER}", 1, 1),
     "pictures": (f"attention.png: {NUMBER} kB", 5, 50),
+    "score_head": (rf"\| float32 \| {NUMBER} \|", 1, 1),  # the same predictions as the head on features
     "report": (rf"\| \*\*PGN\*\* \| 456,698 to 474,068 \| {NUMBER} ", 0.871, 0.871),  # of recorded results
     "scaling": (f"efficiency of two processes {NUMBER}", *ANY),
     "step_time": (f"training step, PGN / static prompts: {NUMBER}", *ANY),
@@ -340,7 +341,12 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     deploy += ["--url", server, "--prompter"]
     figures = deploy_input_only.main([*deploy, str(folder / "prompter")])
     assert figures["agreement with the model at hand"] == figures["accuracy prompted"] == 1
-    assert "the server sees what it is sent" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the server sees what it is sent" in printed
+    assert "The server gives 2 scores (all), softmax, with 7 significant digits." in printed
+    figures = deploy_input_only.main([*deploy, str(folder / "prompter"), "--fit_images", "20", "--top_k", "1"])
+    assert figures["accuracy prompted"] == 1
+    assert re.search(r"a head fitted to 20 answers \((ridge|mapping)\): 1.000 held out", capsys.readouterr().out)
 
     with pytest.raises(OSError, match="must be a prompter, but got a folder without prompter_config.json"):
         deploy_input_only.main([*deploy, str(folder)])

@@ -18,10 +18,11 @@ from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.prompter.image_prompter import ImagePrompter
+from pgn_peft.prompter.score_head import ScoreHead, exact_score_head
 from pgn_peft.tuner.adapters import find_layer
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES
 from pgn_peft.tuner.encoder_layer import PGNBlock
-from pgn_peft.tuner.head import find_head
+from pgn_peft.tuner.head import PGNHead, find_head, plain_weight
 from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.offloading import loaded, loaded_copy
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
@@ -46,7 +47,8 @@ def make_prompter(
 
     Returns:
         The client, on the CPU in float32, with `report` where it was inverted. The unmodified model's scores for the
-        probe are recorded in it.
+        probe are recorded in it. For an adapter with a head of its own it has a `score_head`, which computes that
+        head's logits from the scores of the model's own classes, if these determine the features.
 
     Raises:
         TypeError: the model carries no adapter.
@@ -101,6 +103,7 @@ def make_prompter(
         label_mapping=config.label_mapping,
         server_labels=None if head is None else head.base_labels.id2label,
         head=copy.deepcopy(own_head).float().cpu() if own_head is not None else None,
+        score_head=None if head is None else _score_head(head, adapter_name),
     )
     if head is not None and head.base_labels.id2label:
         prompter.probe_scores = _answer_probe(model, layer, prompter)
@@ -132,6 +135,21 @@ def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) ->
         return layer.layout(adapter_name, size)
     patch_size = layer.projection.kernel_size[0]
     return make_layout("append", size, patch_size, config.num_virtual_tokens)
+
+
+def _score_head(head: PGNHead, adapter_name: str) -> ScoreHead | None:
+    """Make the adapter's head one on the model's scores; None without a head, or if these do not determine it."""
+    own, base, labels = head.head(adapter_name), head.base_layer, head.base_labels.id2label
+    if own is None or own.out_features < 2 or not isinstance(base, nn.Linear) or not labels:
+        return None
+    if head.configs[adapter_name].problem_type not in (None, "single_label_classification"):
+        return None  # `read_answer` gives probabilities that sum to 1
+    with loaded(base):
+        weight, bias = plain_weight(base), base.bias
+        try:
+            return exact_score_head(weight, bias, own.weight, own.bias, list(labels.values()))
+        except ValueError:
+            return None
 
 
 def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 PROBE_TOLERANCE = 0.25
 
 
-def read_scores(answer: Iterable[Any]) -> dict[str, float]:
-    """Return the scores in an answer by label.
+def read_entries(answer: Iterable[Any]) -> list[tuple[str, float]]:
+    """Return the labels and scores in an answer. Two classes of a server can have the same label.
 
     Args:
         answer: entries with `label` and `score`, as dictionaries or as objects, from a pipeline or an endpoint.
@@ -20,12 +20,20 @@ def read_scores(answer: Iterable[Any]) -> dict[str, float]:
         TypeError: `answer` is not a list of entries with `label` and `score`.
     """
     try:
-        return {str(_get(entry, "label")): float(_get(entry, "score")) for entry in answer}
+        return [(str(_get(entry, "label")), float(_get(entry, "score"))) for entry in answer]
     except (TypeError, KeyError, AttributeError) as error:
         raise TypeError(
             f"`answer` must be a list of entries with `label` and `score`, but got {answer!r}. Pass on what the "
             "server answered for one image."
         ) from error
+
+
+def by_label(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return scores by label; the larger one, where two classes have the same label."""
+    scores: dict[str, float] = {}
+    for label, score in entries:
+        scores[label] = max(score, scores.get(label, score))
+    return scores
 
 
 def _get(entry: Any, name: str) -> Any:

@@ -12,6 +12,9 @@ from pgn_peft.nn.generator import MIXINGS, NORMS, TRUNKS, PromptGenerator
 from pgn_peft.nn.layout import LAYOUTS, PromptLayout, make_layout
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import RESAMPLING, Preprocessing
+from pgn_peft.prompter.embedding_head import EmbeddingHead
+from pgn_peft.prompter.score_head import KINDS, ScoreHead, ScoreHeadReport
+from pgn_peft.prompter.score_scale import SCALES
 from pgn_peft.utils.labels import normalize_id2label
 from pgn_peft.utils.values import (
     check_choice,
@@ -39,6 +42,11 @@ def describe_layout(layout: PromptLayout) -> dict[str, Any]:
 def describe_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
     """Describe the steps of an image processor, for `read_parts`."""
     return dataclasses.asdict(preprocessing)
+
+
+def describe_score_head(head: ScoreHead) -> dict[str, Any]:
+    """Describe a head on scores, for `read_parts`."""
+    return {"labels": head.labels, "scale": head.scale, **dataclasses.asdict(head.report)}
 
 
 def read_parts(settings: dict[str, Any]) -> dict[str, Any]:
@@ -70,10 +78,12 @@ def read_parts(settings: dict[str, Any]) -> dict[str, Any]:
         head = None
         if settings["head"] is not None:
             num_labels, width = read_pair("head", settings["head"], 1_000_000)
-            head = nn.Linear(width, num_labels)
+            head = (EmbeddingHead if settings.get("normalized_features") else nn.Linear)(width, num_labels)
         server_labels = _read_labels(settings["server_labels"])
         probe_scores = torch.empty(len(filled(server_labels))) if settings["probe"] else None
     id2label, label_mapping = _read_labels(settings["id2label"]), settings["label_mapping"]
+    described = settings.get("score_head")
+    score_head = None if described is None else _read_score_head(described, len(filled(id2label)))
     if label_mapping is not None:
         label_mapping = read_indices("label_mapping", label_mapping)
         own, others = len(filled(id2label)), len(filled(server_labels))  # TypeError for None
@@ -92,11 +102,39 @@ def read_parts(settings: dict[str, Any]) -> dict[str, Any]:
         "server_labels": server_labels,
         "head": head,
         "probe_scores": probe_scores,
+        "score_head": score_head,
     }
 
 
 def _read_labels(labels: dict[str, str] | None) -> dict[int, str] | None:
     return None if labels is None else normalize_id2label(labels)
+
+
+def _read_score_head(settings: dict[str, Any], num_labels: int) -> ScoreHead:
+    def number(name: str, largest: float) -> float | None:
+        value = settings[name]
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= largest):
+            raise ValueError(
+                f"`{name}` must lie in 0..{largest}, but got {value!r}. Save or fetch the prompter again."
+            )
+        return value
+
+    check_choice("kind", settings["kind"], KINDS)
+    if settings["scale"] is not None:
+        check_choice("scale", settings["scale"], SCALES)
+    labels = list(normalize_id2label(dict(enumerate(settings["labels"]))).values())
+    report = ScoreHeadReport(
+        settings["kind"],
+        read_integer("top_k", settings["top_k"], 1, len(labels), optional=True),
+        read_integer("digits", settings["digits"], 1, 1000, optional=True),
+        read_integer("rank", settings["rank"], 1, 1_000_000, optional=True),
+        number("condition_number", 1e30),
+        number("accuracy", 1.0),
+    )
+    with torch.device("meta"):
+        return ScoreHead(
+            torch.empty(num_labels, len(labels)), torch.empty(num_labels), labels, report, settings["scale"]
+        )
 
 
 def _read_layout(settings: dict[str, Any]) -> PromptLayout:

@@ -1,0 +1,351 @@
+"""A head on a closed server: from its scores exactly, or fitted to its answers; what it must return is found out."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import answer, move_adapter, tiny_config, tiny_vit
+from peft import get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import ViTImageProcessor, pipeline
+
+from pgn_peft import ImagePrompter, make_prompter
+from pgn_peft.prompter.score_fitting import (
+    check_classes,
+    fit_label_mapping,
+    fit_ridge,
+    fit_score_head,
+    fit_to_answers,
+    mapping_matrix,
+)
+from pgn_peft.prompter.score_head import exact_score_head
+from pgn_peft.prompter.score_scale import Precision, find_scale, log_scores
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD)
+CLASSES = 60  # of the tiny server; its features have 32 dimensions
+
+
+def entries(scores, names=None):
+    pairs = enumerate(scores.tolist())
+    return [{"label": str(index) if names is None else names[index], "score": score} for index, score in pairs]
+
+
+@pytest.fixture
+def layers():
+    """A server's head W, b on 16 features, another head V, c, and features of 50 images."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40, 16), (40,), (3, 16), (3,), (50, 16)]
+    return [torch.randn(*shape, generator=generator) for shape in shapes]
+
+
+# The exact head.
+
+
+@pytest.mark.parametrize("scale", ["softmax", "sigmoid", "logits"])
+def test_scores_give_the_logits_of_another_head_on_the_same_features(layers, scale):
+    weight, bias, own_weight, own_bias, features = layers
+    head = exact_score_head(weight, bias, own_weight, own_bias, [str(n) for n in range(40)])
+    logits = features.double() @ weight.double().mT + bias
+    scores = {"softmax": logits.softmax(1), "sigmoid": logits.sigmoid(), "logits": logits}[scale]
+    expected = features @ own_weight.mT + own_bias
+    assert (head.read(map(entries, scores)) - expected).abs().max() < 1e-4
+    assert head.report.rank == 16
+    singular = torch.linalg.svdvals((weight - weight.mean(0)).double())
+    assert head.report.condition_number == pytest.approx((singular[0] / singular[-1]).item(), rel=1e-4)
+
+
+def test_classes_that_share_a_name_are_not_needed(layers):
+    weight, bias, own_weight, own_bias, features = layers
+    names = ["crane", "crane", *map(str, range(2, 40))]
+    head = exact_score_head(weight, bias, own_weight, own_bias, names)
+    answers = [entries(row, names) for row in (features @ weight.mT + bias).softmax(1)]
+    assert "crane" not in head.labels
+    assert (head.read(answers) - (features @ own_weight.mT + own_bias)).abs().max() < 1e-4
+
+
+def test_a_server_with_too_few_classes_does_not_show_its_features(layers):
+    weight, bias, own_weight, own_bias, _ = layers
+    with pytest.raises(ValueError, match="`server_weight` must have rank 16, .* over its 16 classes, but got 15. Fit"):
+        exact_score_head(weight[:16], bias[:16], own_weight, own_bias, [str(n) for n in range(16)])
+    collapsed = weight.clone()
+    collapsed[:, 3] = collapsed[:, 4]
+    with pytest.raises(ValueError, match="but got 15. Fit a head to the server's answers: prompter.fit_answers"):
+        exact_score_head(collapsed, bias, own_weight, own_bias, [str(n) for n in range(40)])
+
+
+def test_the_reported_digits_keep_all_logits_within_a_tenth(layers):
+    weight, bias, own_weight, own_bias, features = layers
+    head = exact_score_head(weight, bias, own_weight, own_bias, [str(n) for n in range(40)])
+    scores, expected = (features @ weight.mT + bias).softmax(1), features @ own_weight.mT + own_bias
+
+    def error(digits):
+        rounded = scores.clone().double().apply_(lambda score: float(f"{score:.{digits - 1}e}"))
+        return (head.read(map(entries, rounded)) - expected).abs().max()
+
+    assert error(head.report.digits) < 0.1
+    assert error(max(1, head.report.digits - 2)) > 0.1  # the bound is no more than a digit or two too careful
+
+
+# The answers.
+
+
+def test_missing_classes_are_refused_and_zeros_are_half_the_smallest(layers):
+    weight, bias, own_weight, own_bias, features = layers
+    head = exact_score_head(weight, bias, own_weight, own_bias, [str(n) for n in range(40)])
+    reply = entries((features @ weight.mT + bias).softmax(1)[0])
+    with pytest.raises(
+        ValueError, match=r"must hold the scores of all classes, but got none for 35 of 40. .*top_k=40"
+    ):
+        head.read([reply[:5]])
+    with pytest.raises(ValueError, match="labels that the head was made for, like '0', but got 'cat'"):
+        head.read([[{"label": "cat", "score": 1.0}]])
+    found = log_scores(torch.tensor([[0.9, 0.1, 0.0, math.nan]]), "softmax")[0]
+    assert found[:3].tolist() == pytest.approx([math.log(0.9), math.log(0.1), math.log(0.05)])
+    assert found[3].isnan()
+
+
+def test_the_scale_of_scores_is_found():
+    assert find_scale([0.7, 0.2, 0.1], True) == "softmax"
+    assert find_scale([0.7, 0.2], False) == "softmax"
+    assert find_scale([0.7, 0.0, 0.0], True) == "softmax"  # zeros: rounded
+    assert find_scale([0.7, 0.9, 0.1], True) == "sigmoid"
+    assert find_scale([0.1, 0.2, 0.1], True) == "sigmoid"
+    assert find_scale([0.7, -0.2, 0.1], True) == "logits"
+    assert find_scale([1.7, 0.2, 0.1], False) == "logits"
+
+
+@pytest.mark.parametrize(
+    ("scores", "digits", "decimals"),
+    [
+        ([0.1234, 0.0021, 0.0], 4, 4),
+        ([0.0123, 0.0021, 0.0004], 3, 4),
+        ([0.123456, 0.00123456, 1.23456e-06], 6, None),
+        (torch.tensor([0.1, 0.3, 0.6]).tolist(), 7, None),
+        (torch.tensor([0.1, 0.3, 0.6]).bfloat16().tolist(), 2, None),
+        ([0.0, 0.0], 0, None),
+        ([-3.25, 1.75], 1, None),
+    ],
+)
+def test_digits_are_counted(scores, digits, decimals):
+    found = Precision.of(scores)
+    assert (found.digits, found.decimals) == (digits, decimals)
+
+
+# Heads fitted to answers.
+
+
+def test_ridge_recovers_a_linear_rule(layers):
+    weight, bias, own_weight, _, _ = layers
+    features = torch.randn(600, 16, generator=torch.Generator().manual_seed(1))
+    labels = (features @ own_weight[:2].mT).argmax(1)
+    answers = list(map(entries, (features @ weight.mT + bias).softmax(1)))
+    head = fit_to_answers(answers[:400], labels[:400], 2)
+    assert (head.report.kind, head.report.top_k) == ("ridge", None)
+    accuracy = (head.read(answers[400:]).argmax(1) == labels[400:]).double().mean()
+    assert accuracy > 0.9
+    assert head.report.accuracy == pytest.approx(accuracy.item(), abs=0.04)
+    read = weight[[int(label) for label in head.labels]]
+    found = (head.weight @ (read - read.mean(0))).diff(dim=0)[0]  # on the features
+    assert torch.cosine_similarity(found, own_weight[1] - own_weight[0], dim=0) > 0.97
+    with pytest.raises(ValueError, match="must hold the scores of all classes"):
+        head.read([answers[0][:5]])
+
+
+def test_ridge_probabilities_are_those_of_held_out_images():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(600, 2, generator=generator)
+    labels = (torch.rand(600, generator=generator) < (3 * features[:, 0]).sigmoid()).long()
+    weight, bias, _ = fit_ridge(features, labels, 2)
+    probability = (features.double() @ weight.mT + bias).softmax(1)[:, 1]
+    assert (probability - (3 * features[:, 0]).sigmoid()).abs().mean() < 0.05
+
+
+def test_a_label_mapping_by_hand():
+    probabilities = torch.tensor([[0.8, 0.2, 0.0], [0.6, 0.0, 0.4], [0.0, 0.5, 0.5]])
+    # Sums by class: (1.4, 0.2, 0.4) and (0, 0.5, 0.5); over the server's classes, plus 1: 2.4, 1.7, 1.9.
+    rows = [[1.4 / 2.4, 0.2 / 1.7, 0.4 / 1.9], [0.0, 0.5 / 1.7, 0.5 / 1.9]]
+    expected = torch.tensor([[value / sum(row) for value in row] for row in rows])
+    labels = torch.tensor([0, 0, 1])
+    assert torch.allclose(mapping_matrix(probabilities, labels, 2, 1.0), expected)
+    logs = probabilities.repeat(2, 1).log()
+    logs[logs.isinf()] = math.nan
+    head = fit_label_mapping(logs, labels.repeat(2), 2, ["a", "b", "c"], smoothing=2.0)
+    assert torch.allclose(head.weight, expected)
+    found = head.read([[{"label": "b", "score": 0.9}, {"label": "new", "score": 0.1}]])[0].exp()
+    assert torch.allclose(found, 0.9 * expected[:, 1].double(), rtol=1e-5)
+
+
+def test_answers_of_the_best_labels_only_can_be_fitted():
+    # Class 0 looks like "0" or "1" to the server, class 1 like "2" or "3"; others come at random.
+    random = np.random.default_rng(0)
+    labels = [n % 2 for n in range(80)]
+    answers = [
+        [
+            {"label": str(2 * label + random.integers(2)), "score": 0.6},
+            {"label": str(random.integers(4, 30)), "score": 0.2},
+        ]
+        for label in labels
+    ]
+    head = fit_to_answers(answers, labels, 2)
+    assert head.report.top_k == 2
+    assert head.report.accuracy == 1
+    assert head.read([[{"label": "1", "score": 0.5}], [{"label": "2", "score": 0.5}]]).argmax(1).tolist() == [0, 1]
+    assert head.read([[{"label": "never seen", "score": 0.5}]]).isfinite().all()
+    more = [{"label": str(label), "score": 0.01} for label in (2, 3)]
+    assert torch.equal(head.read([answers[0] + more]), head.read([answers[0]]))
+
+
+def test_raw_logits_can_be_fitted_and_scores_must_suit_labels():
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    labels = (features[:, 0] > features[:, 1]).long()
+    head = fit_to_answers(map(entries, features), labels, 2)
+    assert head.scale == "logits"
+    assert head.report.accuracy > 0.8
+    assert fit_score_head(features, labels, 2, list("abcd"), "logits").report.kind == "ridge"
+    with pytest.raises(ValueError, match=r"`labels` must hold one class for each of 60 images, but got \(3,\)"):
+        check_classes([0, 1, 0], 60, 2)
+    for wrong in ([0, 0, 1], [0, 0, 1, 2], [0, 0, 1, 1, -1]):
+        with pytest.raises(ValueError, match=r"`labels` must hold each of the classes 0..1 twice at least, but got"):
+            check_classes(wrong, len(wrong), 2)
+    with pytest.raises(ValueError, match="`answers` must hold scores for every image, but got none"):
+        fit_to_answers([[]], [0], 1)
+
+
+# The client.
+
+
+def make(head="trained", **overrides):
+    config = {"prompt_space": "pixel", "image_mean": MEAN, "image_std": STD, "num_virtual_tokens": None, "head": head}
+    config |= {"id2label": {0: "river", 1: "forest", 2: "sea"}}
+    return move_adapter(get_peft_model(tiny_vit(num_labels=CLASSES), tiny_config(**(config | overrides)))).eval()
+
+
+def photos(number=4):
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(number)]
+
+
+@pytest.mark.parametrize("function", [None, "none"])
+def test_a_trained_head_works_through_a_stock_pipeline(function):
+    model = make()
+    prompter = make_prompter(model, PROCESSOR)
+    assert (prompter.score_head.report.kind, prompter.score_head.report.rank) == ("exact", 32)
+    images = photos()
+    expected = answer(model, PROCESSOR(images=images, return_tensors="pt")["pixel_values"]).softmax(-1)
+    server = pipeline("image-classification", model=tiny_vit(num_labels=CLASSES), image_processor=PROCESSOR)
+    options = {"top_k": CLASSES} | ({} if function is None else {"function_to_apply": function})
+    for scores, reply in zip(expected, server(prompter(images), **options), strict=True):
+        found = {entry["label"]: entry["score"] for entry in prompter.read_answer(reply)}
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        for index, label in model.config.id2label.items():
+            assert found[label] == pytest.approx(scores[index].item(), abs=0.02)
+    assert prompter.check_server(server(prompter.probe(), **options)) < 1e-3
+    report = prompter.describe_answer(server(prompter.probe(), **options))
+    assert report.all_scores
+    assert report.readable
+    assert report.scale == ("softmax" if function is None else "logits")
+    assert "60 scores (all)" in str(report)
+    few = prompter.describe_answer(server(prompter.probe()))
+    assert not few.all_scores
+    assert not few.readable
+    assert "5 scores (the best of 60)" in str(few)
+    assert "top_k=60" in str(few)
+    with pytest.raises(ValueError, match="must hold the scores of all classes"):
+        prompter.read_answer(server(prompter.probe()))
+
+
+def test_rounding_is_described_before_it_does_harm():
+    prompter = make_prompter(make(), PROCESSOR)
+    names, scores = list(prompter.server_labels.values()), prompter.probe_scores.double()
+    exact = prompter.score_head.read([entries(scores, names)])[0]
+    for decimals in (7, 2):
+        reply = entries(scores.clone().apply_(lambda score, d=decimals: round(score, d)), names)
+        report = prompter.describe_answer(reply)
+        error = (prompter.score_head.read([reply])[0] - exact).abs().max().item()
+        assert report.decimals == decimals
+        assert report.readable == (error < 0.1)
+        assert report.num_zeros == sum(entry["score"] == 0 for entry in reply)
+    assert not report.readable
+    assert "Ask the server for more digits" in str(report)
+    with pytest.raises(ValueError, match="`answer` must hold scores, but got none"):
+        prompter.describe_answer([])
+
+
+def test_only_heads_that_scores_determine_are_attached():
+    assert make_prompter(make("frozen", id2label=None), PROCESSOR).score_head is None
+    assert make_prompter(make(problem_type="multi_label_classification"), PROCESSOR).score_head is None
+    small = get_peft_model(tiny_vit(num_labels=20), make().peft_config["default"])
+    prompter = make_prompter(small, PROCESSOR)
+    assert prompter.score_head is None
+    with pytest.raises(
+        ValueError, match=r"cannot be computed from this server's scores: fit .* \(prompter.fit_answer"
+    ):
+        prompter.read_answer([{"label": "LABEL_7", "score": 1.0}])
+
+
+def test_a_head_fitted_to_answers_is_used_and_saved(tmp_path):
+    prompter = make_prompter(make("frozen", label_mapping=[7, 3, 11]), PROCESSOR)
+    answers = [[{"label": str(n % 3 + 10), "score": 0.5 + 0.01 * n}, {"label": "20", "score": 0.1}] for n in range(30)]
+    assert prompter.fit_answers(answers, [n % 3 for n in range(30)]) == 1
+    assert prompter.read_answer(answers[2])[0]["label"] == "sea"
+    prompter.save_pretrained(tmp_path)
+    loaded = ImagePrompter.from_pretrained(tmp_path)
+    assert loaded.read_answer(answers[2]) == prompter.read_answer(answers[2])
+    assert loaded.score_head.report == prompter.score_head.report
+    assert prompter.describe_answer(answers[0]).readable
+    assert not prompter.describe_answer(answers[0][:1]).readable
+    card = loaded.make_card("someone/prompter").text
+    assert "fitted to the server's answers" in card
+    assert "top_k=2)" in card
+
+
+def test_an_exact_head_is_saved_and_the_card_says_so(tmp_path):
+    prompter = make_prompter(make(), PROCESSOR)
+    prompter.save_pretrained(tmp_path)
+    loaded = ImagePrompter.from_pretrained(tmp_path)
+    assert loaded.score_head.report == prompter.score_head.report
+    reply = entries(prompter.probe_scores, list(prompter.server_labels.values()))
+    assert loaded.read_answer(reply) == prompter.read_answer(reply)
+    card = prompter.make_card("someone/prompter").text
+    assert "own head, computed from all scores of the server's head |" in card
+    assert "top_k=60" in card
+    assert f"| digits that the scores need | {prompter.score_head.report.digits} |\n| labels |" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "os.system"}, "`kind` must be one of exact, ridge, mapping, but got 'os.system'"),
+        ({"top_k": True}, "must be the configuration of a prompter, but got TypeError: `top_k`"),
+        ({"top_k": 10**9}, "`top_k` must lie in"),
+        ({"labels": ["a"]}, "must hold the tensors of .* but got others"),
+        ({"labels": [1, 2]}, "must be the configuration of a prompter"),
+        ({"labels": []}, "`id2label` must name at least one class"),
+        ({"scale": "log"}, "`scale` must be one of softmax"),
+        ({"accuracy": 2}, "`accuracy` must lie in"),
+        ({"digits": 10**9}, "`digits` must lie in"),
+        ({"condition_number": "1"}, "`condition_number` must lie in"),
+    ],
+)
+def test_a_damaged_score_head_is_refused(change, message, tmp_path):
+    make_prompter(make(), PROCESSOR).save_pretrained(tmp_path)
+    file = tmp_path / "prompter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None}
+    config["score_head"] |= change
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        ImagePrompter.from_pretrained(tmp_path)
+
+
+def test_files_without_a_score_head_still_load(tmp_path):
+    make_prompter(make(), PROCESSOR).save_pretrained(tmp_path)
+    file, weights = tmp_path / "prompter_config.json", tmp_path / "prompter.safetensors"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None}
+    del config["score_head"], config["normalized_features"]
+    file.write_text(json.dumps(config), encoding="utf-8")
+    save_file({name: value for name, value in load_file(weights).items() if "score_head" not in name}, weights)
+    assert ImagePrompter.from_pretrained(tmp_path).score_head is None
