@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 from smoke_material import smoke_arguments
 
-from pgn_peft.prompter.score_fitting import fit_ridge, fit_to_answers
+from pgn_peft.nn.ridge import fit_ridge
+from pgn_peft.prompter.score_fitting import fit_to_answers
 from pgn_peft.prompter.score_head import exact_score_head
 
 Rounding = Callable[[float], float]

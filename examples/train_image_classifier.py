@@ -58,6 +58,7 @@ from image_loading import LoaderArguments
 from image_transforms import add_transforms, cache_images
 from peft import PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AutoModelForImageClassification,
     HfArgumentParser,
@@ -65,7 +66,7 @@ from transformers import (
 )
 
 from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_prompter
-from pgn_peft.training import last_complete_checkpoint, parameter_groups
+from pgn_peft.training import HeadAlone, head_alone, last_complete_checkpoint, parameter_groups
 from pgn_peft.training.distributed import EqualStatistics, SameSteps
 from pgn_peft.tuner.backbones import find_backbone, own_image_size
 from pgn_peft.utils.files import replacing
@@ -297,11 +298,13 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
             check_same_adapter(model.peft_config["default"], PGNConfig.from_pretrained(str(checkpoint)))
             check_same_optimizer(trainer.optimizer, checkpoint)
         print(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint, starting from the beginning")
+    alone = measure_head_alone(trainer, without_augmentation, splits["validation"])
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     results = {
         "trainable_parameters": trainable,
         "train_images": len(splits["train"]),
+        "head_alone_accuracy": alone.linear,
         "validation_accuracy": trainer.evaluate(splits["validation"])["eval_accuracy"],
         "test_accuracy": (
             trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"] if "test" in splits else None
@@ -321,12 +324,43 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
             staged.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         model.print_trainable_parameters()
         print(f"validation accuracy {results['validation_accuracy']:.3f}")
+        print(compare_with_head_alone(results["validation_accuracy"], alone, len(splits["validation"])))
         print(f"training images per second {results['train_images_per_second']:.1f}")
         print(f"saved to {folder}")
         if arguments.push_to_hub:
             print(f"published: {trainer.push_to_hub().commit_url}")
         print("test accuracy", "-" if results["test_accuracy"] is None else f"{results['test_accuracy']:.3f}")
     return results
+
+
+def measure_head_alone(trainer: AdapterTrainer, train: Dataset, validation: Dataset) -> HeadAlone:
+    """Measure what a linear head on the frozen model reaches on validation, before anything is trained."""
+    arguments = trainer.args
+    loaders = (
+        DataLoader(
+            rows,
+            batch_size=arguments.per_device_eval_batch_size,
+            collate_fn=trainer.data_collator,
+            num_workers=arguments.dataloader_num_workers,
+        )
+        for rows in (train, validation)
+    )
+    alone = head_alone(trainer.accelerator.unwrap_model(trainer.model), *loaders)
+    if trainer.is_world_process_zero():
+        print(f"without prompts: a linear head on the frozen model has a validation accuracy of {alone.linear:.3f}")
+        if alone.own is not None:
+            print(f"without prompts: the model's own head has {alone.own:.3f}")
+    return alone
+
+
+def compare_with_head_alone(accuracy: float, alone: HeadAlone, images: int) -> str:
+    """Say what prompts add to a linear head on the frozen model, and whether that is more than chance."""
+    gain = accuracy - alone.linear
+    chance = (accuracy * (1 - accuracy) / images) ** 0.5  # one standard error
+    says = f"{gain:+.3f} compared with a linear head without prompts"
+    if gain > chance:
+        return says
+    return f"{says}: prompts add nothing here (differences up to {chance:.3f} are chance)"
 
 
 def main(command_line: list[str] | None = None) -> dict:

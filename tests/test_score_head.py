@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTImageProcessor, pipeline
 
 from pgn_peft import ImagePrompter, make_prompter
+from pgn_peft.nn.ridge import fit_ridge
 from pgn_peft.prompter.score_fitting import (
     check_classes,
     fit_label_mapping,
-    fit_ridge,
     fit_score_head,
     fit_to_answers,
     mapping_matrix,

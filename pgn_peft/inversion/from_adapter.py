@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,18 +12,16 @@ from pgn_peft.inversion.library import invert_library, invert_static_prompts
 from pgn_peft.nn.images import PILLOW_MODES, to_pixels
 from pgn_peft.nn.layout import PromptLayout, make_layout
 from pgn_peft.nn.library import AdditiveLibrary, PatchLibrary
-from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.prompter.score_head import ScoreHead, exact_score_head
-from pgn_peft.tuner.adapters import find_layer
+from pgn_peft.tuner.adapters import find_layer, without_adapters
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.head import PGNHead, find_head, plain_weight
 from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.offloading import loaded, loaded_copy
-from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
 def make_prompter(
@@ -162,21 +158,6 @@ def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) ->
     pixels = pixels[None].to(device).float() / 255
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
     pixel_values = normalize(pixels, mean, std).to(dtype)
-    with _unmodified(model), torch.inference_mode():
+    with without_adapters(model), torch.inference_mode():
         logits = model(pixel_values=pixel_values, **layer.size_options(prompter.layout.size)).logits
     return logits[0].float().softmax(-1).cpu().clone()
-
-
-@contextmanager
-def _unmodified(model: nn.Module) -> Iterator[None]:
-    """Turn adapters and dropout off. Unlike PEFT's own switch, this keeps `requires_grad`."""
-    layers = [module for module in model.modules() if isinstance(module, PGNTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    with evaluating(model):
-        try:
-            for layer in layers:
-                layer._disable_adapters = True
-            yield
-        finally:
-            for layer, disabled in zip(layers, before, strict=True):
-                layer._disable_adapters = disabled

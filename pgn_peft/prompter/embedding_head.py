@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pgn_peft.prompter.score_fitting import check_classes, fit_ridge
+from pgn_peft.nn.ridge import fit_ridge
+from pgn_peft.prompter.score_fitting import check_classes
 
 
 class EmbeddingHead(nn.Linear):

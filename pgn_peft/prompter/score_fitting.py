@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pgn_peft.nn.ridge import fit_ridge, held_out
 from pgn_peft.prompter.answers import read_entries
 from pgn_peft.prompter.score_head import ScoreHead, ScoreHeadReport, as_row, centred, needed_digits
 from pgn_peft.prompter.score_scale import find_scale, log_scores
-
-FOLDS = 5
-PENALTIES = tuple(10.0**exponent for exponent in range(-4, 3))  # times the number of images
-SHARPNESS = tuple(2.0 ** (exponent / 2) for exponent in range(0, 15))  # of the logits: 1 to 128
 
 
 def fit_to_answers(answers: Iterable[Iterable[Any]], labels: Sequence[int] | Tensor, num_labels: int) -> ScoreHead:
@@ -85,8 +82,8 @@ def fit_label_mapping(
     def weigh(rows: Tensor) -> Tensor:
         return mapping_matrix(probabilities[rows], labels[rows], num_labels, smoothing)
 
-    held_out = _held_out(lambda rows, rest: probabilities[rest] @ weigh(rows).mT, labels)
-    accuracy = float((held_out.argmax(1) == labels).double().mean())
+    predicted = held_out(lambda rows, rest: probabilities[rest] @ weigh(rows).mT, labels)
+    accuracy = float((predicted.argmax(1) == labels).double().mean())
     report = ScoreHeadReport("mapping", _top_k(scores), accuracy=accuracy)
     return ScoreHead(weigh(torch.arange(len(labels))), torch.zeros(num_labels), names, report, "softmax")
 
@@ -108,48 +105,6 @@ def mapping_matrix(probabilities: Tensor, labels: Tensor, num_labels: int, smoot
     return conditional / conditional.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
 
-def fit_ridge(features: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor, float]:
-    """Fit a linear classifier by ridge regression on one-hot labels.
-
-    Features are standardised. The penalty is the most accurate one in cross-validation. The logits are then scaled so
-    that their softmax gives the labels of held-out images the highest likelihood.
-
-    Args:
-        features: (N, F), finite.
-        labels: (N,) 0..M-1.
-        num_labels: M.
-
-    Returns:
-        Weight (M, F) and bias (M,) in float64, and the cross-validated accuracy.
-    """
-    features = features.double()
-    targets = F.one_hot(labels, num_labels).double()
-
-    def solve(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        mean, std = features[rows].mean(dim=0), features[rows].std(dim=0)
-        std = torch.where(std > 1e-6 * std.amax(), std, torch.inf)  # a constant feature gets the weight 0
-        prior = targets[rows].mean(dim=0)
-        left, singular, right = torch.linalg.svd((features[rows] - mean) / std, full_matrices=False)
-        projected = left.mT @ (targets[rows] - prior)
-        solutions = []
-        for penalty in PENALTIES:
-            shrunk = singular / (singular**2 + penalty * len(rows))
-            weight = (right.mT @ (shrunk[:, None] * projected)).mT / std
-            solutions.append((weight, prior - weight @ mean))
-        return solutions
-
-    def predict(rows: Tensor, rest: Tensor) -> Tensor:
-        return torch.stack([features[rest] @ weight.mT + bias for weight, bias in solve(rows)], dim=1)
-
-    held_out = _held_out(predict, labels)  # (N, number of penalties, M)
-    accuracies = (held_out.argmax(dim=2) == labels[:, None]).double().mean(dim=0)
-    errors = (held_out - targets[:, None]).square().mean(dim=(0, 2))
-    best = max(range(len(PENALTIES)), key=lambda index: (float(accuracies[index]), -float(errors[index])))
-    sharpness = min(SHARPNESS, key=lambda factor: float(F.cross_entropy(factor * held_out[:, best], labels)))
-    weight, bias = solve(torch.arange(len(labels)))[best]
-    return sharpness * weight, sharpness * bias, float(accuracies[best])
-
-
 def check_classes(labels: Sequence[int] | Tensor, number: int, num_labels: int) -> Tensor:
     """Return class indices as a tensor (N,), if they suit N images and each class has two at least.
 
@@ -169,19 +124,6 @@ def check_classes(labels: Sequence[int] | Tensor, number: int, num_labels: int) 
             f"{sorted(classes.tolist())[:10]}. Give images of every class."
         )
     return classes
-
-
-def _held_out(predict: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Tensor:
-    """Predict each image from the others: `predict` gets the rows to fit and those to predict."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    # Dealt out class by class, so that each fold has its share of every class.
-    order = shuffled[labels[shuffled].argsort(stable=True)]
-    fold = torch.empty_like(order)
-    fold[order] = torch.arange(len(order)) % FOLDS
-    rows = [(torch.nonzero(fold != index)[:, 0], torch.nonzero(fold == index)[:, 0]) for index in range(FOLDS)]
-    parts = [(rest, predict(fitted, rest)) for fitted, rest in rows if len(rest)]
-    predictions = torch.cat([part for _, part in parts])
-    return predictions[torch.cat([rest for rest, _ in parts]).argsort()]
 
 
 def _top_k(scores: Tensor) -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
@@ -10,6 +12,7 @@ from peft import get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from pgn_peft.nn.modes import evaluating
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.head import find_head
 from pgn_peft.tuner.layer import PGNLayer
@@ -98,3 +101,18 @@ def num_parameters(model: nn.Module, adapter_name: str) -> int:
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             trained.append(module.modules_to_save[adapter_name])
     return sum(parameter.numel() for module in trained for parameter in module.parameters())
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Turn adapters and dropout off. Unlike PEFT's own switch, this keeps `requires_grad`."""
+    layers = [module for module in model.modules() if isinstance(module, PGNTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    with evaluating(model):
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled

@@ -85,10 +85,11 @@ class PGNHead(PGNTunerLayer):
         """
         names = adapters_of_batch()
         if names:
-            return map_by_adapter(names, features, self._classify)
-        return self._classify(None if self.disable_adapters else next(iter(self.active_adapters), None), features)
+            return map_by_adapter(names, features, self.classify)
+        return self.classify(None if self.disable_adapters else next(iter(self.active_adapters), None), features)
 
-    def _classify(self, adapter_name: str | None, features: Tensor) -> Tensor:
+    def classify(self, adapter_name: str | None, features: Tensor) -> Tensor:
+        """Return the logits (B, M) of an adapter's head, or of the model's own for None."""
         head = self.head(adapter_name)
         if head is not None:
             weight = head.weight  # a method, where `torch.ao.quantization.quantize_dynamic` has replaced the layer

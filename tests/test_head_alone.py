@@ -1,0 +1,57 @@
+"""What a head alone reaches: the value by hand, and a model that is left as it was."""
+
+import pytest
+import torch
+from conftest import answer, move_adapter, tiny_config, tiny_vit
+from peft import get_peft_model
+from train_image_classifier import compare_with_head_alone
+
+from pgn_peft.training import HeadAlone, head_alone
+
+SCALE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
+
+
+def batches(count, seed):
+    """Images whose class is the sign of their mean."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    shift = (2.0 * labels - 1)[:, None, None, None]
+    pixels = 0.3 * torch.randn(count, 3, 32, 32, generator=generator) + shift
+    return [
+        {"pixel_values": images, "labels": classes}
+        for images, classes in zip(pixels.split(7), labels.split(7), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("fields", [{}, {"prompt_depth": None}, {"prompt_space": "pixel"} | SCALE], ids=str)
+def test_a_linear_head_on_the_frozen_features(fields):
+    model = move_adapter(get_peft_model(tiny_vit(), tiny_config(num_labels=2, **fields))).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = head_alone(model, batches(40, 0), batches(20, 1))
+    assert found == HeadAlone(linear=1.0, own=None)
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    swapped = [batch | {"labels": 1 - batch["labels"]} for batch in batches(20, 1)]
+    assert head_alone(model, batches(40, 0), swapped).linear == 0
+
+
+def test_the_models_own_head_through_the_mapping():
+    model = move_adapter(get_peft_model(tiny_vit(), tiny_config(head="frozen", label_mapping=[3, 1]))).eval()
+    evaluated = batches(20, 1)
+    logits = answer(tiny_vit(), torch.cat([batch["pixel_values"] for batch in evaluated]))[:, [3, 1]]
+    labels = torch.cat([batch["labels"] for batch in evaluated])
+    expected = (logits.argmax(1) == labels).double().mean().item()
+    assert head_alone(model, batches(40, 0), evaluated).own == expected
+
+
+def test_no_images_and_no_head_are_refused():
+    with pytest.raises(ValueError, match="`train_batches` and `eval_batches` must hold images, but got none"):
+        head_alone(get_peft_model(tiny_vit(), tiny_config(num_labels=2)), [], batches(4, 0))
+    with pytest.raises(ValueError, match="`model` must have a classification head, but got a PeftModel without"):
+        head_alone(get_peft_model(tiny_vit("ViTModel"), tiny_config()), batches(4, 0), batches(4, 0))
+
+
+def test_a_gain_within_chance_is_said_to_be_nothing():
+    assert "prompts add nothing here" in compare_with_head_alone(0.81, HeadAlone(0.80), 400)
+    assert compare_with_head_alone(0.90, HeadAlone(0.80), 400) == "+0.100 compared with a linear head without prompts"
+    assert "-0.100" in compare_with_head_alone(0.70, HeadAlone(0.80), 400)
