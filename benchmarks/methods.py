@@ -228,9 +228,8 @@ def pgn_deep(backbone: ViTForImageClassification, material: Material, options: O
 def pgn_pixel(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
     """Generate prompts that are valid pixels: one ring of patches around the image, which is shrunk."""
     mean, std = map(list, material.scale)
-    changed = _changed(
-        options, prompt_space="pixel", num_virtual_tokens=None, image_mean=mean, image_std=std, slot_prompts=False
-    )
+    canvas = {"prompt_space": "pixel", "prompt_layout": "canvas", "num_virtual_tokens": None}
+    changed = _changed(options, **canvas, image_mean=mean, image_std=std, slot_prompts=False)
     adapted, _ = pgn(backbone, material, changed)
     start_library_from_images(adapted.model, material.splits["train"].pixels[:500].float() / 255)
     # The searched rate is that of the pixels: a generator and a head learn at a rate of their own beside them.

@@ -201,7 +201,7 @@ def train_smoke(folder: Path, options: argparse.Namespace) -> None:
     import train_image_classifier
     from smoke_material import smoke_arguments
 
-    more = "--prompt_space pixel --head frozen --label_mapping true --num_virtual_tokens 12 --learning_rate 0.03"
+    more = "--prompt_space pixel --head frozen --label_mapping true --num_virtual_tokens 16 --learning_rate 0.03"
     train_image_classifier.main([*smoke_arguments(folder), *more.split(), "--num_train_epochs", "6"])
     options.model_name_or_path, options.dataset = str(folder / "vit"), str(folder / "images")
     options.prompter = str(folder / "adapter/prompter")

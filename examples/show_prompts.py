@@ -3,8 +3,8 @@
     python examples/show_prompts.py --prompter outputs/my-adapter/prompter --dataset path/to/images \
         --output_dir outputs/pictures
 
-writes prompted.png (each image as it is, as it is sent, and the use of each library patch), and library.png (all
-patches of the library, the most used first). `--smoke` trains a tiny model first, offline, in seconds.
+writes prompted.png (each image as it is, as it is sent, the change, and the use of each library entry), and
+library.png (the library, the most used entries first). `--smoke` trains a tiny model first, offline, in seconds.
 """
 
 from __future__ import annotations
@@ -39,40 +39,60 @@ def choose(rows, number: int) -> tuple[list, list[str]]:
     return [rows[index]["image"] for index in chosen], [names[labels[index]] for index in chosen]
 
 
+def read(prompter: ImagePrompter, images: list) -> Tensor:
+    """Return images (B, C, H, W) in [0, 1] as the prompter sees them."""
+    pixels, _, _ = read_images(images, prompter.preprocessing, prompter.num_channels, prompter.layout.input_size)
+    return pixels.float() / 255
+
+
 @torch.inference_mode()
 def usage(prompter: ImagePrompter, images: list) -> Tensor:
-    """Return the share of each library patch in the prompts of each image: (B, L)."""
-    pixels, _, _ = read_images(images, prompter.preprocessing, prompter.num_channels, prompter.layout.input_size)
+    """Return the share of each library entry in the prompts of each image: (B, L)."""
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
-    return prompter.generator(normalize(pixels.float() / 255, mean, std)).mean(dim=1)
+    return prompter.generator(normalize(read(prompter, images), mean, std)).mean(dim=1)
 
 
+def on_grey(changes: Tensor) -> Tensor:
+    """Show signed changes (..., C, H, W) of pixels as images: grey is none, black and white the largest."""
+    return 0.5 + changes / (2 * changes.abs().max().clamp(min=1e-6))
+
+
+@torch.inference_mode()
 def draw_prompted(prompter: ImagePrompter, images: list, names: list[str], file: Path) -> None:
-    """Draw images as they are, prompted, and their coefficients below."""
+    """Draw images as they are and as they are sent; in the dense layout the change; and the library in use."""
+    sent = prompter(images)
+    pictures = [("image", images), ("as it is sent", sent)]
+    if prompter.layout.name == "dense":
+        pixels = read(prompter, images)
+        pictures.append(("change, on grey", list(on_grey(prompter.prompted(pixels) - pixels).permute(0, 2, 3, 1))))
     shares = None if prompter.generator is None else usage(prompter, images)
-    rows = 2 if shares is None else 3
+    rows = len(pictures) + (shares is not None)
     figure, axes = plt.subplots(
         rows, len(images), figsize=(1.6 * len(images), 1.75 * rows), layout="constrained", squeeze=False
     )
-    for column, (image, prompted) in enumerate(zip(images, prompter(images), strict=True)):
-        axes[0, column].imshow(image)
-        axes[0, column].set_title(names[column], fontsize=8)
-        axes[1, column].imshow(prompted, interpolation="nearest")
-        if shares is not None:
-            axes[2, column].bar(range(shares.shape[1]), shares[column], width=1, color="tab:blue")
-            axes[2, column].set_ylim(0, shares.max().item() * 1.05)
+    for row, (name, shown) in zip(axes, pictures, strict=False):
+        row[0].set_ylabel(name, fontsize=8)
+        for axis, picture in zip(row, shown, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, fontsize=8)
+    if shares is not None:
+        axes[-1, 0].set_ylabel("library in use", fontsize=8)
+        for axis, share in zip(axes[-1], shares, strict=True):
+            axis.bar(range(len(share)), share, width=1, color="tab:blue")
+            axis.set_ylim(0, shares.max().item() * 1.05)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    for axis, name in zip(axes[:, 0], ("image", "as it is sent", "library in use"), strict=False):
-        axis.set_ylabel(name, fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
 def draw_library(prompter: ImagePrompter, images: list, file: Path) -> None:
-    """Draw the library's patches, the most used first."""
+    """Draw the library's patches, or its changes on grey, the most used first."""
     library = prompter.library
+    if prompter.layout.name == "dense":
+        library = on_grey(library)
     if prompter.generator is not None:
         library = library[usage(prompter, images).mean(dim=0).argsort(descending=True)]
     columns = 16
@@ -105,8 +125,8 @@ def main(command_line: list[str] | None = None) -> None:
         prompter = ImagePrompter.from_pretrained(options.prompter)
         if not prompter.in_range or prompter.library.ndim != 4:
             raise SystemExit(
-                f"`prompter` must hold a library of valid patches, but got {options.prompter!r}, which was inverted "
-                "from tokens. Train with --prompt_space pixel."
+                f"`prompter` must hold a library that was trained as pixels, but got {options.prompter!r}, which was "
+                "inverted from tokens. Train with --prompt_space pixel."
             )
         splits = load_splits(DataArguments(options.dataset), seed=0)
         images, names = choose(splits["test" if "test" in splits else "validation"], options.number)
@@ -117,7 +137,7 @@ def main(command_line: list[str] | None = None) -> None:
         print(f"saved prompted.png and library.png to {output}")
         if prompter.generator is not None:
             spread = usage(prompter, images).std(dim=0).mean().item()
-            print(f"mean spread of a library patch's share from image to image: {spread:.3f}")
+            print(f"mean spread of a library entry's share from image to image: {spread:.3f}")
 
 
 if __name__ == "__main__":

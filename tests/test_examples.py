@@ -38,7 +38,7 @@ FIGURES = {
     "import_official": (f"largest difference between the adapter's prompts and the network's: {NUMBER}", 0, 0),
     "predict": (f"80 images, mean score of the best label {NUMBER}", 0.51, 0.99),
     "share_on_hub": (f"largest difference of a logit after loading {NUMBER}", 0, 0),
-    "show_prompts": (f"mean spread of a library patch's share from image to image: {NUMBER}", 0.01, 1),
+    "show_prompts": (f"mean spread of a library entry's share from image to image: {NUMBER}", 0.01, 1),
     "train_image_classifier": (f"test accuracy {NUMBER}", 1, 1),
     "adaptation": (rf"\| full fine-tuning \| 23,970 \| {NUMBER} \|", 1, 1),
     "data_path": (rf"fastest loader: (?:plain|cached), \d workers, ratio {NUMBER}", *ANY),
@@ -329,7 +329,7 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     _, command = material
     folder = tmp_path / "input-only"
-    more = "--prompt_space pixel --head frozen --label_mapping true --num_virtual_tokens 12 --learning_rate 0.03"
+    more = "--prompt_space pixel --head frozen --label_mapping true --num_virtual_tokens 16 --learning_rate 0.03"
     results = train(with_output(command, folder, *more.split(), "--num_train_epochs", "6"))
     assert results["test_accuracy"] == 1
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

@@ -40,7 +40,8 @@ def test_fine_tuning_on_a_folder(run):
 @pytest.mark.slow
 def test_adapting_a_model_behind_an_api(run):
     accuracy = run("adapt_a_model_behind_an_api.ipynb")["accuracy"]
-    assert accuracy["prompted"] > max(0.9, accuracy["as they are"])
+    assert accuracy["prompted"] > 0.9  # guessing gives 0.33
+    assert accuracy["without prompts"] > 0.9
 
 
 @pytest.mark.parametrize("file", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda file: file.stem)
