@@ -21,6 +21,7 @@ Prompts (`--methods`):
 - none: the images as they are. With "ridge" and "trained" this is the baseline that prompts must beat;
 - border (VP), ring (EVP), smm (SMM), lor-vp (LoR-VP), full: see `pixel_methods.py`;
 - static, pgn: PGN, one prompt added to each patch of the image, the same for all images or generated for each;
+- pgn-jpeg: half of the prompted images go through JPEG of quality 90 in training;
 - pgn-ring: PGN, generated patches around the shrunk image;
 - latent-static, latent-pgn: prompts as tokens, which no image can hold: the limit, with the head "trained" only.
 
@@ -61,7 +62,6 @@ from smoke_material import smoke_arguments
 
 from pgn_peft import PGNConfig, frequency_mapping, make_prompter
 from pgn_peft.nn.images import to_8_bit, to_images
-from pgn_peft.nn.layout import LAYOUTS
 from pgn_peft.nn.preprocessing import normalize
 from pgn_peft.training import start_library_from_images
 
@@ -71,6 +71,7 @@ PGN_METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "static": ({"generator": "static", "prompt_space": "pixel", "prompt_layout": "dense"}, (0.01, 0.03)),
     "pgn-ring": ({"prompt_space": "pixel", "prompt_layout": "canvas"}, (0.03, 0.1)),
     "pgn": ({"prompt_space": "pixel", "prompt_layout": "dense"}, (0.01, 0.03)),
+    "pgn-jpeg": ({"prompt_space": "pixel", "prompt_layout": "dense", "jpeg_quality": 90}, (0.01, 0.03)),
     "latent-static": ({"generator": "static"}, (0.003, 0.01)),
     "latent-pgn": ({}, (0.01, 0.03)),
 }
@@ -85,6 +86,7 @@ NAMES = {
     "static": "static prompts",
     "pgn-ring": "PGN, ring",
     "pgn": "**PGN**",
+    "pgn-jpeg": "PGN, trained for JPEG",
     "latent-static": "latent: static prompts",
     "latent-pgn": "latent: PGN",
 }
@@ -277,11 +279,6 @@ def served(server: heads.Server, images: Tensor, encoding: str, processor: Any) 
     return torch.cat(answers)
 
 
-def available_methods() -> list[str]:
-    """Return the methods whose layout this version of the package has."""
-    return [name for name in METHODS if PGN_METHODS.get(name, ({},))[0].get("prompt_layout", "canvas") in LAYOUTS]
-
-
 def rates(method: str, head: str, count: int) -> tuple[float | None, ...]:
     """Return the learning rates that a method chooses from; None where nothing is trained."""
     if method == "none":
@@ -412,7 +409,7 @@ def main(command_line: list[str] | None = None) -> list[dict[str, Any]]:
     )
     parser.add_argument("--model", help="id or path of a ViT, or folder of a CLIP image tower with text embeddings")
     parser.add_argument("--head", nargs="+", choices=HEADS, help="by default all but text, which needs CLIP")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=available_methods(), help="only these")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="only these")
     parser.add_argument("--results", help="file of JSON lines, appended to; by default outputs/input_only.jsonl")
     parser.add_argument("--report", action="store_true", help="only print the tables of the results")
     parser.add_argument("--grid", type=int, default=2, help="use this many learning rates; 1: nothing is chosen")
