@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, CLIPVisionModelWithProjection
 
+from pgn_peft.nn.ridge import fit_ridge
+
 # BLM+: k as a share of the task's classes and the smoothing, as in the paper's code; and a second k to choose from, as
 # a share of the server's classes.
 TOP_K_SHARE = 0.15
 SECOND_TOP_K_SHARE = 0.2
 SMOOTHING = 1.0
-# Ridge penalties to choose from, as multiples of the mean eigenvalue.
-PENALTIES = tuple(10.0**power for power in range(-5, 2))
 # The scale of CLIP's logits.
 CLIP_SCALE = 100.0
 
@@ -215,41 +215,30 @@ class Trained(Head):
 
 
 class Ridge(Head):
-    """A linear map of the centred log-scores, fitted to training images by least squares with a penalty.
+    """Ridge regression on the centred log-scores of training images, as `fit_to_answers` fits it.
 
     Args:
         server: the server.
-        train: scores (N, K) and labels (N,) to fit.
-        validation: scores and labels on which the penalty is chosen.
+        scores: (N, K) of the training images.
+        labels: (N,).
         num_labels: number of the task's classes, M.
     """
 
-    def __init__(
-        self, server: Server, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], num_labels: int
-    ) -> None:
+    def __init__(self, server: Server, scores: Tensor, labels: Tensor, num_labels: int) -> None:
         super().__init__(server)
-        inputs, targets = centre(train[0]), F.one_hot(train[1], num_labels).double()
-        self.means = inputs.mean(0), targets.mean(0)
-        inputs, targets = inputs - self.means[0], targets - self.means[1]
-        values, vectors = torch.linalg.eigh(inputs.T @ inputs)  # (K,), (K, K)
-        projected = vectors.T @ (inputs.T @ targets)  # (K, M)
-        found = {}
-        for penalty in PENALTIES:
-            self.map = vectors @ (projected / (values + penalty * values.mean())[:, None])
-            found[penalty] = accuracy(self.read(validation[0]), validation[1])
-        self.penalty = max(found, key=found.get)
-        self.map = vectors @ (projected / (values + self.penalty * values.mean())[:, None])
+        weight, bias, _ = fit_ridge(centre(scores).cpu(), labels.cpu(), num_labels)
+        self.weight, self.bias = weight.to(scores.device), bias.to(scores.device)
 
     def read(self, scores: Tensor) -> Tensor:
         """Apply the map."""
-        return (centre(scores) - self.means[0]) @ self.map + self.means[1]
+        return centre(scores) @ self.weight.mT + self.bias
 
 
 def fit(name: str, server: Server, scores: dict[str, Tensor], labels: dict[str, Tensor], num_labels: int) -> Head:
-    """Fit "blm" or "ridge" to the server's scores for training images; k or the penalty is chosen on validation."""
+    """Fit "blm" or "ridge" to the server's scores for training images; k is chosen on validation."""
     train, validation = ((scores[split], labels[split]) for split in ("train", "validation"))
     if name == "ridge":
-        return Ridge(server, train, validation, num_labels)
+        return Ridge(server, *train, num_labels)
     fitted = []
     for k in (int(TOP_K_SHARE * num_labels), int(SECOND_TOP_K_SHARE * len(server.weight))):
         fitted.append(Bayesian(server, num_labels, max(1, k)))
