@@ -20,7 +20,7 @@ Prompts (`--methods`):
 
 - none: the images as they are. With "ridge" and "trained" this is the baseline that prompts must beat;
 - border (VP), ring (EVP), smm (SMM), lor-vp (LoR-VP), full: see `pixel_methods.py`;
-- static, pgn: PGN, one prompt added to each patch of the image, the same for all images or generated for each;
+- static, pgn: PGN, prompts added to the patches of the image: one for all of them, or generated for each;
 - pgn-jpeg: half of the prompted images go through JPEG of quality 90 in training;
 - pgn-ring: PGN, generated patches around the shrunk image;
 - latent-static, latent-pgn: prompts as tokens, which no image can hold: the limit, with the head "trained" only.

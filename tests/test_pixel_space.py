@@ -280,8 +280,10 @@ def test_a_dense_prompt_shifts_its_patchs_token():
     torch.testing.assert_close(after - before, shifts, atol=0.05 * shifts.abs().max().item(), rtol=0)
 
 
-def test_a_dense_adapter_takes_images_of_other_sizes(tmp_path):
-    model = move_adapter(get_peft_model(tiny_vit(), pixel_config(prompt_layout="dense"))).eval()
+@pytest.mark.parametrize("generator", ["resnet10", "static"])
+def test_a_dense_adapter_takes_images_of_other_sizes(generator, tmp_path):
+    config = pixel_config(prompt_layout="dense", generator=generator)
+    model = move_adapter(get_peft_model(tiny_vit(), config)).eval()
     large = in_range((48, 40))
     assert layer_of(model).prompts("default", large).shape == (4, 6 * 5, 3, 8, 8)
     prompted = layer_of(model).prompted_images("default", large)

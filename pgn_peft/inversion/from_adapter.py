@@ -114,8 +114,7 @@ def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) ->
             "`processor` must make images of one size, but got one that resizes the shorter side and crops nothing. "
             "Use a processor with a fixed height and width, or one that crops."
         )
-    any_size = config.prompt_layout == "dense" and config.generator != "static"
-    if config.prompt_layout is not None and not any_size and size != (config.image_size,) * 2:
+    if config.prompt_layout not in (None, "dense") and size != (config.image_size,) * 2:
         raise ValueError(
             f"`processor` must make images of {config.image_size} x {config.image_size} pixels, as the adapter was "
             f"trained with, but got {size[0]} x {size[1]}. Set processor.size (and crop_size)."

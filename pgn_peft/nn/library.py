@@ -179,5 +179,5 @@ class AdditiveLibrary(nn.Module):
         return (coefficients @ patches.flatten(1)).unflatten(-1, patches.shape[1:])
 
     def static_prompts(self, batch_size: int) -> Tensor:
-        """Return all L changes as those of every image's patches: (B, L, C, p, p), the input-independent control."""
+        """Return all L changes for every image: (B, L, C, p, p); with L = 1 the input-independent control."""
         return self.patches.expand(batch_size, -1, -1, -1, -1)

@@ -101,7 +101,8 @@ class ImagePrompter(nn.Module):
     def patches(self, pixels: Tensor) -> Tensor:
         """Generate the prompts for images (B, C, H, W) in [0, 1]: (B, P, C, p, p), as `compose` takes them."""
         if self.generator is None:
-            patches = self.library.expand(pixels.shape[0], -1, -1, -1, -1)
+            # In the dense layout one for all patches.
+            patches = self.library.expand(pixels.shape[0], self.layout.num_virtual_tokens, -1, -1, -1)
         else:
             normalized = normalize(pixels, self.preprocessing.image_mean, self.preprocessing.image_std)
             coefficients = self.generator(normalized)  # (B, P, L)

@@ -66,7 +66,7 @@ def read_parts(settings: dict[str, Any]) -> dict[str, Any]:
     patch = (channels, layout.patch_size, layout.patch_size)
     with torch.device("meta"):
         if generator is None:
-            library = torch.empty(num_prompts, *patch)
+            library = torch.empty(1 if layout.name == "dense" else num_prompts, *patch)
         elif settings["library_per_slot"]:
             library = torch.empty(num_prompts, library_size, *patch)
         else:

@@ -16,7 +16,7 @@ def make_library(
     """Create the library that a config describes; for the "static" generator it is the prompts themselves."""
     size = filled(config.num_virtual_tokens) if config.generator == "static" else config.library_size
     if config.prompt_layout == "dense":
-        return AdditiveLibrary(size, hidden_size, directions)
+        return AdditiveLibrary(1 if config.generator == "static" else size, hidden_size, directions)
     if config.prompt_space == "pixel":
         return PatchLibrary(
             size,

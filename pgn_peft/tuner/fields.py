@@ -79,7 +79,7 @@ class PGNFields(PeftConfig):
     generator: str = _field(
         "resnet10",
         "'resnet10', the CNN of the official code, or 'static': P learned prompts, the same for every image (the "
-        "input-independent control, VPT-shallow).",
+        "input-independent control, VPT-shallow); in the 'dense' layout one for all patches of all images.",
         choices=(*TRUNKS, "static"),
     )
     generator_image_size: int | None = _field(

@@ -97,10 +97,10 @@ class PGNLayer(PGNTunerLayer):
     def layout(self, adapter_name: str, image_size: tuple[int, int]) -> PromptLayout:
         """Return the layout of an adapter in pixel space for images of some height and width, in pixels.
 
-        That of a generator in the "dense" layout follows the image; others are fixed.
+        The "dense" layout follows the image; others are fixed.
         """
         layout = self.layouts[adapter_name]
-        if layout.name == "dense" and adapter_name in self.pgn_generator:
+        if layout.name == "dense":
             return make_layout("dense", image_size, layout.patch_size)
         return layout
 
@@ -129,9 +129,13 @@ class PGNLayer(PGNTunerLayer):
             in pixel space (B, P, C, p, p) patches in [0, 1], or changes of patches in the "dense" layout.
         """
         library, generator = self.library(adapter_name), self.generator(adapter_name)
-        if generator is None:
-            return library.static_prompts(pixel_values.shape[0])
-        return library(generator(pixel_values))
+        if generator is not None:
+            return library(generator(pixel_values))
+        prompts = library.static_prompts(pixel_values.shape[0])
+        if isinstance(library, AdditiveLibrary):  # one for all patches
+            layout = self.layout(adapter_name, (pixel_values.shape[-2], pixel_values.shape[-1]))
+            return prompts.expand(-1, layout.num_virtual_tokens, -1, -1, -1)
+        return prompts
 
     def prompted_images(self, adapter_name: str, pixel_values: Tensor) -> Tensor:
         """Add the prompts of an adapter in pixel space to a batch of images.
