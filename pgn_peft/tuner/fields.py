@@ -115,7 +115,10 @@ class PGNFields(PeftConfig):
         "Also learn a static prompt for each of the P slots, to which the generated part is added. None: in latent "
         "space, where it was more accurate. False: the paper's form.",
     )
-    initializer_range: float = _field(0.02, "Standard deviation of the initial library, or of the static prompts.")
+    initializer_range: float = _field(
+        0.02,
+        "Standard deviation of the initial library, or of the static prompts. 'dense' starts at zero.",
+    )
     initial_logit_std: float | None = _field(
         None,
         "Standard deviation of the offsets that the mixing logits start from. 0, as in the official code: all prompts "
