@@ -365,7 +365,9 @@ def test_other_families_whose_processor_makes_another_size_than_the_checkpoint(
     tiny_vit(f"{family}ForImageClassification", image_size=48).save_pretrained(tmp_path / "base")
     processor = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
     processor.save_pretrained(tmp_path / "base")
-    command = with_output(material[1], tmp_path / "adapter", "--prompt_space", prompt_space)
+    number = "16" if prompt_space == "pixel" else "4"
+    more = ["--prompt_space", prompt_space, "--num_virtual_tokens", number]
+    command = with_output(material[1], tmp_path / "adapter", *more)
     command[command.index("--model_name_or_path") + 1] = str(tmp_path / "base")
     assert train(command)["test_accuracy"] == 1
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
