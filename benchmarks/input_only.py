@@ -83,7 +83,7 @@ NAMES = {
     "smm": "SMM",
     "lor-vp": "LoR-VP",
     "full": "full pattern",
-    "static": "static prompts",
+    "static": "tile (static)",
     "pgn-ring": "PGN, ring",
     "pgn": "**PGN**",
     "pgn-jpeg": "PGN, trained for JPEG",
