@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from datasets import load_dataset
 from huggingface_hub import ModelCard
@@ -85,15 +85,14 @@ def test_the_client_sends_what_was_trained(form):
     assert (answer(tiny_vit(), served, **options) - expected).abs().max() < 0.01 * expected.std()
 
 
-def test_the_probes_scores_are_exact_after_training_in_mixed_precision():
+def test_the_probes_scores_are_exact_after_training_in_mixed_precision(monkeypatch):
     """Accelerate leaves bfloat16 in the model's `forward`; the scores were 1 % off."""
     expected = make_prompter(make(), PROCESSOR).probe_scores
-    try:
-        model = Accelerator(cpu=True, mixed_precision="bf16").prepare(make())
-        forward = model.forward
-        found = make_prompter(model, PROCESSOR).probe_scores
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    for state in (AcceleratorState, PartialState):  # which other tests share
+        monkeypatch.setattr(state, "_shared_state", {})
+    model = Accelerator(cpu=True, mixed_precision="bf16").prepare(make())
+    forward = model.forward
+    found = make_prompter(model, PROCESSOR).probe_scores
     assert model.forward is forward
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
