@@ -216,6 +216,14 @@ def test_weights_that_are_replaced_after_they_were_checked_are_refused(load, sav
         load(*arguments)
 
 
+def test_weights_that_were_saved_over_since_training_began_do_not_hinder_loading_others(saved, material):
+    """A configuration can be the recipe of a new adapter, which is saved in its place and goes back to its best."""
+    model = get_peft_model(material.base(), PGNConfig.from_pretrained(saved)).train()
+    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flip(saved / WEIGHTS, -5)
+    model.load_state_dict(best)
+
+
 # Training.
 
 

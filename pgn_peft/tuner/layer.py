@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,12 @@ class PGNLayer(PGNTunerLayer):
         if adapter_name not in self.pgn_generator:
             return None
         return cast(PromptGenerator, self.pgn_generator[adapter_name])
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode. A model in use is loaded already: its adapters' files may change from now on."""
+        for config in self.configs.values():
+            config.weights_file = None
+        return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._base_loaded = any(name.startswith(f"{prefix}base_layer.") for name in state_dict)
