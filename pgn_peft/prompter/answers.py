@@ -93,9 +93,7 @@ def compare_with_probe(
     expected: dict[str, float] = {}
     for index, score in enumerate(probe_scores):
         name = server_labels[index]
-        expected[name] = max(
-            score, expected.get(name, 0.0)
-        )  # two classes can share a name; a pipeline's first is larger
+        expected[name] = max(score, expected.get(name, 0.0))  # as `by_label` reads the answer
     unknown = [label for label in scores if label not in expected]
     if unknown or not scores:
         raise ValueError(

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pgn_peft.nn.generator import MIXINGS, NORMS, TRUNKS, PromptGenerator
+from pgn_peft.nn.generator import MIXINGS, PromptGenerator
 from pgn_peft.nn.layout import LAYOUTS, PromptLayout, make_layout
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import RESAMPLING, Preprocessing
+from pgn_peft.nn.trunk import NORMS, TRUNKS
 from pgn_peft.prompter.embedding_head import EmbeddingHead
 from pgn_peft.prompter.score_head import KINDS, ScoreHead, ScoreHeadReport
 from pgn_peft.prompter.score_scale import SCALES

@@ -13,8 +13,9 @@ from typing import Any
 
 from peft import PeftConfig
 
-from pgn_peft.nn.generator import MIXINGS, NORMS, TRUNKS
+from pgn_peft.nn.generator import MIXINGS
 from pgn_peft.nn.layout import LAYOUTS
+from pgn_peft.nn.trunk import NORMS, TRUNKS
 from pgn_peft.tuner.backbones import HEAD
 from pgn_peft.tuner.forward_compatibility import check_version
 from pgn_peft.utils import values as checks
@@ -127,7 +128,7 @@ class PGNFields(PeftConfig):
     )
     prompt_space: str = _field(
         "latent",
-        "'latent': prompts are tokens, as in the paper. 'pixel': prompts are patches of valid pixels in the image, so "
+        "'latent': prompts are tokens, as in the paper. 'pixel': prompts become part of the image as valid pixels, so "
         "that the unmodified model is adapted through its input alone.",
         choices=("latent", "pixel"),
     )
