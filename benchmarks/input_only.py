@@ -26,10 +26,10 @@ Prompts (`--methods`):
 - latent-static, latent-pgn: prompts as tokens, which no image can hold: the limit, with the head "trained" only.
 
 All methods see the same images, flips (not of digits), batches, epochs and schedule. Each has two learning rates; one
-is chosen by the accuracy on validation with seed 0. PGN's generator, and a head beside prompts, learn at 0.003. Then
-other seeds are trained, and evaluated once on test: as trained, as PNG, and as JPEG of quality 90 and 95, each
-encoded, decoded, and sent through the processor to a model that was loaded anew. Training computes in bfloat16 by
-autocast, evaluation in float32.
+is chosen by the accuracy on validation with seed 0. A generator's are searched, while its library learns at 0.03, and
+a head beside prompts at 0.003. Then other seeds are trained, and evaluated once on test: as trained, as PNG, and as
+JPEG of quality 90 and 95, each encoded, decoded, and sent through the processor to a model that was loaded anew.
+Training computes in bfloat16 by autocast, evaluation in float32.
 
 Every run is appended to a file of JSON lines, and one that is in it is not repeated. `--report` prints the table of a
 file. `--smoke`: tiny, offline, in seconds.
@@ -66,14 +66,14 @@ from pgn_peft.nn.preprocessing import normalize
 from pgn_peft.training import start_library_from_images
 
 RESULTS = Path(__file__).with_name("results") / "input_only.jsonl"
-# PGN's forms: fields of the config, and the two rates of the library (of the prompts, where there is no library).
+# PGN's forms: fields of the config, and two rates of the generator (of the prompts, where there is none).
 PGN_METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
-    "static": ({"generator": "static", "prompt_space": "pixel", "prompt_layout": "dense"}, (0.01, 0.03)),
-    "pgn-ring": ({"prompt_space": "pixel", "prompt_layout": "canvas"}, (0.03, 0.1)),
-    "pgn": ({"prompt_space": "pixel", "prompt_layout": "dense"}, (0.01, 0.03)),
-    "pgn-jpeg": ({"prompt_space": "pixel", "prompt_layout": "dense", "jpeg_quality": 90}, (0.01, 0.03)),
+    "static": ({"generator": "static", "prompt_space": "pixel", "prompt_layout": "dense"}, (0.03, 0.1)),
+    "pgn-ring": ({"prompt_space": "pixel", "prompt_layout": "canvas"}, (0.003, 0.0005)),
+    "pgn": ({"prompt_space": "pixel", "prompt_layout": "dense"}, (0.003, 0.0005)),
+    "pgn-jpeg": ({"prompt_space": "pixel", "prompt_layout": "dense", "jpeg_quality": 90}, (0.003, 0.0005)),
     "latent-static": ({"generator": "static"}, (0.003, 0.01)),
-    "latent-pgn": ({}, (0.01, 0.03)),
+    "latent-pgn": ({}, (0.003, 0.0005)),
 }
 METHODS = ("none", *PEERS, *PGN_METHODS)
 NAMES = {
@@ -94,7 +94,8 @@ HEADS = ("1:1", "blm", "ridge", "trained", "text")
 # What prompts are trained with where the head itself is fitted afterwards.
 TRAINED_WITH = {"ridge": "blm"}
 HEAD_RATES = (0.003, 0.01)  # of a linear head without prompts
-OTHER_RATE = 0.003  # of a generator, and of a head beside prompts
+HEAD_RATE = 0.003  # of a head beside prompts
+LIBRARY_RATE = 0.03  # of a library beside a generator
 # Digits are not the same mirrored.
 NOT_FLIPPED = ("digits",)
 # What all runs of a table have in common, beside the model.
@@ -129,15 +130,16 @@ class Adapted(nn.Module):
         return self.server.features(normalize(pixels, *self.scale))
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Return what is trained: prompts at the given rate, PGN's generator at its own."""
+        """Return what is trained: prompts or their generator at the given rate, its library at its own."""
         if self.prompt is not None:
             return self.prompt.groups(learning_rate)
-        library, others = [], []
+        library, generator = [], []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                (library if ".pgn_library." in name else others).append(parameter)
-        groups = [{"params": library, "lr": learning_rate}, {"params": others, "lr": OTHER_RATE}]
-        return [group for group in groups if group["params"]]
+                (library if ".pgn_library." in name else generator).append(parameter)
+        if not generator:
+            return [{"params": library, "lr": learning_rate}]
+        return [{"params": generator, "lr": learning_rate}, {"params": library, "lr": LIBRARY_RATE}]
 
 
 @cache
@@ -219,7 +221,7 @@ def run(method: str, head_name: str, learning_rate: float | None, seed: int, spl
     if method == "none":
         groups = [{"params": own_head, "lr": learning_rate}] if own_head else []
     else:
-        groups = model.groups(learning_rate) + ([{"params": own_head, "lr": OTHER_RATE}] if own_head else [])
+        groups = model.groups(learning_rate) + ([{"params": own_head, "lr": HEAD_RATE}] if own_head else [])
     start = time.perf_counter()
     loss = train(model, head, material.splits["train"], groups, options) if groups else None
     seconds = time.perf_counter() - start

@@ -44,7 +44,7 @@ FIGURES = {
     "data_path": (rf"fastest loader: (?:plain|cached), \d workers, ratio {NUMBER}", *ANY),
     "arithmetic": (f"share of a step, if nothing overlaps +{NUMBER}", 0.03, 0.04),
     "growth": (f"steepest training step: {NUMBER} of what its operations let one expect", *ANY),
-    "input_only": (rf"\| PGN, ring \| 321,746 \| 0.03 \| {NUMBER} \|", 1, 1),  # as PNG as in training
+    "input_only": (rf"\| PGN, ring \| 321,746 \| 0.003 \| {NUMBER} \|", 1, 1),  # as PNG as in training
     "inversion": (rf"\| 8-bit PNG \| images \| 32 \| 2 \| 4 \| 8 \| 1.000 \| {NUMBER} \|", 1, 1),
     "many_adapters": (f"PGN: load {NUMBER} ms, activate", *ANY),
     "memory": (r"\| method \| tiny, batch (\d+), float32 \|", 8, 8),  # peaks need processes of their own
