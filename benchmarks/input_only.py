@@ -23,7 +23,7 @@ Prompts (`--methods`):
 - static, pgn: PGN, prompts added to the patches of the image: one for all of them, or generated for each;
 - pgn-jpeg: half of the prompted images go through JPEG of quality 90 in training;
 - pgn-ring: PGN, generated patches around the shrunk image;
-- latent-static, latent-pgn: prompts as tokens, which no image can hold: the limit, with the head "trained" only.
+- latent-static, latent-pgn: prompts as tokens, which no image can hold: the limit, with heads on features.
 
 All methods see the same images, flips (not of digits), batches, epochs and schedule. Each has two learning rates; one
 is chosen by the accuracy on validation with seed 0. A generator's are searched, while its library learns at 0.03, and
@@ -297,7 +297,7 @@ def run_all(options: argparse.Namespace) -> None:
         common |= {"data": Path(data).name, "model": Path(options.model).name}
         for head in options.head:
             for method in options.methods:
-                if not method.startswith("latent-") or head == "trained":
+                if not method.startswith("latent-") or head in ("trained", "text"):
                     run_cell(results, method, head, common, options)
 
 

@@ -6,12 +6,22 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import Any, get_type_hints
 
 import torch
+import transformers
 from datasets import Dataset
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
-from pgn_peft import PGNConfig, frequency_mapping
+from pgn_peft import PGNConfig, embed_texts, frequency_mapping, use_texts
 from pgn_peft.nn.preprocessing import denormalize
 from pgn_peft.training import start_library_from_images
+from pgn_peft.tuner.backbones import SUPPORTED
 
 # Images that the library of an adapter in pixel space starts from.
 LIBRARY_IMAGES = 256
@@ -35,6 +45,7 @@ FIELDS = (
     "image_offset",
     "jpeg_quality",
     "head",
+    "text_correction",
 )
 
 
@@ -46,6 +57,19 @@ class ModelArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     label_mapping: bool = field(
         default=False, metadata={"help": "With a frozen head: read the model's classes as the task's."}
+    )
+    templates: list[str] = field(
+        default_factory=lambda: ["a photo of a {}."],
+        metadata={
+            "help": "With head 'text': sentences with {} for a class's name, embedded by the model's text tower."
+        },
+    )
+    text_embeds: str | None = field(
+        default=None,
+        metadata={
+            "help": "With head 'text', for a model without a text tower: a safetensors file with one tensor, an "
+            "embedding for each class in the order of the data set's labels."
+        },
     )
     prompt_depth: int = field(
         default=1, metadata={"help": "Number of encoder layers with prompts of their own; 0: all of them."}
@@ -75,6 +99,38 @@ def _argument(name: str) -> tuple[str, type, Any]:
 
 
 AdapterArguments = make_dataclass("AdapterArguments", map(_argument, FIELDS), bases=(ModelArguments,))
+
+
+def load_backbone(adapter: ModelArguments) -> PreTrainedModel:
+    """Load the model: as its checkpoint was saved for texts, else as a classifier; for features if there is none."""
+    source = {"pretrained_model_name_or_path": adapter.model_name_or_path, "revision": adapter.model_revision}
+    config = AutoConfig.from_pretrained(**source)
+    if adapter.head == "text":
+        name = (config.architectures or [type(config).__name__])[0]
+        if name not in SUPPORTED or not SUPPORTED[name].has_texts:
+            raise SystemExit(
+                f"`model_name_or_path` must be a model for images and texts with --head text, but got a {name}. Name "
+                "a CLIP or SigLIP checkpoint."
+            )
+        return getattr(transformers, name).from_pretrained(**source)
+    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return AutoModelForImageClassification.from_pretrained(**source)
+    return AutoModel.from_pretrained(**source)
+
+
+def add_texts(model, adapter: ModelArguments, labels: list[str]) -> None:
+    """Give an adapter with texts as classes the embeddings of a file, or of the classes' names."""
+    if adapter.text_embeds is None:
+        tokenizer = AutoTokenizer.from_pretrained(adapter.model_name_or_path, revision=adapter.model_revision)
+        use_texts(model, embed_texts(model.get_base_model(), tokenizer, labels, adapter.templates))
+        return
+    tensors = load_file(adapter.text_embeds)
+    if len(tensors) != 1:
+        raise SystemExit(
+            f"`text_embeds` must hold one tensor, but got {', '.join(tensors) or 'none'} in {adapter.text_embeds!r}. "
+            "Save the embeddings of the classes alone."
+        )
+    use_texts(model, *tensors.values())
 
 
 def find_label_mapping(backbone: PreTrainedModel, rows: Dataset, interpolate: bool) -> list[int]:

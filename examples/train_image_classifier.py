@@ -18,6 +18,11 @@ For a hosted model: prompts that are valid pixels, and the model's own classes m
         --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --initial_logit_std 4 \
         --output_dir outputs/my-adapter
 
+CLIP or SigLIP with texts as classes; only prompts are trained:
+
+    python examples/train_image_classifier.py --model_name_or_path openai/clip-vit-base-patch32 \
+        --dataset path/to/images --head text --output_dir outputs/my-adapter
+
 Several processes, on GPUs or (with --use_cpu) on a CPU; `docs/train.md`:
 
     accelerate launch --config_file examples/accelerate/one_machine_gpus.yaml examples/train_image_classifier.py ...
@@ -49,7 +54,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from adapter_arguments import AdapterArguments, find_label_mapping, start_library
+from adapter_arguments import AdapterArguments, add_texts, find_label_mapping, load_backbone, start_library
 from card_facts import add_results, describe_data
 from datasets import DatasetDict
 from filelock import FileLock, Timeout
@@ -59,11 +64,7 @@ from image_transforms import add_transforms, cache_images
 from peft import PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    AutoModelForImageClassification,
-    HfArgumentParser,
-    set_seed,
-)
+from transformers import HfArgumentParser, set_seed
 
 from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_prompter
 from pgn_peft.training import HeadAlone, head_alone, last_complete_checkpoint, parameter_groups
@@ -272,14 +273,12 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
         )
     processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
     side = made_side(processor)
-    adapter.config(labels, processor, side, None if adapter.head == "trained" else [*range(len(labels))])
+    adapter.config(labels, processor, side, [*range(len(labels))] if adapter.head == "frozen" else None)
     if data.cache_images:
         with arguments.main_process_first(desc="caching the images"):
             splits = cache_images(splits, processor, arguments.dataloader_num_workers)
     without_augmentation = splits["train"].with_transform(add_transforms(splits, processor, data.augmentation))
-    backbone = AutoModelForImageClassification.from_pretrained(
-        adapter.model_name_or_path, revision=adapter.model_revision
-    )
+    backbone = load_backbone(adapter)
     own_size = own_image_size(backbone.get_submodule(find_backbone(backbone).embeddings))
     interpolate = side is not None and own_size != (side, side)
     mapping = find_label_mapping(backbone, without_augmentation, interpolate) if adapter.label_mapping else None
@@ -287,6 +286,8 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
     model: PeftModel = get_peft_model(backbone, config, revision=adapter.model_revision)
     if config.prompt_space == "pixel" and config.prompt_layout != "dense":  # which starts at zero
         start_library(model, without_augmentation, processor)
+    if config.head == "text":
+        add_texts(model, adapter, labels)
     trainable, _ = model.get_nb_trainable_parameters()
 
     parameters = parameter_groups(model, **arguments.rates(config), weight_decay=arguments.weight_decay)
@@ -349,7 +350,9 @@ def measure_head_alone(trainer: AdapterTrainer, train: Dataset, validation: Data
     if trainer.is_world_process_zero():
         print(f"without prompts: a linear head on the frozen model has a validation accuracy of {alone.linear:.3f}")
         if alone.own is not None:
-            print(f"without prompts: the model's own head has {alone.own:.3f}")
+            config = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
+            own = "zero-shot classification" if config.head == "text" else "the model's own head"
+            print(f"without prompts: {own} has {alone.own:.3f}")
     return alone
 
 

@@ -17,9 +17,11 @@ __all__ = [
     "PGNConfig",
     "PGNModel",
     "__version__",
+    "embed_texts",
     "frequency_mapping",
     "load_classifier",
     "make_prompter",
+    "use_texts",
 ]
 
 # `ImagePrompter` also works where PEFT is not installed.
@@ -33,5 +35,6 @@ if find_spec("peft") is not None:
     from pgn_peft.training import AdapterTrainer, ImageCollator
     from pgn_peft.tuner.config import PGNConfig
     from pgn_peft.tuner.model import PGNModel
+    from pgn_peft.tuner.texts import embed_texts, use_texts
 
     register()

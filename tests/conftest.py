@@ -51,6 +51,14 @@ ARCHITECTURES = {
     "CLIPVisionModelWithProjection": "CLIPVisionConfig",
     "SiglipForImageClassification": "SiglipConfig",
     "SiglipVisionModel": "SiglipVisionConfig",
+    "DINOv3ViTModel": "DINOv3ViTConfig",
+    "BeitForImageClassification": "BeitConfig",
+    "BeitModel": "BeitConfig",
+    "Data2VecVisionForImageClassification": "Data2VecVisionConfig",
+    "Data2VecVisionModel": "Data2VecVisionConfig",
+    "Aimv2VisionModel": "Aimv2VisionConfig",
+    "TimmWrapperForImageClassification": "TimmWrapperConfig",
+    "TimmWrapperModel": "TimmWrapperConfig",
 }
 CLASSIFIERS = [name for name in ARCHITECTURES if name.endswith("Classification")]
 
@@ -63,6 +71,14 @@ REPRESENTATIVES = {
     "positions interpolated without being asked",
     "SiglipForImageClassification": "no CLS: all tokens are read; the config has a part for each of two towers",
     "CLIPVisionModelWithProjection": "features instead of a head; a norm before the first layer",
+    "DINOv3ViTModel": "attention rotates the tokens that have positions",
+    "BeitForImageClassification": "attention adds a bias for each pair of positions",
+    "TimmWrapperForImageClassification": "positions are added outside of the embeddings",
+}
+# What the tiny models of some architectures need beside the sizes: all kinds of positions, so that a lost one shows.
+FIELDS = {
+    "BeitConfig": {"use_relative_position_bias": True, "use_absolute_position_embeddings": True},
+    "Data2VecVisionConfig": {"use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True},
 }
 OTHERS = [name for name in ARCHITECTURES if name not in REPRESENTATIVES]
 REPRESENTATIVE_CLASSIFIERS = [name for name in CLASSIFIERS if name in REPRESENTATIVES]
@@ -79,10 +95,12 @@ def tiny_vit(architecture="ViTForImageClassification", num_labels=5, seed=0, **o
         "intermediate_size": 64,
         "initializer_range": 0.3,  # with the usual 0.02 so small a network hardly notices its prompts
     }
-    fields = sizes | overrides
+    fields = sizes | FIELDS.get(ARCHITECTURES[architecture], {}) | overrides
     if ARCHITECTURES[architecture] in ("CLIPConfig", "SiglipConfig"):  # two towers, of which the model has one
         attention = {name: fields.pop(name) for name in ("attn_implementation",) if name in fields}
         fields = {"vision_config": fields, **attention}
+    if architecture.startswith("TimmWrapper"):
+        fields = timm_fields(fields)
     config = getattr(transformers, ARCHITECTURES[architecture])(**fields, num_labels=num_labels)
     torch.manual_seed(seed)
     model = getattr(transformers, architecture)(config).eval()
@@ -90,16 +108,61 @@ def tiny_vit(architecture="ViTForImageClassification", num_labels=5, seed=0, **o
     for name, parameter in model.named_parameters():
         if name.endswith("embeddings.position_embeddings") or name.endswith("_token"):
             torch.nn.init.normal_(parameter, std=0.5)
-        elif (
-            architecture.startswith(("CLIP", "Siglip")) and parameter.ndim > 1
-        ):  # these have initial values of their own
+        elif architecture.startswith(("CLIP", "Siglip", "Timm")) and parameter.ndim > 1:  # with starts of their own
             torch.nn.init.normal_(parameter, std=0.3)
+        elif name.endswith(("relative_position_bias_table", "lambda_1", "lambda_2", "lambda1", "register_tokens")):
+            torch.nn.init.normal_(parameter, std=1.0)
     return model
+
+
+def timm_fields(fields):
+    """The fields of `TimmWrapperConfig` for a ViT of the given sizes."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    names = {
+        "image_size": "img_size",
+        "patch_size": "patch_size",
+        "hidden_size": "embed_dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "num_heads",
+        "num_channels": "in_chans",
+    }
+    sizes = {names[name]: value for name, value in fields.items() if name in names}
+    others = {name: value for name, value in fields.items() if name in ("attn_implementation", "dtype")}
+    arguments = {"mlp_ratio": 2.0, "dynamic_img_size": True, "global_pool": "avg"}
+    return {"architecture": "vit_tiny_patch16_224", "model_args": sizes | arguments, **others}
 
 
 def embeddings_of(model):
     """The module that makes the tokens, wrapped or not."""
-    return next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "embeddings")
+    places = ("embeddings", "patch_embed")
+    return next(module for name, module in model.named_modules() if name.rpartition(".")[2] in places)
+
+
+def embed(model, pixel_values, **options):
+    """The tokens of images with their positions, and the prompts behind them."""
+    tokens = embeddings_of(model)(pixel_values, **options)
+    timm_model = next((module for module in model.modules() if hasattr(module, "_pos_embed")), None)
+    return tokens if timm_model is None else timm_model._pos_embed(tokens)
+
+
+def layers_of(model):
+    """The encoder's layers, wrapped or not."""
+    layers = (module for name, module in model.named_modules() if name.endswith("blocks"))
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    return next(layers, None) or next(lists)
+
+
+def widen_biases(model, count):
+    """Let the biases that a plain model adds in attention hold as many tokens more, with a bias of zero."""
+
+    def widen(module, inputs, bias):
+        wide = bias.new_zeros(*bias.shape[:-2], bias.shape[-2] + count, bias.shape[-1] + count)
+        wide[..., :-count, :-count] = bias
+        return wide
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RelativePositionBias"):
+            module.register_forward_hook(widen)
 
 
 def tiny_config(**overrides):
@@ -112,7 +175,9 @@ def answer(model, pixel_values, **kwargs):
     """Logits, or the features of a model without a head."""
     with torch.no_grad():
         outputs = model(pixel_values, **kwargs)
-    return next(outputs[name] for name in ("logits", "image_embeds", "last_hidden_state") if name in outputs)
+    return next(
+        outputs[name] for name in ("logits", "image_embeds", "last_hidden_state") if outputs.get(name) is not None
+    )
 
 
 def assert_nearly_equal(found, expected, valid_pixels=False):

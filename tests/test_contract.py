@@ -10,6 +10,7 @@ from conftest import (
     REPRESENTATIVES,
     answer,
     assert_nearly_equal,
+    embed,
     embeddings_of,
     move_adapter,
     tiny_config,
@@ -97,11 +98,11 @@ def test_every_other_architecture_in_one_form(architecture, pixel_values, tmp_pa
 @generators
 def test_prompts_are_appended_and_change_the_answer(architecture, generator, pixel_values):
     base = tiny_vit(architecture)
-    tokens = embeddings_of(base)(pixel_values)
+    tokens = embed(base, pixel_values)
     before = answer(base, pixel_values)
     model = move_adapter(get_peft_model(base, tiny_config(**GENERATORS[generator]))).eval()
     embeddings = embeddings_of(model)
-    prompted = embeddings(pixel_values)
+    prompted = embed(model, pixel_values)
     assert torch.equal(prompted[:, : tokens.shape[1]], tokens)
     torch.testing.assert_close(prompted[:, tokens.shape[1] :], embeddings.prompts("default", pixel_values))
     depth = model.peft_config["default"].prompt_depth
@@ -198,11 +199,12 @@ def test_several_active_adapters_concatenate_and_the_first_ones_head_answers(arc
     model.add_adapter("more", tiny_config(id2label=dict(enumerate("ab")), num_virtual_tokens=2))
     move_adapter(model, seed=3).eval()
     embeddings = embeddings_of(model)
-    plain = embeddings.base_layer(pixel_values)
+    with model.disable_adapter():
+        plain = embed(model, pixel_values)
     for active, width in ([["default", "more"], 3], [["more", "default"], 2]):
         model.base_model.set_adapter(active)
         prompts = [embeddings.prompts(name, pixel_values) for name in active]
-        assert torch.equal(embeddings(pixel_values), torch.cat([plain, *prompts], dim=1))
+        assert torch.equal(embed(model, pixel_values), torch.cat([plain, *prompts], dim=1))
         assert answer(model, pixel_values).shape[1] == width
         assert model.config.num_labels == width
     assert model.base_model.active_adapters == ["more", "default"]

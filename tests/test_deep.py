@@ -9,9 +9,12 @@ from conftest import (
     REPRESENTATIVES,
     answer,
     assert_nearly_equal,
+    embed,
+    layers_of,
     move_adapter,
     tiny_config,
     tiny_vit,
+    widen_biases,
 )
 from methods import VPTDeep
 from peft import PeftModel, get_peft_model
@@ -33,10 +36,6 @@ def adapted(architecture="ViTForImageClassification", **overrides):
 
 def backbone_of(model):
     return model.get_base_model().base_model
-
-
-def layers_of(model):
-    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
 
 
 def norm_before_layers(model):
@@ -62,7 +61,8 @@ def test_each_layer_sees_its_own_prompts(architecture, depth, form, pixel_values
     for layer in layers_of(model):
         getattr(layer, "base_layer", layer).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     answer(model, pixel_values)
-    patches = prompt_layer(model).base_layer(pixel_values).shape[1]
+    with model.disable_adapter():
+        patches = embed(model, pixel_values).shape[1]
     assert [tokens.shape[1] for tokens in seen] == [patches + 3] * LAYERS
     prompts = norm_before_layers(model)(prompts)
     for index in range(depth):
@@ -81,6 +81,7 @@ def test_static_ones_in_all_layers_are_vpt_deep(architecture, pixel_values):
     reference = VPTDeep(plain, 3)
     if SUPPORTED[architecture].reads_all:
         plain.vit.layers[-1].register_forward_hook(lambda layer, args, output: output[:, :-3])
+    widen_biases(plain, 3)
     prompts = norm_before_layers(plain)(prompt_layer(model).pgn_library["default"].tokens)
     reference.prompts.data = prompts.detach()
     torch.testing.assert_close(

@@ -171,8 +171,8 @@ def test_frozen_head_with_other_names_is_refused_and_another_problem_type_is_fol
 def test_a_backbone_for_features_has_no_head():
     model = get_peft_model(tiny_vit("ViTModel"), tiny_config())
     assert not any(isinstance(module, PGNHead) for module in model.modules())
-    with pytest.raises(ValueError, match="`id2label` and `num_labels` must be left out for a ViTModel"):
-        get_peft_model(tiny_vit("ViTModel"), tiny_config(num_labels=3))
+    with pytest.raises(ValueError, match="`head` must be 'trained' for labels on a ViTModel, which has no head"):
+        get_peft_model(tiny_vit("ViTModel"), tiny_config(num_labels=3, head="frozen"))
 
 
 def test_a_classifier_without_labels_needs_some(pixel_values):

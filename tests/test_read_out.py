@@ -8,9 +8,11 @@ from conftest import (
     answer,
     assert_nearly_equal,
     embeddings_of,
+    layers_of,
     move_adapter,
     tiny_config,
     tiny_vit,
+    widen_biases,
 )
 from peft import get_peft_model
 from PIL import Image
@@ -19,7 +21,7 @@ from transformers import ViTImageProcessor
 
 from pgn_peft import Classifier, load_classifier, make_prompter
 from pgn_peft.tuner.adapters import prompt_layer
-from pgn_peft.tuner.backbones import SUPPORTED
+from pgn_peft.tuner.backbones import SUPPORTED, takes_any_size
 
 AVERAGING = [name for name in ARCHITECTURES if SUPPORTED[name].reads_all]
 REPRESENTATIVE = [name for name in AVERAGING if name in REPRESENTATIVES]
@@ -32,10 +34,29 @@ def adapt(base, **overrides):
 
 
 def answer_beside(base, prompts, pixel_values):
-    """What a plain model answers if others join its tokens before the first layer and leave them behind the last."""
-    layers = next(module for module in base.modules() if isinstance(module, nn.ModuleList))
-    embeddings_of(base).register_forward_hook(lambda module, inputs, tokens: torch.cat([tokens, prompts], dim=1))
-    layers[-1].register_forward_hook(lambda module, inputs, tokens: tokens[:, : -prompts.shape[1]])
+    """What a plain model answers if others join its tokens before the first layer and leave them behind the last.
+
+    DINOv3 takes the tokens before the patches for those without a position, so there they join in the middle.
+    """
+    count = prompts.shape[1]
+    before = 1 + base.config.num_register_tokens if type(base).__name__.startswith("DINOv3") else None
+
+    def join(module, inputs, output):
+        tokens, *others = output if isinstance(output, tuple) else (output,)
+        at = tokens.shape[1] if before is None else before
+        tokens = torch.cat([tokens[:, :at], prompts, tokens[:, at:]], dim=1)
+        return (tokens, *others) if others else tokens
+
+    def leave(module, inputs, output):
+        tokens, *others = output if isinstance(output, tuple) else (output,)
+        at = tokens.shape[1] - count if before is None else before
+        tokens = torch.cat([tokens[:, :at], tokens[:, at + count :]], dim=1)
+        return (tokens, *others) if isinstance(output, tuple) else tokens
+
+    timm_model = getattr(base, "timm_model", None)
+    (embeddings_of(base) if timm_model is None else timm_model.patch_drop).register_forward_hook(join)
+    layers_of(base)[-1].register_forward_hook(leave)
+    widen_biases(base, count)
     return answer(base, pixel_values)
 
 
@@ -64,7 +85,8 @@ def test_prompts_of_several_adapters_end_together(pixel_values):
 @pytest.mark.parametrize("architecture", REPRESENTATIVE)
 def test_the_adapters_head_is_as_wide_as_the_models(architecture, pixel_values):
     model = adapt(tiny_vit(architecture), id2label={0: "cat", 1: "dog", 2: "owl"})
-    assert model.peft_config["default"].head_features == (64 if architecture.startswith("Dinov2") else None)
+    double = architecture.startswith(("Dinov2", "DINOv3"))
+    assert model.peft_config["default"].head_features == (64 if double else None)
     assert answer(model, pixel_values).shape == (4, 3)
     if not architecture.startswith("Dinov2"):
         return  # Transformers fails to make one without a head
@@ -76,16 +98,23 @@ def test_the_adapters_head_is_as_wide_as_the_models(architecture, pixel_values):
 @pytest.mark.parametrize("prompt_layout", ["canvas", "append", "dense"])
 @pytest.mark.parametrize("architecture", REPRESENTATIVE)
 def test_prompts_in_pixel_space_are_patches_like_others(architecture, prompt_layout, pixel_values):
+    if prompt_layout == "append" and (SUPPORTED[architecture].positions or SUPPORTED[architecture].carries):
+        with pytest.raises(ValueError, match="`prompt_layout` must be 'dense' or 'canvas' for a"):
+            adapt(tiny_vit(architecture), prompt_space="pixel", prompt_layout="append", num_virtual_tokens=4, **SCALE)
+        return
     layout = {"prompt_layout": prompt_layout, "num_virtual_tokens": None}
-    model = adapt(tiny_vit(architecture), prompt_space="pixel", head="frozen", **SCALE, **layout)
+    is_classifier = architecture.endswith("Classification")
+    head = {"head": "frozen"} if is_classifier else {}
+    model = adapt(tiny_vit(architecture), prompt_space="pixel", **head, **SCALE, **layout)
     prompted = prompt_layer(model).prompted_images("default", pixel_values)
-    larger = {} if architecture.startswith("Dinov2") else {"interpolate_pos_encoding": prompt_layout == "append"}
+    any_size = takes_any_size(embeddings_of(tiny_vit(architecture)))
+    larger = {} if any_size else {"interpolate_pos_encoding": prompt_layout == "append"}
     assert_nearly_equal(answer(model, pixel_values), answer(tiny_vit(architecture), prompted, **larger))
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     prompter = make_prompter(model, PROCESSOR)
     served = answer(tiny_vit(architecture), prompter.pixel_values([image]), **larger)
     torch.testing.assert_close(answer(model, PROCESSOR(image, return_tensors="pt")["pixel_values"]), served)
-    assert prompter.probe_scores.shape == (5,)
+    assert not is_classifier or prompter.probe_scores.shape == (5,)
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in AVERAGING])

@@ -6,10 +6,10 @@ from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import (
+    Aimv2Config,
+    Aimv2Model,
     BeitConfig,
-    BeitForImageClassification,
-    CLIPConfig,
-    CLIPModel,
+    BeitForMaskedImageModeling,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     Dinov2Backbone,
@@ -32,11 +32,8 @@ def model():
     ("make", "reason"),
     [
         (lambda: Dinov2Backbone(Dinov2Config(**SMALL)), "feature maps of its layers"),
-        (
-            lambda: BeitForImageClassification(BeitConfig(**SMALL)),
-            "needs a position for every token, and a prompt has none",
-        ),
-        (lambda: CLIPModel(CLIPConfig(vision_config=SMALL, text_config=SMALL)), "a tower for texts too"),
+        (lambda: BeitForMaskedImageModeling(BeitConfig(**SMALL)), "rebuilds the image"),
+        (lambda: Aimv2Model(Aimv2Config(vision_config=SMALL, text_config=SMALL)), "a tower for texts too"),
         (lambda: ViTForMaskedImageModeling(ViTConfig(**SMALL)), "rebuilds the image"),
         (lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)), "two heads"),
         (lambda: ResNetForImageClassification(ResNetConfig(hidden_sizes=[8], depths=[1])), "no sequence"),

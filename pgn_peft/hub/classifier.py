@@ -219,12 +219,14 @@ def _load_processor(folder: Path, shown: Path, model: nn.Module) -> Any:
 
 
 def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | torch.dtype) -> PreTrainedModel:
-    base_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    base_config._attn_implementation = None  # a file could name a kernel on the Hub, which is code
     made_for = (config.auto_mapping or {}).get("base_model_class")
     # From our own table of names: importing a module that a file names could run untrusted code.
-    model_class = getattr(transformers, made_for) if made_for in SUPPORTED else AutoModelForImageClassification
-    options = {} if model_class is not AutoModelForImageClassification else {"trust_remote_code": False}
+    model_class: Any = getattr(transformers, made_for) if made_for in SUPPORTED else AutoModelForImageClassification
+    automatic = model_class is AutoModelForImageClassification
+    options = {"trust_remote_code": False} if automatic else {}
+    # A tower's own configuration, where the base has two.
+    base_config = (AutoConfig if automatic else model_class.config_class).from_pretrained(folder, **options)
+    base_config._attn_implementation = None  # a file could name a kernel on the Hub, which is code
     return model_class.from_pretrained(
         folder, config=base_config, use_safetensors=True, device_map=device_map, dtype=dtype, **options
     )

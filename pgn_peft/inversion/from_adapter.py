@@ -14,6 +14,8 @@ from pgn_peft.nn.layout import PromptLayout, make_layout
 from pgn_peft.nn.library import AdditiveLibrary, PatchLibrary
 from pgn_peft.nn.pixel_prompts import PixelPrompts
 from pgn_peft.nn.preprocessing import Preprocessing, normalize
+from pgn_peft.nn.text_head import TextHead
+from pgn_peft.prompter.embedding_head import make_embedding_head
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.prompter.score_head import ScoreHead, exact_score_head
 from pgn_peft.tuner.adapters import find_layer, without_adapters
@@ -98,12 +100,20 @@ def make_prompter(
         id2label=config.id2label,
         label_mapping=config.label_mapping,
         server_labels=None if head is None else head.base_labels.id2label,
-        head=copy.deepcopy(own_head).float().cpu() if own_head is not None else None,
+        head=_feature_head(own_head),
         score_head=None if head is None else _score_head(head, adapter_name),
     )
     if head is not None and head.base_labels.id2label:
         prompter.probe_scores = _answer_probe(model, layer, prompter)
     return prompter
+
+
+def _feature_head(head: nn.Linear | TextHead | None) -> nn.Linear | None:
+    """Return the adapter's head as one on the features of a server; texts as a linear head on embeddings."""
+    if head is None or isinstance(head, nn.Linear):
+        return None if head is None else copy.deepcopy(head).float().cpu()
+    weight, bias = head.linear()
+    return make_embedding_head(weight.detach().float().cpu(), bias.detach().float().cpu())
 
 
 def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) -> PromptLayout:
@@ -135,7 +145,7 @@ def _layout(layer: PGNLayer, adapter_name: str, preprocessing: Preprocessing) ->
 def _score_head(head: PGNHead, adapter_name: str) -> ScoreHead | None:
     """Make the adapter's head one on the model's scores; None without a head, or if these do not determine it."""
     own, base, labels = head.head(adapter_name), head.base_layer, head.base_labels.id2label
-    if own is None or own.out_features < 2 or not isinstance(base, nn.Linear) or not labels:
+    if not isinstance(own, nn.Linear) or own.out_features < 2 or not isinstance(base, nn.Linear) or not labels:
         return None
     if head.configs[adapter_name].problem_type not in (None, "single_label_classification"):
         return None  # `read_answer` gives probabilities that sum to 1

@@ -27,7 +27,9 @@ def text_head(text_embeds: Tensor, logit_scale: float = 100.0) -> EmbeddingHead:
         text_embeds: (M, D), of any length.
         logit_scale: of the cosines; CLIP's `logit_scale.exp()`.
     """
-    return _head(logit_scale * F.normalize(text_embeds.detach().float().cpu(), dim=-1), torch.zeros(len(text_embeds)))
+    return make_embedding_head(
+        logit_scale * F.normalize(text_embeds.detach().float().cpu(), dim=-1), torch.zeros(len(text_embeds))
+    )
 
 
 def fit_embedding_head(
@@ -45,10 +47,11 @@ def fit_embedding_head(
     """
     classes = check_classes(labels, len(embeddings), num_labels)
     weight, bias, accuracy = fit_ridge(F.normalize(embeddings.double().cpu(), dim=-1), classes, num_labels)
-    return _head(weight, bias), accuracy
+    return make_embedding_head(weight, bias), accuracy
 
 
-def _head(weight: Tensor, bias: Tensor) -> EmbeddingHead:
+def make_embedding_head(weight: Tensor, bias: Tensor) -> EmbeddingHead:
+    """Make the head with a weight (M, D) and a bias (M,)."""
     head = EmbeddingHead(weight.shape[1], weight.shape[0])
     with torch.no_grad():
         head.weight.copy_(weight)

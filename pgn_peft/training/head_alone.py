@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pgn_peft.nn.ridge import fit_ridge
+from pgn_peft.nn.text_head import TextHead
 from pgn_peft.tuner.adapters import find_layer, without_adapters
 from pgn_peft.tuner.head import PGNHead, find_head
 
@@ -50,14 +51,17 @@ def head_alone(
     head = find_head(model)
     if head is None or config.num_labels is None:
         raise ValueError(
-            f"`model` must have a classification head, but got a {type(model).__name__} without. Use the "
-            "ForImageClassification class."
+            f"`model` must have a classification head, but got a {type(model).__name__} without. Give the adapter "
+            "labels: PGNConfig(id2label=...)."
         )
     with without_adapters(model):
         features, labels = _features(model, head, train_batches)
         others, expected = _features(model, head, eval_batches)
         own = None
-        if config.head == "frozen":
+        own_head = head.head(adapter_name)
+        if isinstance(own_head, TextHead):
+            own = _accuracy(own_head.zero_shot(others).cpu(), expected)
+        elif own_head is None:
             own = _accuracy(head.classify(adapter_name, others).float().cpu(), expected)
     weight, bias, _ = fit_ridge(features.cpu(), labels, config.num_labels)
     return HeadAlone(_accuracy(others.double().cpu() @ weight.mT + bias, expected), own)
@@ -66,6 +70,7 @@ def head_alone(
 def _features(model: nn.Module, head: PGNHead, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
     """Return what the head is given (N, F), and the labels (N,)."""
     device, features, labels = next(model.parameters()).device, [], []
+    head.shows_features = True
     hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float()))
     try:
         for batch in batches:
@@ -73,6 +78,7 @@ def _features(model: nn.Module, head: PGNHead, batches: Iterable[Mapping[str, An
             labels.append(inputs.pop("labels").cpu())  # the model's own classes would be others
             model(**inputs)
     finally:
+        head.shows_features = False
         hook.remove()
     if not labels:
         raise ValueError("`train_batches` and `eval_batches` must hold images, but got none. Pass data loaders.")

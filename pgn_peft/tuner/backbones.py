@@ -6,10 +6,45 @@ No other module names an architecture.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from pgn_peft.nn.positions import extend_bias, extend_rotations
+
+# How a head of the adapter's own reads the output of a model that has none, as the classifiers of these models do.
+Reader = Callable[[nn.Module, Any], Tensor]
+
+
+def _class_token(model: nn.Module, output: Any) -> Tensor:
+    return output.last_hidden_state[:, 0]
+
+
+def _average(model: nn.Module, output: Any) -> Tensor:
+    return output.last_hidden_state.mean(dim=1)
+
+
+def _class_token_and_average(model: nn.Module, output: Any) -> Tensor:
+    first = 1 + getattr(model.config, "num_register_tokens", 0)
+    tokens = output.last_hidden_state
+    return torch.cat([tokens[:, 0], tokens[:, first:].mean(dim=1)], dim=1)
+
+
+def _pooled(model: nn.Module, output: Any) -> Tensor:
+    return output.pooler_output
+
+
+def _image_embeds(model: nn.Module, output: Any) -> Tensor:
+    return output.image_embeds
+
+
+# From a module's output and a number of prompts P to the output for as many tokens more.
+Extension = Callable[[Any, int], Any]
+_ROTATIONS: dict[str, Extension] = {"rope_embeddings": extend_rotations}
+_BIASES: dict[str, Extension] = {"relative_position_bias": extend_bias, "shared_position_bias": extend_bias}
 
 
 @dataclass(frozen=True)
@@ -20,16 +55,37 @@ class Backbone:
         embeddings: name of the module that turns pixels into tokens.
         head: name of the classification head, or None for a model that returns features.
         reads_all: more than token 0 (CLS) is read, so that prompts are removed after the last layer.
-        head_width: features that the head takes, as a multiple of the width D.
+        head_width: features that a head takes, as a multiple of the width D.
+        read: for a model without a head: from the model and its output to the features (B, F) that an adapter's head
+            takes; None: it cannot have one.
+        has_texts: these features can be compared with embeddings of texts.
+        image_method: name of the method that computes the output for images alone; None: the model's forward pass.
+        positions: where attention has a position for every token: the modules that compute them, by the ends of their
+            names, and the function that extends what they return by prompts, which have none. Else None.
+        carries: the embeddings do not add the positions: the model's own `_pos_embed` does, and appends prompts.
+        called: name of the module whose calls are checked; None: the one that the embeddings are part of.
     """
 
     embeddings: str
     head: str | None
     reads_all: bool = False
     head_width: int = 1
+    read: Reader | None = None
+    has_texts: bool = False
+    image_method: str | None = None
+    positions: Mapping[str, Extension] | None = None
+    carries: bool = False
+    called: str | None = None
+
+    def num_features(self, model: nn.Module) -> int:
+        """Return the number of features F that a head of `model` takes."""
+        projection = getattr(model, "visual_projection", None)
+        if projection is not None:
+            return projection.out_features
+        return self.head_width * patch_projection(model.get_submodule(self.embeddings)).out_channels
 
 
-# Name of the classification head in every supported classifier.
+# Name of the classification head in Transformers' own classifiers, and of the one that a model without gets.
 HEAD = "classifier"
 
 # Appended tokens act through attention only: either token 0 (CLS) alone is read, or prompts are removed before.
@@ -37,30 +93,64 @@ SUPPORTED: dict[str, Backbone] = {
     "ViTForImageClassification": Backbone("vit.embeddings", HEAD),
     "DeiTForImageClassification": Backbone("deit.embeddings", HEAD),
     "ViTMSNForImageClassification": Backbone("vit.embeddings", HEAD),
-    "ViTModel": Backbone("embeddings", None),
-    "DeiTModel": Backbone("embeddings", None),
-    "ViTMSNModel": Backbone("embeddings", None),
+    "ViTModel": Backbone("embeddings", None, read=_class_token),
+    "DeiTModel": Backbone("embeddings", None, read=_class_token),
+    "ViTMSNModel": Backbone("embeddings", None, read=_class_token),
     # CLS beside the average of the patches.
     "Dinov2ForImageClassification": Backbone("dinov2.embeddings", HEAD, reads_all=True, head_width=2),
-    "Dinov2Model": Backbone("embeddings", None, reads_all=True),
+    "Dinov2Model": Backbone("embeddings", None, reads_all=True, head_width=2, read=_class_token_and_average),
     "Dinov2WithRegistersForImageClassification": Backbone(
         "dinov2_with_registers.embeddings", HEAD, reads_all=True, head_width=2
     ),
-    "Dinov2WithRegistersModel": Backbone("embeddings", None, reads_all=True),
+    "Dinov2WithRegistersModel": Backbone(
+        "embeddings", None, reads_all=True, head_width=2, read=_class_token_and_average
+    ),
     # The average of all tokens, which are patches.
     "IJepaForImageClassification": Backbone("ijepa.embeddings", HEAD, reads_all=True),
-    "IJepaModel": Backbone("embeddings", None, reads_all=True),
+    "IJepaModel": Backbone("embeddings", None, reads_all=True, read=_average),
     # The average of the patches; the towers for features read CLS (CLIP) or attend to all tokens (SigLIP).
     "CLIPForImageClassification": Backbone("vision_model.embeddings", HEAD, reads_all=True),
-    "CLIPVisionModel": Backbone("embeddings", None),
-    "CLIPVisionModelWithProjection": Backbone("vision_model.embeddings", None),
+    "CLIPVisionModel": Backbone("embeddings", None, read=_pooled),
+    "CLIPVisionModelWithProjection": Backbone("vision_model.embeddings", None, read=_image_embeds, has_texts=True),
+    "CLIPModel": Backbone(
+        "vision_model.embeddings", None, read=_pooled, has_texts=True, image_method="get_image_features"
+    ),
     "SiglipForImageClassification": Backbone("vision_model.embeddings", HEAD, reads_all=True),
-    "SiglipVisionModel": Backbone("embeddings", None, reads_all=True),
+    "SiglipVisionModel": Backbone("embeddings", None, reads_all=True, read=_pooled, has_texts=True),
+    "SiglipModel": Backbone(
+        *("vision_model.embeddings", None),
+        reads_all=True,
+        read=_pooled,
+        has_texts=True,
+        image_method="get_image_features",
+    ),
+    # Positions are added to, or rotate, queries and keys of every layer.
+    "DINOv3ViTModel": Backbone(
+        *("embeddings", None),
+        reads_all=True,
+        head_width=2,
+        read=_class_token_and_average,
+        positions=_ROTATIONS,
+    ),
+    "BeitForImageClassification": Backbone("beit.embeddings", HEAD, reads_all=True, positions=_BIASES),
+    "BeitModel": Backbone("embeddings", None, reads_all=True, read=_pooled, positions=_BIASES),
+    "Data2VecVisionForImageClassification": Backbone(
+        "data2vec_vision.embeddings", HEAD, reads_all=True, positions=_BIASES
+    ),
+    "Data2VecVisionModel": Backbone("embeddings", None, reads_all=True, read=_pooled, positions=_BIASES),
+    # An attention pool reads all tokens.
+    "Aimv2VisionModel": Backbone("embeddings", None, reads_all=True, read=_pooled),
+    # timm's ViTs and EVAs, whatever they pool.
+    "TimmWrapperForImageClassification": Backbone(
+        "timm_model.patch_embed", "timm_model.head", reads_all=True, carries=True, called=""
+    ),
+    "TimmWrapperModel": Backbone(
+        "timm_model.patch_embed", None, reads_all=True, read=_pooled, carries=True, called=""
+    ),
 }
 
 # Why prompts that were trained as tokens cannot become pixels for such a backbone.
 AVERAGES_PATCHES = "it averages its patches, and would include those that hold prompts, unlike in training"
-_COUNTS = "its attention needs a position for every token, and a prompt has none"
 _WINDOWS = "it has no sequence that a token could be appended to"
 _MAPS = "it returns feature maps of its layers, and prompts would be taken for patches"
 _TWO_TOWERS = "it has a tower for texts too; load the checkpoint as one of these"
@@ -77,10 +167,13 @@ REFUSED: dict[str, str] = {
     "CLIP": _TWO_TOWERS,
     "Siglip": _TWO_TOWERS,
     "Siglip2": _PATCHES,
-    "Beit": _COUNTS,
-    "Data2VecVision": _COUNTS,
+    "BeitForMaskedImageModeling": _REBUILDS,
+    "Beit": _MAPS,
+    "Data2VecVision": _MAPS,
     "Dinov2": _MAPS,
-    "DINOv3": _COUNTS,
+    "DINOv3ViT": _MAPS,
+    "DINOv3ConvNext": _WINDOWS,
+    "Aimv2": _TWO_TOWERS,
     "Swin": _WINDOWS,
     "Convnext": _WINDOWS,
     "ConvNext": _WINDOWS,
@@ -147,7 +240,7 @@ def find_layers(model: nn.Module, embeddings: str) -> list[str]:
     lists = [
         (f"{above}.{name}".strip("."), module)
         for name, module in parent.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if (isinstance(module, nn.ModuleList) and len(module) == num_layers) or name == "blocks"  # timm's
     ]
     if len(lists) != 1:
         raise ValueError(
@@ -160,17 +253,26 @@ def find_layers(model: nn.Module, embeddings: str) -> list[str]:
 
 def patch_projection(embeddings: nn.Module) -> nn.Conv2d:
     """Return the convolution that makes a token (D,) of each patch (C, p, p), whatever the architecture calls it."""
-    parts: Any = embeddings
-    return parts.patch_embeddings.projection if hasattr(parts, "patch_embeddings") else parts.patch_embedding
+    found: Any = embeddings
+    for name in ("patch_embeddings", "patch_embedding", "patch_embed"):
+        if hasattr(found, name):
+            found = getattr(found, name)
+            break
+    for name in ("projection", "proj"):
+        if hasattr(found, name):
+            found = getattr(found, name)
+            break
+    return found
 
 
 def own_image_size(embeddings: nn.Module) -> tuple[int, int]:
     """Return height and width in pixels of the images that the position embeddings were trained for."""
     parts: Any = embeddings
-    if hasattr(parts, "patch_embeddings"):
-        height, width = parts.patch_embeddings.image_size
-        return height, width
-    return parts.image_size, parts.image_size
+    places = (getattr(parts, "patch_embeddings", None), parts, getattr(parts, "config", None))
+    sizes = (getattr(place, name, None) for place in places for name in ("image_size", "img_size"))
+    size = next(size for size in sizes if size is not None)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def has_class_token(embeddings: nn.Module) -> bool:
@@ -178,10 +280,20 @@ def has_class_token(embeddings: nn.Module) -> bool:
     return hasattr(embeddings, "cls_token") or hasattr(embeddings, "class_embedding")
 
 
+def takes_size_option(embeddings: nn.Module) -> bool:
+    """Whether a backbone interpolates its positions for an image of another size only if it is told to."""
+    return "interpolate_pos_encoding" in inspect.signature(embeddings.forward).parameters
+
+
 def takes_any_size(embeddings: nn.Module) -> bool:
-    """Whether a backbone's embeddings interpolate their positions for an image of another size without being told."""
-    options = inspect.signature(embeddings.forward).parameters
-    return hasattr(embeddings, "interpolate_pos_encoding") and "interpolate_pos_encoding" not in options
+    """Whether a backbone takes images of every size without being told."""
+    parts: Any = embeddings
+    if hasattr(parts, "strict_img_size"):  # timm's
+        return not parts.strict_img_size
+    if hasattr(parts, "interpolate_pos_encoding"):
+        return not takes_size_option(embeddings)
+    has_table = hasattr(parts, "position_embedding") or hasattr(parts, "position_embeddings")
+    return not takes_size_option(embeddings) and not has_table
 
 
 def architecture_of(model: nn.Module) -> str | None:

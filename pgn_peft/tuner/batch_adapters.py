@@ -33,21 +33,24 @@ def running_batch(names: tuple[str, ...]) -> Iterator[None]:
         del _NAMES[thread]
 
 
-def map_by_adapter(names: Sequence[str], batch: Tensor, function: Callable[[str, Tensor], Tensor]) -> Tensor:
+def map_by_adapter(
+    names: Sequence[str], batch: Tensor, function: Callable[[str, Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
     """Apply a function adapter by adapter.
 
     Args:
         names: the adapter of each image.
         batch: (B, ...).
-        function: called once for each adapter with its name and its images (b, ...), returns (b, ...).
+        function: called once for each adapter with its name and its images (b, ...), returns tensors (b, ...).
 
     Returns:
-        (B, ...), the function's results in the order of `batch`.
+        The function's results (B, ...), in the order of `batch`.
     """
-    parts: list[Tensor] = []
+    parts: list[tuple[Tensor, ...]] = []
     places: list[int] = []
     for name in dict.fromkeys(names):
         rows = [row for row, other in enumerate(names) if other == name]
         parts.append(function(name, batch[rows]))
         places += rows
-    return torch.cat(parts)[torch.tensor(places, device=batch.device).argsort()]
+    order = torch.tensor(places, device=batch.device).argsort()
+    return tuple(torch.cat(results)[order] for results in zip(*parts, strict=True))

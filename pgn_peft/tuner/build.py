@@ -1,11 +1,12 @@
-"""Generator and library, made as a config describes them."""
+"""Generator, library and head, made as a config describes them."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import AdditiveLibrary, PatchLibrary, TokenLibrary
+from pgn_peft.nn.text_head import TextHead
 from pgn_peft.tuner.fields import PGNFields
 from pgn_peft.utils.values import filled
 
@@ -35,6 +36,18 @@ def make_library(
         num_slots=slots,
         depth=config.prompt_depth or 1,
     )
+
+
+def make_head(config: PGNFields) -> nn.Linear | TextHead:
+    """Create the head that a config describes, with new weights; not for head="frozen"."""
+    num_features = config.head_features or filled(config.hidden_size)
+    if config.head == "text":
+        return TextHead(num_features, filled(config.num_labels), config.text_correction)
+    head = nn.Linear(num_features, filled(config.num_labels))
+    # As Transformers' ViTs initialise a new head.
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def make_generator(config: PGNFields, num_channels: int) -> PromptGenerator | None:

@@ -163,8 +163,13 @@ class PGNFields(PeftConfig):
     head: str = _field(
         "trained",
         "'trained': the adapter owns a classification head for its own labels. 'frozen': the model's head and labels "
-        "are used, and only the prompts are trained.",
-        choices=("trained", "frozen"),
+        "are used, and only the prompts are trained. 'text': images are compared with a text for each class, as CLIP "
+        "does, and only the prompts are trained; give the texts by `use_texts`.",
+        choices=("trained", "frozen", "text"),
+    )
+    text_correction: bool = _field(
+        False,
+        "With head='text', also learn a matrix E (classes by classes, from zero): logits are multiplied by I + E.",
     )
     label_mapping: list[int] | None = _field(
         None,
@@ -196,7 +201,7 @@ class PGNFields(PeftConfig):
     )
     hidden_size: int | None = _field(None, "Recorded: the backbone's width D.", integers=(1, 65_536))
     head_features: int | None = _field(
-        None, "Recorded where they are not D: the features that the model's head takes.", integers=(1, 131_072)
+        None, "Recorded where they are not D: the features that a head takes.", integers=(1, 131_072)
     )
     num_channels: int | None = _field(None, "Recorded: the channels of the backbone's images.", integers=(1, 4096))
     patch_size: int | None = _field(
@@ -315,6 +320,12 @@ class PGNFields(PeftConfig):
             setattr(self, name, checks.read_channel_values(name, getattr(self, name), positive))
 
     def _check_labels(self) -> None:
+        checks.check_boolean("text_correction", self.text_correction)
+        if self.text_correction and self.head != "text":
+            raise ValueError(
+                f"`text_correction` must be False with head={self.head!r}, but got True. It corrects logits that come "
+                "from texts."
+            )
         if self.id2label is not None:
             self.id2label = normalize_id2label(self.id2label)
             if self.num_labels is not None and self.num_labels != len(self.id2label):

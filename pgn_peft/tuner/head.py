@@ -7,12 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.nn.text_head import TextHead
 from pgn_peft.tuner.batch_adapters import adapters_of_batch, map_by_adapter
+from pgn_peft.tuner.build import make_head
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.offloading import loaded
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 from pgn_peft.utils.labels import Labels
-from pgn_peft.utils.values import filled
 
 
 class PGNHead(PGNTunerLayer):
@@ -22,30 +23,35 @@ class PGNHead(PGNTunerLayer):
     `num_labels`, `id2label` and `problem_type`.
 
     Args:
-        base_layer: the model's head, features (B, F) to logits (B, number of labels).
+        base_layer: the model's head, features (B, F) to logits (B, number of labels); None: the model has none, and
+            `make_classifier` has added this layer.
         model_config: the model's `PretrainedConfig`, or None for a model that has none.
     """
 
     adapter_layer_names = ("pgn_head",)
     other_param_names = ("configs", "label_mapping")
 
-    def __init__(self, base_layer: nn.Module, model_config: Any) -> None:
+    def __init__(self, base_layer: nn.Module | None, model_config: Any) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.is_added = base_layer is None
+        self.base_layer = nn.Identity() if base_layer is None else base_layer
         self.pgn_head = nn.ModuleDict()
         self.configs: dict[str, PGNConfig] = {}
         self.label_mapping: dict[str, list[int]] = {}
-        self.base_labels = labels_of(base_layer, model_config)
+        self.shows_features = False  # answer with features where there is no head for logits
+        self._own_labels = labels_of(self.base_layer, model_config)
+        self.base_labels = Labels({}) if self.is_added else self._own_labels
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._model_config = model_config
         self._shown: str | None = None  # the adapter whose labels the model's config shows
-        self.training = base_layer.training
+        self.training = self.base_layer.training
 
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
         """Create the head of an adapter: a copy of the model's where the labels are the same, else a new one.
 
         An adapter with `head="frozen"` gets none: the model's head is used, with its `label_mapping` if it has one.
+        One with `head="text"` waits for its texts.
         """
         self.configs[adapter_name] = config
         self.label_mapping.pop(adapter_name, None)
@@ -54,43 +60,60 @@ class PGNHead(PGNTunerLayer):
         if config.head == "frozen":
             self._forget(self.pgn_head, adapter_name)
             return
+        head = make_head(config)
         base = cast(nn.Linear, self.base_layer)  # or a quantised one: `record_labels`
-        head = nn.Linear(config.head_features or filled(config.hidden_size), filled(config.num_labels))
-        with torch.no_grad():
-            if self.base_labels.id2label == config.id2label:
-                with loaded(base):
-                    head.weight.copy_(plain_weight(base))
-                    head.bias.copy_(base.bias if base.bias is not None else torch.zeros(()))
-            else:
-                # As Transformers' ViTs initialise a new head.
-                head.weight.normal_(std=0.02)
-                head.bias.zero_()
+        if isinstance(head, nn.Linear) and self.base_labels.id2label == config.id2label:
+            with torch.no_grad(), loaded(base):
+                head.weight.copy_(plain_weight(base))
+                head.bias.copy_(base.bias if base.bias is not None else torch.zeros(()))
         self.pgn_head[adapter_name] = self._settle(head)
 
-    def head(self, adapter_name: str | None) -> nn.Linear | None:
+    def head(self, adapter_name: str | None) -> nn.Linear | TextHead | None:
         """Return the head of an adapter; None if it uses the model's own."""
         if adapter_name is None or adapter_name not in self.pgn_head:
             return None
-        return cast(nn.Linear, self.pgn_head[adapter_name])
+        return cast("nn.Linear | TextHead", self.pgn_head[adapter_name])
+
+    def answers(self) -> bool:
+        """Whether there is a head to compute logits with: the model's, an active adapter's, or its texts."""
+        if not self.is_added or self.shows_features:
+            return True
+        names = adapters_of_batch()
+        if names:
+            return any(self.head(name) is not None for name in names)
+        head = self.head(self._first_active())
+        return isinstance(head, TextHead) if self.disable_adapters else head is not None
+
+    def _first_active(self) -> str | None:
+        return next(iter(self.active_adapters), None)
 
     def labels(self, adapter_name: str | None) -> Labels:
         """Return the labels of an adapter; those of the model for a name that it has no adapter of, or None."""
         config = None if adapter_name is None else self.configs.get(adapter_name)
-        return self.base_labels if config is None else Labels(filled(config.id2label), config.problem_type)
+        if config is None or config.id2label is None:
+            return self.base_labels
+        return Labels(config.id2label, config.problem_type)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (B, number of the active adapter's labels).
 
-        In a mixed batch each image has the head of its own adapter; all have the same labels.
+        In a mixed batch each image has the head of its own adapter; all have the same labels. A model without a head
+        of its own, its adapters switched off, answers by the texts of the active one: zero-shot.
         """
         names = adapters_of_batch()
         if names:
-            return map_by_adapter(names, features, self.classify)
-        return self.classify(None if self.disable_adapters else next(iter(self.active_adapters), None), features)
+            (logits,) = map_by_adapter(names, features, lambda name, rows: (self.classify(name, rows),))
+            return logits
+        return self.classify(None if self.disable_adapters else self._first_active(), features)
 
     def classify(self, adapter_name: str | None, features: Tensor) -> Tensor:
         """Return the logits (B, M) of an adapter's head, or of the model's own for None."""
         head = self.head(adapter_name)
+        if head is None and self.is_added:
+            return self._zero_shot(features)
+        if isinstance(head, TextHead):
+            self._check_texts(head)
+            return head(features)
         if head is not None:
             weight = head.weight  # a method, where `torch.ao.quantization.quantize_dynamic` has replaced the layer
             return head(features.to(weight.dtype) if isinstance(weight, Tensor) else features)
@@ -98,6 +121,22 @@ class PGNHead(PGNTunerLayer):
         if adapter_name in self.label_mapping:
             return logits[..., torch.tensor(self.label_mapping[adapter_name], device=logits.device)]
         return logits
+
+    def _zero_shot(self, features: Tensor) -> Tensor:
+        names = adapters_of_batch() or self.active_adapters
+        head = next((head for name in names if isinstance(head := self.head(name), TextHead)), None)
+        if head is None:  # `shows_features`
+            return features
+        self._check_texts(head)
+        return head.zero_shot(features)
+
+    @staticmethod
+    def _check_texts(head: TextHead) -> None:
+        if not head.is_set:
+            raise ValueError(
+                "`text_embeds` must be given before a model with head='text' is run, but got none. Call "
+                "use_texts(model, embed_texts(...))."
+            )
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; the first one's head is used, and its labels are written into the model's config."""
@@ -116,8 +155,9 @@ class PGNHead(PGNTunerLayer):
 
     def show_labels(self) -> None:
         """Write the labels of the head in use into the model's config."""
-        # A frozen head has the model's names, and perhaps another `problem_type`.
-        self._show(None if self.disable_adapters else next(iter(self.active_adapters), None))
+        # A frozen head has the model's names, and perhaps another `problem_type`. Texts classify without prompts too.
+        name = self._first_active()
+        self._show(None if self.disable_adapters and not isinstance(self.head(name), TextHead) else name)
 
     def show_base_labels(self) -> None:
         """Write the model's own labels into its config again."""
@@ -127,7 +167,8 @@ class PGNHead(PGNTunerLayer):
         self.record_problem_type()
         self._shown = adapter_name if adapter_name in self.configs else None
         if hasattr(self._model_config, "id2label"):
-            self.labels(self._shown).show_in(self._model_config)
+            shown = self._own_labels if self.is_added and self.head(self._shown) is None else self.labels(self._shown)
+            shown.show_in(self._model_config)
 
     def record_problem_type(self) -> None:
         """Record the problem type that Transformers inferred from the first labels in the adapter's config.

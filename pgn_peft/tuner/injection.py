@@ -14,7 +14,7 @@ from torch import nn
 
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import TokenLibrary
-from pgn_peft.tuner.backbones import SUPPORTED, Backbone, architecture_of, find_backbone, find_layers
+from pgn_peft.tuner.backbones import HEAD, SUPPORTED, Backbone, architecture_of, find_backbone, find_layers
 from pgn_peft.tuner.batch_adapters import BASE
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.encoder_layer import PGNBlock
@@ -23,6 +23,7 @@ from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.recorded_fields import record_base, record_depth, record_labels
 from pgn_peft.tuner.saved_weights import check_size
+from pgn_peft.tuner.timm_positions import check_timm
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 
 
@@ -45,7 +46,17 @@ class Injection:
     @property
     def targets(self) -> set[str | None]:
         """Names of the modules to wrap."""
-        return {self.backbone.embeddings, self.backbone.head, *self.layers}
+        return {self.backbone.embeddings, self.head, *self.layers}
+
+    @property
+    def head(self) -> str | None:
+        """Name of the classification head: the model's, or the one that it gets; None for features."""
+        return HEAD if self.adds_head else self.backbone.head
+
+    @property
+    def adds_head(self) -> bool:
+        """Whether the adapter brings a head to a model that has none."""
+        return self.backbone.head is None and self.config.num_labels is not None
 
     def cuts_prompts_after(self, layer: str) -> bool:
         """Whether the prompts end after this layer, because the classifier reads all tokens."""
@@ -71,6 +82,8 @@ def plan_injection(model: nn.Module, config: PGNConfig, adapter_name: str) -> In
     is_loaded = completed.inference_mode and completed.hidden_size is not None
     check_origin(completed, model)
     backbone = find_backbone(model, cast("list[str] | None", completed.target_modules))
+    if backbone.carries:
+        check_timm(model.get_submodule(backbone.embeddings.rpartition(".")[0]))
     check_offloading(completed, model, backbone)
     check_adapter_name(adapter_name, model)
     layers = _find_wrapped_layers(model, completed, backbone)
@@ -135,7 +148,7 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     containers = (*PGNLayer.adapter_layer_names, *PGNHead.adapter_layer_names)
     base = (name.partition(".pgn_")[0] for name, _ in model.named_modules())
     parts = {part for name in (*own, *base, "base_model.model.base_layer", *containers) for part in name.split(".")}
-    parts.add(BASE)  # names the model without an adapter
+    parts |= {BASE, HEAD}  # the first names the model without an adapter
     # An adapter's name is a key of ModuleDicts, which refuse the names of their own attributes.
     if not adapter_name or "." in adapter_name or adapter_name in parts or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.jpeg import through_jpeg
@@ -13,7 +16,7 @@ from pgn_peft.nn.layout import PromptLayout, compose, make_layout
 from pgn_peft.nn.library import AdditiveLibrary, PatchLibrary, TokenLibrary
 from pgn_peft.nn.patch_inverse import PatchInverse
 from pgn_peft.nn.preprocessing import denormalize, normalize
-from pgn_peft.tuner.backbones import patch_projection
+from pgn_peft.tuner.backbones import patch_projection, takes_size_option
 from pgn_peft.tuner.batch_adapters import BASE, adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.checks import check_pixel_values, check_together
@@ -31,7 +34,9 @@ class PGNLayer(PGNTunerLayer):
     backbone's own embeddings then read, as a hosted model does.
 
     Args:
-        base_layer: the embeddings: pixels (B, C, H, W) to tokens (B, N, D), position embeddings included.
+        base_layer: the embeddings: pixels (B, C, H, W) to tokens (B, N, D), position embeddings included; or to a
+            tuple that begins with them.
+        carries: the positions come later: answer with tokens, prompts and their number for `append_prompts`.
 
     Source: arXiv:2210.06466: prompts are appended after the CLS and patch tokens.
     """
@@ -39,9 +44,10 @@ class PGNLayer(PGNTunerLayer):
     adapter_layer_names = ("pgn_generator", "pgn_library")
     other_param_names = ("configs", "layouts")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, carries: bool = False) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.carries = carries
         self.pgn_generator = nn.ModuleDict()
         self.pgn_library = nn.ModuleDict()
         self.configs: dict[str, PGNConfig] = {}
@@ -49,9 +55,15 @@ class PGNLayer(PGNTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self.fixed_size = fixed_size(base_layer)  # height and width of its images, in pixels; None: any
+        self._hooks: list[RemovableHandle] = []
         self._base_loaded = False  # whether a state dict that is being loaded has tensors of the backbone
         self.register_load_state_dict_post_hook(_follow_the_backbone)
         self.training = base_layer.training
+
+    @property
+    def returns_grid(self) -> bool:
+        """Whether the base layer returns the grid of patches beside the tokens."""
+        return type(self.base_layer).__name__ == "Data2VecVisionEmbeddings"
 
     @property
     def projection(self) -> nn.Conv2d:
@@ -166,34 +178,51 @@ class PGNLayer(PGNTunerLayer):
             prompted = torch.where(encoded, through_jpeg(prompted, config.jpeg_quality), prompted)
         return normalize(prompted, mean, std).to(pixel_values.dtype)
 
-    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute the tokens of the images and the prompts of the active adapters: (B, N + P, D).
 
         Prompts in latent space are generated from the image without patches and appended in order. An adapter with
         prompts in several layers appends all of them; each `PGNBlock` removes its layer's. In a mixed batch each image
         has the adapter that `adapters_of_batch` names for it.
+
+        Returns:
+            What the base layer does, with the prompts; where it `carries`, tokens (B, ...), prompts (B, P, D) and P.
         """
         names = adapters_of_batch()
         if names:
-            return map_by_adapter(
+            tokens, prompts = map_by_adapter(
                 names,
                 pixel_values,
                 lambda name, images: self._embed([] if name == BASE else [name], images, *args, **kwargs),
             )
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.pgn_library]
-        return self._embed(active, pixel_values, *args, **kwargs)
+        else:
+            active = (
+                [] if self.disable_adapters else [name for name in self.active_adapters if name in self.pgn_library]
+            )
+            tokens, prompts = self._embed(active, pixel_values, *args, **kwargs)
+        if self.carries:
+            return (tokens, prompts, self.running_prompts()[0]) if prompts.shape[1] else tokens
+        tokens = torch.cat([tokens, prompts], dim=1) if prompts.shape[1] else tokens
+        if not self.returns_grid:
+            return tokens
+        side = self.projection.kernel_size
+        return tokens, (pixel_values.shape[-2] // side[0], pixel_values.shape[-1] // side[1])
 
-    def _embed(self, active: list[str], pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _embed(self, active: list[str], pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Compute tokens (B, N, D) and the prompts (B, P, D) to append to them."""
         check_together(active, self.configs)
         images = pixel_values
         for name in active:
             if name in self.layouts:  # one at most: PGNModel.set_adapter
                 images = self.prompted_images(name, pixel_values)
                 kwargs = kwargs | self.size_options((images.shape[-2], images.shape[-1]))
-        tokens = self.base_layer(images, *args, **kwargs)  # (B, N, D)
+        tokens = self.base_layer(images, *args, **kwargs)
+        if self.returns_grid:
+            tokens, _ = tokens
         # Appended after the position embeddings were added: a prompt has no position in the image.
         prompts = [self.prompts(name, pixel_values).to(tokens.dtype) for name in active if name not in self.layouts]
-        return torch.cat([tokens, *prompts], dim=1) if prompts else tokens
+        none = tokens.new_zeros(tokens.shape[0], 0, tokens.shape[-1])
+        return tokens, torch.cat(prompts, dim=1) if prompts else none
 
     def size_options(self, size: tuple[int, int]) -> dict[str, bool]:
         """Return the options that the backbone must be called with for images of this height and width, in pixels."""
@@ -227,11 +256,17 @@ class PGNLayer(PGNTunerLayer):
 
     def check_calls_of(self, backbone: nn.Module) -> None:
         """Run `check_inputs` before each forward pass of the backbone, until `release`."""
-        self._input_check = backbone.register_forward_pre_hook(self.check_inputs, with_kwargs=True)
+        self._hooks.append(backbone.register_forward_pre_hook(self.check_inputs, with_kwargs=True))
+
+    def extend_positions(self, module: nn.Module, extend: Callable[[Any, int], Any]) -> None:
+        """Extend the positions that a module of the backbone computes by the prompts, until `release`."""
+        # No lambda: a copy of the model would follow the original's adapters, and could not be pickled.
+        self._hooks.append(module.register_forward_hook(partial(_extend, self, extend)))
 
     def release(self) -> None:
-        """Remove the hook of `check_calls_of`."""
-        self._input_check.remove()
+        """Remove the hooks of `check_calls_of` and `extend_positions`."""
+        for hook in self._hooks:
+            hook.remove()
 
     def check_inputs(
         self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -249,8 +284,8 @@ class PGNLayer(PGNTunerLayer):
             ValueError: `pixel_values` has the wrong number of axes, channels or pixels; or `adapter_names` was passed
                 to the model inside a `PeftModel`.
         """
-        interpolate = kwargs.get("interpolate_pos_encoding")
-        if self.fixed_size is None:
+        interpolate = kwargs.get("interpolate_pos_encoding") and takes_size_option(self.base_layer)
+        if not takes_size_option(self.base_layer):
             kwargs = {name: value for name, value in kwargs.items() if name != "interpolate_pos_encoding"}
         if self.disable_adapters:
             return args, kwargs
@@ -262,6 +297,12 @@ class PGNLayer(PGNTunerLayer):
         pixel_values = args[0] if args else kwargs.get("pixel_values")
         check_pixel_values(pixel_values, self.num_channels, None if interpolate else self.fixed_size)
         return args, kwargs
+
+
+def _extend(
+    layer: PGNLayer, extend: Callable[[Any, int], Any], module: nn.Module, inputs: tuple[Any, ...], positions: Any
+) -> Any:
+    return extend(positions, layer.running_prompts()[0])
 
 
 def _follow_the_backbone(layer: PGNLayer, incompatible_keys: Any) -> None:

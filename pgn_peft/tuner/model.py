@@ -20,6 +20,9 @@ from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.injection import Injection, plan_injection, refuse_other_adapters
 from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.tuner.mixed_batch import mixed_batch
+from pgn_peft.tuner.readout import make_classifier, restore_model
+from pgn_peft.tuner.subclassing import original_class
+from pgn_peft.tuner.timm_positions import append_prompts
 from pgn_peft.tuner.tuner_layer import NO_MERGE, PGNTunerLayer
 from pgn_peft.utils.tensors import compare_tensors
 
@@ -101,6 +104,8 @@ class PGNModel(BaseTuner):
             raise
         self.peft_config[adapter_name] = injection.config
         self.injections = {**self.injections, adapter_name: injection}
+        if injection.adds_head:
+            make_classifier(model)
         super().inject_adapter(
             model,
             adapter_name,
@@ -133,9 +138,10 @@ class PGNModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         injection = self.injections[adapter_name]
-        if current_key == injection.backbone.head:
+        if current_key == injection.head:
             if not isinstance(target, PGNHead):
-                target = PGNHead(target, getattr(self.model, "config", None))
+                own_head = None if injection.adds_head else target
+                target = PGNHead(own_head, getattr(self.model, "config", None))
                 setattr(parent, target_name, target)
             target.update_layer(adapter_name, injection.config)
             return
@@ -152,9 +158,15 @@ class PGNModel(BaseTuner):
         parent = self.model.get_submodule(above)
         layer = getattr(parent, name)
         if not isinstance(layer, PGNLayer):
-            layer = PGNLayer(layer)
-            layer.check_calls_of(parent)
+            layer = PGNLayer(layer, backbone.carries)
+            layer.check_calls_of(parent if backbone.called is None else self.model.get_submodule(backbone.called))
+            for part_name, part in parent.named_modules():
+                extend = (backbone.positions or {}).get(part_name.rpartition(".")[2])
+                if extend is not None:
+                    layer.extend_positions(part, extend)
             setattr(parent, name, layer)
+            if backbone.carries:
+                append_prompts(parent)
         return layer
 
     # Using it.
@@ -202,8 +214,13 @@ class PGNModel(BaseTuner):
         # PEFT's method copies `.weight`, which embeddings do not have.
         if isinstance(child, PGNLayer):
             child.release()
+            if child.carries:
+                original_class(parent)
         elif isinstance(child, PGNHead):
             child.show_base_labels()
+            if child.is_added:
+                restore_model(parent)
+                return
         elif isinstance(child, ModulesToSaveWrapper):
             # PEFT would leave the trained copy in the base model.
             new_module = child.original_module

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from pgn_peft.nn.layout import make_layout
-from pgn_peft.tuner.backbones import AVERAGES_PATCHES, Backbone, own_image_size, patch_projection
+from pgn_peft.tuner.backbones import AVERAGES_PATCHES, SUPPORTED, Backbone, own_image_size, patch_projection
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.head import PGNHead, labels_of
 from pgn_peft.utils.values import filled
@@ -23,11 +23,21 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
             f"`prompt_layout` must be None with prompt_space='latent' for a {type(model).__name__}, but got "
             f"{config.prompt_layout!r}: {AVERAGES_PATCHES}. Use prompt_space='pixel' for prompts that become pixels."
         )
+    if (
+        config.prompt_space == "pixel"
+        and config.prompt_layout == "append"
+        and (backbone.positions or backbone.carries)
+    ):
+        raise ValueError(
+            f"`prompt_layout` must be 'dense' or 'canvas' for a {type(model).__name__}, but got 'append': it computes "
+            "positions from the size of the image without prompts."
+        )
     projection = patch_projection(embeddings)
     found: dict[str, int | None] = {"hidden_size": projection.out_channels, "num_channels": projection.in_channels}
     if config.prompt_layout is not None:
         found["patch_size"] = _patch_size(projection)
-    found["head_features"] = None if backbone.head_width == 1 else backbone.head_width * projection.out_channels
+    num_features = backbone.num_features(model) if backbone.head is not None or has_own_head(config) else None
+    found["head_features"] = None if num_features == projection.out_channels else num_features
     for name, value in found.items():
         recorded = getattr(config, name)
         if recorded is not None and recorded != value:
@@ -42,6 +52,11 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
     config.target_modules = [backbone.embeddings]
     # PeftModel.save_pretrained writes this by itself, Transformers' save_pretrained does not.
     config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def has_own_head(config: PGNConfig) -> bool:
+    """Whether an adapter brings a head to a model that has none: it has labels."""
+    return config.head == "text" or config.id2label is not None or config.num_labels is not None
 
 
 def record_depth(config: PGNConfig, model: nn.Module, layers: list[str]) -> None:
@@ -104,13 +119,14 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
         ValueError: the labels do not fit the model, or there are none.
     """
     head = None if backbone.head is None else model.get_submodule(backbone.head)
-    given = config.id2label is not None or config.num_labels is not None
+    if config.head == "text" and not backbone.has_texts:
+        raise ValueError(
+            f"`head` must be 'trained' or 'frozen' for a {type(model).__name__}, but got 'text'. Load the "
+            f"checkpoint as one of {', '.join(name for name, found in SUPPORTED.items() if found.has_texts)}."
+        )
     if head is None:
-        if given:
-            raise ValueError(
-                f"`id2label` and `num_labels` must be left out for a {type(model).__name__}, which has no head, but "
-                f"got {config.num_labels or len(config.id2label or {})} labels. Use the ForImageClassification class."
-            )
+        if has_own_head(config):
+            _record_own_labels(config, model, backbone)
         return
     plain_head = head.get_base_layer() if isinstance(head, PGNHead) else head
     if not isinstance(plain_head, (nn.Linear, nn.Identity)):
@@ -128,7 +144,7 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
         config.id2label = base.id2label or None
         config.problem_type = config.problem_type or base.problem_type
     elif config.id2label is None:
-        config.id2label = {index: f"LABEL_{index}" for index in range(filled(config.num_labels))}
+        config.id2label = number_labels(filled(config.num_labels))
     if config.id2label is None:
         raise ValueError(
             f"`num_labels` must be given for a {type(model).__name__} without labels, but got None. Write "
@@ -152,3 +168,29 @@ def record_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> No
             f"`id2label` must be the model's own with head='frozen', but got {config.id2label!r}. Leave it out, or "
             "give the model these labels first: model.config.id2label = ...; or map its answers: `label_mapping`."
         )
+
+
+def _record_own_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None:
+    if config.head == "frozen":
+        raise ValueError(
+            f"`head` must be 'trained' for labels on a {type(model).__name__}, which has no head, but got 'frozen'. "
+            "Leave the labels out for features, or train a head."
+        )
+    if backbone.read is None:
+        raise ValueError(
+            f"`id2label` and `num_labels` must be left out for a {type(model).__name__}, but got "
+            f"{config.num_labels or len(config.id2label or {})} labels. Use the ForImageClassification class."
+        )
+    if config.id2label is None and config.num_labels is None:
+        raise ValueError(
+            "`id2label` must name the classes with head='text', but got None. Write "
+            "PGNConfig(head='text', id2label=dict(enumerate(names)))."
+        )
+    if config.id2label is None:
+        config.id2label = number_labels(filled(config.num_labels))
+    config.num_labels = len(config.id2label)
+
+
+def number_labels(num_labels: int) -> dict[int, str]:
+    """Name classes by their number, as Transformers does."""
+    return {index: f"LABEL_{index}" for index in range(num_labels)}

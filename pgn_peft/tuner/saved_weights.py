@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pgn_peft.tuner.backbones import HEAD
-from pgn_peft.tuner.build import make_generator, make_library
+from pgn_peft.tuner.backbones import HEAD, SUPPORTED
+from pgn_peft.tuner.build import make_generator, make_head, make_library
 from pgn_peft.tuner.fields import PGNFields
 from pgn_peft.utils.checksums import of_tensors
 from pgn_peft.utils.sources import find_folder
@@ -124,10 +124,12 @@ def describe_weights(config: PGNFields) -> dict[str, Tensor]:
             "library": make_library(config, filled(config.hidden_size), num_channels),
             "generator": make_generator(config, num_channels),
         }
-        if config.head == "trained" and config.num_labels is not None:
-            modules["head"] = nn.Linear(config.head_features or filled(config.hidden_size), config.num_labels)
+        if config.head != "frozen" and config.num_labels is not None:
+            modules["head"] = make_head(config)
     embeddings = f"{PREFIX}{filled(config.target_modules)[0]}"
-    places = {"library": embeddings, "generator": embeddings, "head": f"{PREFIX}{HEAD}"}
+    backbone = SUPPORTED.get((config.auto_mapping or {}).get("base_model_class", ""))
+    head = HEAD if backbone is None or backbone.head is None else backbone.head
+    places = {"library": embeddings, "generator": embeddings, "head": f"{PREFIX}{head}"}
     return {
         f"{places[part]}.pgn_{part}.{name}": tensor
         for part, module in modules.items()

@@ -105,7 +105,7 @@ class PGNTunerLayer(BaseTunerLayer, nn.Module):
         base_dtypes = (weight.dtype for weight in self.base_layer.parameters() if weight.is_floating_point())
         dtype = torch.float32 if upcast else next(base_dtypes, torch.float32)
         for module in self.adapter_modules(adapter_name).values():
-            if not upcast or next(module.parameters()).dtype.itemsize < 4:
+            if not upcast or next(iter(_floating_tensors(module))).dtype.itemsize < 4:
                 module.to(dtype)
 
     @staticmethod

@@ -1,0 +1,133 @@
+"""Texts as classes: their embeddings, and the head that compares images with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pgn_peft.nn.text_head import TextHead
+from pgn_peft.tuner.adapters import find_layer
+from pgn_peft.tuner.head import find_head
+from pgn_peft.utils.values import filled
+
+# The learned scale of the cosines in OpenAI's CLIP models, for towers without it.
+CLIP_SCALE = 100.0
+BATCH = 256
+
+
+def embed_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    classes: Sequence[str] | Mapping[str, Sequence[str]],
+    templates: Sequence[str] = ("a photo of a {}.",),
+) -> Tensor:
+    """Embed the names or descriptions of classes by a model's text tower.
+
+    Args:
+        model: a model with a text tower, adapted or not: `CLIPModel`, `CLIPTextModelWithProjection`, `SiglipModel`.
+        tokenizer: the model's tokenizer, or the processor that holds it.
+        classes: names, which are put into the templates; or for each name its own descriptions, used as they are.
+        templates: sentences with "{}" for the name.
+
+    Returns:
+        (M, E) embeddings of length 1, on the CPU. That of several sentences is the direction of their mean.
+
+    Raises:
+        TypeError: the model has no text tower.
+        ValueError: a template has no "{}", or a class has no description.
+
+    Source: arXiv:2103.00020 (templates and their mean).
+    """
+    if isinstance(classes, Mapping):
+        sentences = [list(descriptions) for descriptions in classes.values()]
+    else:
+        if not templates or not all("{}" in template for template in templates):
+            raise ValueError(
+                f"`templates` must hold '{{}}' each, for a class's name, but got {list(templates)!r}. Write e.g. "
+                "'a photo of a {}.'."
+            )
+        sentences = [[template.replace("{}", name) for template in templates] for name in classes]
+    if not sentences or not all(sentences):
+        raise ValueError(
+            f"`classes` must have a text for each class, but got {classes!r}. Give names, or descriptions by name."
+        )
+    texts = [sentence for one_class in sentences for sentence in one_class]
+    embedded = torch.cat([_embed(model, tokenizer, texts[at : at + BATCH]) for at in range(0, len(texts), BATCH)])
+    parts = F.normalize(embedded, dim=-1).split([len(one_class) for one_class in sentences])
+    return F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=-1)
+
+
+def _embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    config = model.config
+    text_config = getattr(config, "text_config", config)
+    # SigLIP was trained on texts of full length, and CLIP's tower ignores what follows the end.
+    length = getattr(text_config, "max_position_embeddings", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    options = {"input_ids": tokens["input_ids"].to(next(model.parameters()).device)}
+    if "attention_mask" in tokens and str(config.model_type).startswith("clip"):
+        options["attention_mask"] = tokens["attention_mask"].to(options["input_ids"].device)
+    with torch.no_grad():
+        if hasattr(model, "get_text_features"):
+            output = model.get_text_features(**options)
+            output = getattr(output, "pooler_output", output)
+        elif hasattr(model, "text_projection"):
+            output = model(**options).text_embeds
+        else:
+            raise TypeError(
+                f"`model` must have a text tower, but got {type(model).__name__}. Load the checkpoint as CLIPModel, "
+                "CLIPTextModelWithProjection or SiglipModel."
+            )
+    return output.float().cpu()
+
+
+def use_texts(
+    model: nn.Module,
+    text_embeds: Tensor,
+    *,
+    logit_scale: float | None = None,
+    logit_bias: float | None = None,
+    adapter_name: str = "default",
+) -> None:
+    """Give an adapter with head="text" the texts of its classes. They are saved with it.
+
+    Args:
+        model: the adapted model.
+        text_embeds: (M, E), one for each class in the order of `id2label`, of any length; see `embed_texts`.
+        logit_scale: factor of the cosines; None: the model's own, or that of OpenAI's CLIP, 100.
+        logit_bias: added to them; None: the model's own (SigLIP), or 0.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: the adapter has another head, or the embeddings have another shape or are not finite.
+    """
+    layer, heads = find_layer(model, adapter_name), find_head(model)
+    head = None if heads is None else heads.head(adapter_name)
+    if not isinstance(head, TextHead):
+        raise ValueError(
+            f"`adapter_name` must name an adapter with head='text', but got {adapter_name!r} with "
+            f"head={layer.configs[adapter_name].head!r}. Make it with PGNConfig(head='text', id2label=...)."
+        )
+    if tuple(text_embeds.shape) != tuple(head.text_embeds.shape):
+        raise ValueError(
+            f"`text_embeds` must have the shape {tuple(head.text_embeds.shape)}, a row for each class, but got "
+            f"{tuple(text_embeds.shape)}. Embed the texts of `id2label` with the same model's text tower."
+        )
+    if not bool(text_embeds.isfinite().all()) or not bool(text_embeds.float().norm(dim=-1).all()):
+        raise ValueError(
+            "`text_embeds` must be finite and not zero, but got a row that is not. Embed the texts again."
+        )
+    for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+        if value is not None and not (torch.tensor(float(value)).isfinite() and (name == "logit_bias" or value > 0)):
+            raise ValueError(f"`{name}` must be a finite number, and a scale above 0, but got {value}. Leave it out.")
+    adapted: Any = model
+    base = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+    if logit_scale is None:
+        logit_scale = base.logit_scale.exp().item() if hasattr(base, "logit_scale") else CLIP_SCALE
+    if logit_bias is None:
+        logit_bias = base.logit_bias.item() if hasattr(base, "logit_bias") else 0.0
+    head.set_texts(text_embeds, filled(logit_scale), filled(logit_bias))
