@@ -13,8 +13,15 @@ head is new, and you train it as any other:
     model = PeftModel.from_pretrained(base, "outputs/dino-eurosat", is_trainable=True)
 
 Name the backbone that the network was trained for. The file does not say which, and prompts for one ViT-B/32 do not
-work on another. For a network of CLIP's give CLIP's id and no labels: its classes are texts, and it becomes an adapter
-of `CLIPVisionModelWithProjection`, whose `image_embeds` are compared with theirs (docs/backbones.md). Without
+work on another. A network of CLIP's needs no training: with the names of its classes it becomes a classifier whose
+classes are texts, and which `pgn_peft.load_classifier` loads. The texts are those of the official code, in lower case;
+for CIFAR-100 these are "A photo of a {}", for CLEVR "This is a photo of {} objects" (`--templates`).
+
+    python examples/import_official.py --checkpoint path/to/pgn_clip_eurosat.pt \
+        --model_name_or_path openai/clip-vit-base-patch32 --labels "annual crop land" forest ... \
+        --output_dir outputs/clip-eurosat
+
+Without names it becomes an adapter of `CLIPVisionModelWithProjection`, which returns `image_embeds`. Without
 `--model_name_or_path` the script only inspects the file. `--smoke` writes a tiny network as the official code does and
 imports it, offline, in seconds; it ends with
 
@@ -28,16 +35,19 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel
 from smoke_material import smoke_arguments
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageClassification,
+    AutoTokenizer,
+    CLIPModel,
     CLIPVisionModelWithProjection,
     PreTrainedModel,
 )
 
-from pgn_peft import official
+from pgn_peft import Classifier, embed_texts, official, use_texts
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.tuner.adapters import prompt_layer
@@ -65,17 +75,18 @@ def describe(network: official.OfficialNetwork) -> str:
     )
 
 
-def load_base(model_name_or_path: str) -> PreTrainedModel:
-    """Load a ViT as a classifier, CLIP as the tower whose projections are compared with those of texts."""
+def load_base(model_name_or_path: str, has_texts: bool) -> PreTrainedModel:
+    """Load a ViT as a classifier; CLIP with its text tower, or without as the tower that returns embeddings."""
     if AutoConfig.from_pretrained(model_name_or_path).model_type.startswith("clip"):
-        return CLIPVisionModelWithProjection.from_pretrained(model_name_or_path)
+        model_class = CLIPModel if has_texts else CLIPVisionModelWithProjection
+        return model_class.from_pretrained(model_name_or_path)
     return AutoModelForImageClassification.from_pretrained(model_name_or_path)
 
 
 @torch.no_grad()
-def compare(network: official.OfficialNetwork, folder: Path, model_name_or_path: str) -> float:
+def compare(network: official.OfficialNetwork, folder: Path) -> float:
     """Load the adapter as its users will, and return how far its prompts are from the network's on noise."""
-    model = PeftModel.from_pretrained(load_base(model_name_or_path), folder)
+    model = AutoPeftModel.from_pretrained(folder)
     layer = prompt_layer(model)
     pixel_values = torch.randn(4, layer.num_channels, *own_image_size(layer))
     prompts = layer.prompts(model.active_adapter, pixel_values)
@@ -86,7 +97,10 @@ def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="a released .pt file")
     parser.add_argument("--model_name_or_path", help="the backbone that it was trained for; without it: only look")
-    parser.add_argument("--labels", nargs="+", help="names of the classes for the head to be trained")
+    parser.add_argument("--labels", nargs="+", help="names of the classes, for a head to be trained or CLIP's texts")
+    parser.add_argument(
+        "--templates", nargs="+", default=["This is a photo of a {}"], help="sentences for the names of CLIP's classes"
+    )
     parser.add_argument("--num_labels", type=int, help="their number, instead of names")
     parser.add_argument("--output_dir", default="outputs/official")
     parser.add_argument("--smoke", action="store_true", help="a tiny network and a tiny model, in seconds")
@@ -100,12 +114,21 @@ def main(command_line: list[str] | None = None) -> None:
         print(describe(network))
         if options.model_name_or_path is None:
             return
-        base = load_base(options.model_name_or_path)
         id2label = None if options.labels is None else dict(enumerate(options.labels))
-        model = official.adapt(base, network, id2label=id2label, num_labels=options.num_labels)
-        model.save_pretrained(options.output_dir)
+        base = load_base(options.model_name_or_path, has_texts=id2label is not None)
+        fields = {"head": "text"} if isinstance(base, CLIPModel) else {}
+        model = official.adapt(base, network, id2label=id2label, num_labels=options.num_labels, **fields)
+        if isinstance(base, CLIPModel):
+            tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
+            names = [name.lower() for name in options.labels]
+            use_texts(model, embed_texts(base, tokenizer, names, options.templates))
+        processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
+        if id2label is None and options.num_labels is None:
+            model.save_pretrained(options.output_dir)
+        else:
+            Classifier(model, processor).save_pretrained(options.output_dir)
         print(f"saved the adapter to {options.output_dir}")
-        difference = compare(network, Path(options.output_dir), options.model_name_or_path)
+        difference = compare(network, Path(options.output_dir))
         print(f"largest difference between the adapter's prompts and the network's: {difference:.3f}")
 
 

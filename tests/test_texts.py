@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 
+import import_official
 import pytest
 import torch
 import transformers
@@ -22,7 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from pgn_peft import Classifier, embed_texts, load_classifier, make_prompter, use_texts
+from pgn_peft import Classifier, embed_texts, load_classifier, make_prompter, official, use_texts
+from pgn_peft.nn.generator import PromptGenerator
+from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.nn.text_head import TextHead
 from pgn_peft.training import head_alone
 from pgn_peft.tuner.head import find_head
@@ -355,3 +358,29 @@ def test_texts_stay_nan_until_they_are_given():
     head.set_texts(torch.randn(3, 4), 10)
     assert head.train().is_set
     torch.testing.assert_close(head.text_embeds.norm(dim=-1), torch.ones(3))
+
+
+def test_a_network_of_the_paper_becomes_a_classifier_by_its_texts(pixel_values, tmp_path):
+    two_towers().save_pretrained(tmp_path / "clip")
+    tokenizer().save_pretrained(tmp_path / "clip")
+    PROCESSOR.save_pretrained(tmp_path / "clip")
+    torch.manual_seed(0)
+    network = official.OfficialNetwork(PromptGenerator(4, 8, width=4).eval(), TokenLibrary(8, 32))
+    torch.save(official.state_dict(network), tmp_path / "network.pt")
+    import_official.main(
+        [
+            *("--checkpoint", str(tmp_path / "network.pt"), "--model_name_or_path", str(tmp_path / "clip")),
+            *("--labels", "Cat", "dog", "owl", "--output_dir", str(tmp_path / "adapter")),
+        ]
+    )
+    model = load_classifier(tmp_path / "adapter").model
+    assert model.config.id2label == {0: "Cat", 1: "dog", 2: "owl"}
+    # As the official code computes it: prompts behind the patches, cosines times the model's scale.
+    base = two_towers()
+    prompts = network.prompts(pixel_values)
+    base.vision_model.embeddings.register_forward_hook(lambda _, inputs, tokens: torch.cat([tokens, prompts], dim=1))
+    texts = embed_texts(base, tokenizer(), NAMES, ["This is a photo of a {}"])
+    with torch.no_grad():
+        images = torch.nn.functional.normalize(base.get_image_features(pixel_values).pooler_output, dim=-1)
+        expected = base.logit_scale.exp() * images @ texts.mT
+    assert_nearly_equal(logits_of(model, pixel_values), expected)
