@@ -7,21 +7,11 @@ import pickle
 import import_official
 import pytest
 import torch
-import transformers
 from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPTextModelWithProjection,
-    PreTrainedTokenizerFast,
-    SiglipConfig,
-    Trainer,
-    TrainingArguments,
-)
+from tiny_clip import NAMES, tokenizer, two_towers
+from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, Trainer, TrainingArguments
 
 from pgn_peft import Classifier, embed_texts, load_classifier, make_prompter, official, use_texts
 from pgn_peft.nn.generator import PromptGenerator
@@ -30,30 +20,8 @@ from pgn_peft.nn.text_head import TextHead
 from pgn_peft.training import head_alone
 from pgn_peft.tuner.head import find_head
 
-NAMES = ["cat", "dog", "owl"]
 LABELS = dict(enumerate(NAMES))
-WORDS = ["[PAD]", "a", "photo", "of", *NAMES, "end", "[UNK]", ".", "sketch"]
 PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-VISION = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
-END = WORDS.index("end")
-TEXT = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 12,
-    "eos_token_id": END,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
-}
 HEADLESS = [
     "ViTModel",
     "DeiTModel",
@@ -66,26 +34,6 @@ HEADLESS = [
     "Aimv2VisionModel",
     "TimmWrapperModel",
 ]
-
-
-def tokenizer():
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = TemplateProcessing(single="$A end", special_tokens=[("end", END)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="end")
-
-
-def two_towers(kind="CLIPModel", seed=0):
-    torch.manual_seed(seed)
-    if kind == "CLIPModel":
-        config = CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=16)
-    else:
-        config = SiglipConfig(vision_config=VISION, text_config=TEXT)
-    model = getattr(transformers, kind)(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def own_answer(model, pixel_values, sentences):
