@@ -7,9 +7,12 @@ import pickle
 import import_official
 import pytest
 import torch
+import train_image_classifier
 from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from PIL import Image
+from safetensors.torch import save_file
+from smoke_material import smoke_arguments
 from tiny_clip import NAMES, tokenizer, two_towers
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, Trainer, TrainingArguments
 
@@ -332,3 +335,46 @@ def test_a_network_of_the_paper_becomes_a_classifier_by_its_texts(pixel_values, 
         images = torch.nn.functional.normalize(base.get_image_features(pixel_values).pooler_output, dim=-1)
         expected = base.logit_scale.exp() * images @ texts.mT
     assert_nearly_equal(logits_of(model, pixel_values), expected)
+
+
+@pytest.mark.parametrize("source", ["text tower", "file"])
+def test_the_script_trains_prompts_for_texts(source, tmp_path, capsys):
+    command = smoke_arguments(tmp_path)
+    command[command.index("--model_name_or_path") + 1] = str(tmp_path / "clip")
+    base = two_towers() if source == "text tower" else tiny_vit("CLIPVisionModelWithProjection", projection_dim=16)
+    base.save_pretrained(tmp_path / "clip")
+    PROCESSOR.save_pretrained(tmp_path / "clip")
+    tokenizer().save_pretrained(tmp_path / "clip")
+    more = ["--head", "text", "--num_train_epochs", "1", "--templates", "a photo of a {}", "a sketch of a {}"]
+    if source == "file":
+        save_file({"texts": torch.randn(2, 16)}, tmp_path / "texts.safetensors")
+        more += ["--text_embeds", str(tmp_path / "texts.safetensors")]
+    results = train_image_classifier.main([*command, *more])
+    printed = capsys.readouterr().out
+    assert "zero-shot classification has" in printed
+    model = load_classifier(command[command.index("--output_dir") + 1]).model
+    head = find_head(model).head("default")
+    assert head.is_set
+    assert results["trainable_parameters"] == sum(
+        parameter.numel() for name, parameter in model.named_parameters() if "pgn_" in name
+    )
+    if source == "text tower":
+        expected = embed_texts(
+            base, tokenizer(), list(model.config.id2label.values()), ["a photo of a {}", "a sketch of a {}"]
+        )
+        torch.testing.assert_close(head.text_embeds, expected)
+
+
+def test_the_script_trains_a_head_on_a_model_without_one(tmp_path):
+    command = smoke_arguments(tmp_path)
+    command[command.index("--model_name_or_path") + 1] = str(tmp_path / "dino")
+    tiny_vit("DINOv3ViTModel").save_pretrained(tmp_path / "dino")
+    PROCESSOR.save_pretrained(tmp_path / "dino")
+    train_image_classifier.main([*command, "--num_train_epochs", "1"])
+    classifier = load_classifier(command[command.index("--output_dir") + 1])
+    assert classifier.pipeline()(Image.new("RGB", (40, 32), "red"))[0]["score"] <= 1
+
+
+def test_the_script_refuses_texts_for_other_models(tmp_path):
+    with pytest.raises(SystemExit, match="`model_name_or_path` must be a model for images and texts with --head text"):
+        train_image_classifier.main([*smoke_arguments(tmp_path), "--head", "text"])
