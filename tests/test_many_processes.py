@@ -196,3 +196,14 @@ def test_broadcasting_in_a_single_process_does_nothing():
     before = {name: t.clone() for name, t in model.state_dict().items()}
     broadcast_statistics(model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["latent", "deep", "pixel"])
+def test_a_model_sharded_over_two_processes_trains_the_adapter_of_one(kind, tmp_path):
+    script = [str(ROOT / "tests/sharded_training.py"), str(tmp_path / "adapter.pt"), kind]
+    adapters = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        subprocess.run([sys.executable, *launcher, *script], env=ENVIRONMENT, check=True, timeout=HANG)
+        adapters.append({"tensors": torch.load(tmp_path / "adapter.pt")})
+    assert_same_weights(*reversed(adapters))

@@ -253,3 +253,31 @@ def test_the_formula_predicts_what_was_measured():
     assert {row["settings"]["checkpointing"] for row in rows} == {False, True}
     for row in rows:
         assert memory.predict(row["settings"]) == pytest.approx(row["peak_mib"], rel=0.1), row["settings"]
+
+
+@pytest.mark.slow
+def test_a_backbone_in_4_bits_is_trained_on(folder, tmp_path, pixel_values):
+    """Before an answer in eval mode: on CPUs with bfloat16, bitsandbytes then packs weights for inference only."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import BitsAndBytesConfig
+
+    def load():
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["classifier"]
+        )
+        return ViTForImageClassification.from_pretrained(folder, quantization_config=config, device_map="cpu")
+
+    model = get_peft_model(load(), tiny_config(id2label={0: "cat", 1: "dog"})).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    for _ in range(3):
+        model(pixel_values, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not any(torch.equal(*pair) for pair in zip(trained, before, strict=True))
+    after = answer(model.eval(), pixel_values)
+    model.save_pretrained(tmp_path)
+    assert_nearly_equal(answer(PeftModel.from_pretrained(load(), tmp_path).eval(), pixel_values), after)
+    with model.disable_adapter():
+        assert torch.equal(answer(model, pixel_values), answer(load().eval(), pixel_values))

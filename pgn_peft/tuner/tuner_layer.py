@@ -19,8 +19,12 @@ NO_MERGE = (
 )
 
 
-class PGNTunerLayer(BaseTunerLayer, nn.Module):
-    """Base class of PGN's tuner layers, around embeddings, encoder layers and head."""
+class PGNTunerLayer(nn.Module, BaseTunerLayer):
+    """Base class of PGN's tuner layers, around embeddings, encoder layers and head.
+
+    A module first: torch's FSDP2 gives each module that it shards another class, which Python refuses for the other
+    order.
+    """
 
     # Names of ModuleDicts by adapter name; each must begin with the method's prefix in PEFT.
     adapter_layer_names: tuple[str, ...] = ()
