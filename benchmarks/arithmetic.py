@@ -1,9 +1,9 @@
-"""What 64 GPUs would need for a billion images: arithmetic from assumed rates, nothing measured.
+"""What 64 GPUs need for a billion images, and one for a backbone of 22 billion parameters: arithmetic, not measured.
 
     python benchmarks/arithmetic.py
 
 Operations are counted by torch on a ViT-B/16 without memory: forward through all, backward to activations in the
-frozen backbone, and to weights in the adapter only. The assumptions stand in the first lines of `calculate`.
+frozen backbone, and to weights in the adapter only. The assumptions stand in the first lines of the functions.
 `--smoke` prints the same.
 """
 
@@ -52,11 +52,44 @@ def calculate() -> dict[str, float]:
     }
 
 
+def calculate_largest() -> dict[str, float]:
+    """Return each quantity by its name, for ViT-22B's sizes (arXiv:2302.05442) in the form of a plain ViT."""
+    peak, utilisation = 989e12, 0.4  # H100, dense bfloat16; what a plain ViT reaches of it
+    batch = 32
+    four_bits = 0.5 + 4 / 64  # bytes a weight: 4 bits, and a float32 scale for each 64
+    sizes = {"hidden_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 48, "intermediate_size": 24576}
+    with torch.device("meta"):
+        vit = ViTForImageClassification(ViTConfig(**sizes, patch_size=14))
+        backbone = sum(parameter.numel() for parameter in vit.parameters())
+        model = get_peft_model(vit, PGNConfig(num_virtual_tokens=16, num_labels=1000))
+        pixel_values = torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter:
+        model.to("meta").train()(pixel_values=pixel_values).logits.sum().backward()
+    adapter = model.get_nb_trainable_parameters()[0]
+    tokens = (224 // 14) ** 2 + 1 + 16
+    kept = batch * tokens * sizes["hidden_size"] * 2 * sizes["num_hidden_layers"]  # bfloat16, one for each layer
+    return {
+        "billions of parameters": backbone / 1e9,
+        "millions in an adapter": adapter / 1e6,
+        "MB of an adapter's file": 4 * adapter / 1e6,
+        "GB of weights in bfloat16": 2 * backbone / 1e9,
+        "GB of weights in 4 bits": four_bits * backbone / 1e9,
+        "GB of gradients and Adam's state": 12 * adapter / 1e9,
+        "GB of the same for all weights": 12 * backbone / 1e9,
+        "GB kept for 32 images, checkpointed": kept / 1e9,
+        "images/s a GPU in training": utilisation * peak / (counter.get_total_flops() * 4 / 3),  # forward twice
+        "adapters in the memory of one copy": 2 * backbone / (4 * adapter),
+    }
+
+
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="the same")
     parser.parse_args(command_line)
     for name, value in calculate().items():
+        print(f"{name:40}{value:10,.3g}")
+    print()
+    for name, value in calculate_largest().items():
         print(f"{name:40}{value:10,.3g}")
 
 

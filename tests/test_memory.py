@@ -257,8 +257,8 @@ def test_the_formula_predicts_what_was_measured():
 
 @pytest.mark.slow
 def test_a_backbone_in_4_bits_is_trained_on(folder, tmp_path, pixel_values):
-    """Saved before an answer in eval mode: on CPUs with bfloat16 bitsandbytes 0.50 packs the weights there, and a state
-    dict, also a plain model's, then changes its answers.
+    """Saved before an answer in eval mode: on CPUs with bfloat16 bitsandbytes 0.50 then packs the weights, and taking
+    a state dict, also of a plain model, changes its answers.
     """
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from transformers import BitsAndBytesConfig
