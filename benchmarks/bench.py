@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTForImageClassification
+from transformers import AutoConfig, Dinov2ForImageClassification, ViTForImageClassification
 
 from pgn_peft.nn.images import to_pixels
 from pgn_peft.nn.preprocessing import Preprocessing, normalize
@@ -97,10 +97,15 @@ def digits() -> datasets.DatasetDict:
     )
 
 
-def load_backbone(path: str, side: int | None) -> ViTForImageClassification:
-    """Load a ViT, with its position embeddings resized once and for all if it is to see another image size."""
+def load_backbone(path: str, side: int | None) -> Any:
+    """Load a ViT, with its position embeddings resized once and for all if it is to see another image size.
+
+    A DINOv2 resizes them by itself; of its tokens `Dinov2ForImageClassification` reads CLS and the average.
+    """
     # On CPUs torch's fused attention is many times slower in bfloat16 than the plain one.
     attention = "sdpa" if DEVICE.type == "cuda" else "eager"
+    if AutoConfig.from_pretrained(path).model_type == "dinov2":
+        return Dinov2ForImageClassification.from_pretrained(path, attn_implementation=attention).eval().to(DEVICE)
     backbone = ViTForImageClassification.from_pretrained(path, attn_implementation=attention).eval()
     if side is None or side == backbone.config.image_size:
         return backbone.to(DEVICE)

@@ -65,7 +65,7 @@ class Adapted(nn.Module):
 def new_head(backbone: ViTForImageClassification, num_labels: int) -> None:
     """Freeze a backbone and give it a new linear head, started as Transformers starts one."""
     backbone.requires_grad_(False)
-    backbone.classifier = nn.Linear(backbone.config.hidden_size, num_labels).to(DEVICE)
+    backbone.classifier = nn.Linear(backbone.classifier.in_features, num_labels).to(DEVICE)
     nn.init.normal_(backbone.classifier.weight, std=0.02)
     nn.init.zeros_(backbone.classifier.bias)
 
