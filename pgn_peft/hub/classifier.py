@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class _Pipeline(transformers.ImageClassificationPipeline):
+    """The image pipeline, also for models that classify by an adapter's head, of which it would log an error."""
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Accept every model."""
+
+
 class Classifier(NamedTuple):
     """A model with an active PGN adapter, and the image processor that belongs to the adapter.
 
@@ -58,8 +65,9 @@ class Classifier(NamedTuple):
         would change the predictions, and each prediction would update the adapter's BatchNorm statistics. Images keep
         the processor's size, even if the base's is another one.
         """
+        options = {"pipeline_class": _Pipeline} | kwargs
         return transformers.pipeline(
-            "image-classification", model=self._prepare_model().eval(), image_processor=self.image_processor, **kwargs
+            "image-classification", model=self._prepare_model().eval(), image_processor=self.image_processor, **options
         )
 
     def export_onnx(self, path: str | Path) -> None:
