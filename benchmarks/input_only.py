@@ -26,10 +26,10 @@ Prompts (`--methods`):
 - latent-static, latent-pgn: prompts as tokens, which no image can hold: the limit, with heads on features.
 
 All methods see the same images, flips (not of digits), batches, epochs and schedule. Each has two learning rates; one
-is chosen by the accuracy on validation with seed 0. A generator's are searched, while its library learns at 0.03, and
-a head beside prompts at 0.003. Then other seeds are trained, and evaluated once on test: as trained, as PNG, and as
-JPEG of quality 90 and 95, each encoded, decoded, and sent through the processor to a model that was loaded anew.
-Training computes in bfloat16 by autocast, evaluation in float32.
+is chosen by the accuracy on validation with seed 0. A generator's are searched, while its library learns at
+`--library_rate`, and a head beside prompts at 0.003. Then other seeds are trained, and evaluated once on test: as
+trained, as PNG, and as JPEG of quality 90 and 95, each encoded, decoded, and sent through the processor to a model
+that was loaded anew. Training computes in bfloat16 by autocast, evaluation in float32.
 
 Every run is appended to a file of JSON lines, and one that is in it is not repeated. `--report` prints the table of a
 file. `--smoke`: tiny, offline, in seconds.
@@ -95,12 +95,11 @@ HEADS = ("1:1", "blm", "ridge", "trained", "text")
 TRAINED_WITH = {"ridge": "blm"}
 HEAD_RATES = (0.003, 0.01)  # of a linear head without prompts
 HEAD_RATE = 0.003  # of a head beside prompts
-LIBRARY_RATE = 0.03  # of a library beside a generator
 # Digits are not the same mirrored.
 NOT_FLIPPED = ("digits",)
 # What all runs of a table have in common, beside the model.
 PROTOCOL = (
-    *("side", "epochs", "batch", "precision", "library_size", "generator_image_size"),
+    *("side", "epochs", "batch", "precision", "library_size", "library_rate", "generator_image_size"),
     *("max_train_samples", "max_test_samples"),
 )
 ENCODINGS: dict[str, dict[str, Any]] = {
@@ -129,7 +128,7 @@ class Adapted(nn.Module):
             pixels = self.prompt.prompted(pixels)
         return self.server.features(normalize(pixels, *self.scale))
 
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+    def groups(self, learning_rate: float, library_rate: float) -> list[dict[str, Any]]:
         """Return what is trained: prompts or their generator at the given rate, its library at its own."""
         if self.prompt is not None:
             return self.prompt.groups(learning_rate)
@@ -139,7 +138,7 @@ class Adapted(nn.Module):
                 (library if ".pgn_library." in name else generator).append(parameter)
         if not generator:
             return [{"params": library, "lr": learning_rate}]
-        return [{"params": generator, "lr": learning_rate}, {"params": library, "lr": LIBRARY_RATE}]
+        return [{"params": generator, "lr": learning_rate}, {"params": library, "lr": library_rate}]
 
 
 @cache
@@ -221,7 +220,9 @@ def run(method: str, head_name: str, learning_rate: float | None, seed: int, spl
     if method == "none":
         groups = [{"params": own_head, "lr": learning_rate}] if own_head else []
     else:
-        groups = model.groups(learning_rate) + ([{"params": own_head, "lr": HEAD_RATE}] if own_head else [])
+        groups = model.groups(learning_rate, options.library_rate) + (
+            [{"params": own_head, "lr": HEAD_RATE}] if own_head else []
+        )
     start = time.perf_counter()
     loss = train(model, head, material.splits["train"], groups, options) if groups else None
     seconds = time.perf_counter() - start
@@ -310,6 +311,8 @@ def run_cell(results: bench.Results, method: str, head: str, common: dict[str, A
         return results.get(key | common, lambda: run(method, trained_with, rate, seed, split, options))
 
     found = rates(method, head, options.grid)
+    if options.rates and found != (None,):
+        found = tuple(options.rates)
     rate = found[0]
     if len(found) > 1:
         rate = max(found, key=lambda rate: get(rate, 0, "validation")["heads"][head]["accuracy"])
@@ -421,6 +424,8 @@ def main(command_line: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")
     parser.add_argument("--library_size", type=int, default=64)
+    parser.add_argument("--rates", nargs="+", type=float, help="choose from these learning rates instead")
+    parser.add_argument("--library_rate", type=float, default=0.03, help="learning rate of a library by a generator")
     parser.add_argument("--generator_image_size", type=int, default=64)
     parser.add_argument("--max_train_samples", type=int, default=1000)
     parser.add_argument("--max_test_samples", type=int, default=1000)

@@ -235,6 +235,24 @@ def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | to
     # A tower's own configuration, where the base has two.
     base_config = (AutoConfig if automatic else model_class.config_class).from_pretrained(folder, **options)
     base_config._attn_implementation = None  # a file could name a kernel on the Hub, which is code
-    return model_class.from_pretrained(
-        folder, config=base_config, use_safetensors=True, device_map=device_map, dtype=dtype, **options
+    model, found = model_class.from_pretrained(
+        folder,
+        config=base_config,
+        use_safetensors=True,
+        device_map=device_map,
+        dtype=dtype,
+        output_loading_info=True,
+        **options,
     )
+    backbone = SUPPORTED.get(made_for or "")
+    own_head = None if config.head == "frozen" or backbone is None else backbone.head
+    # What the adapter brings itself, and a pooler that no classifier reads.
+    allowed = tuple(f"{name}." for name in (own_head, "pooler") if name is not None)
+    missing = [name for name in found["missing_keys"] if not name.startswith(allowed)]
+    if missing and backbone is not None:
+        raise ValueError(
+            f"`base_model_name_or_path` must hold all weights of a {made_for}, but got none for "
+            f"{', '.join(sorted(missing)[:3])} and {len(missing)} in all in {str(folder)!r}. Name the checkpoint that "
+            "the adapter was made for."
+        )
+    return model

@@ -19,7 +19,7 @@ from pgn_peft.prompter.embedding_head import make_embedding_head
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.prompter.score_head import ScoreHead, exact_score_head
 from pgn_peft.tuner.adapters import find_layer, without_adapters
-from pgn_peft.tuner.backbones import AVERAGES_PATCHES
+from pgn_peft.tuner.backbones import AVERAGES_PATCHES, GIVES_POSITIONS
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.head import PGNHead, find_head, plain_weight
 from pgn_peft.tuner.layer import PGNLayer
@@ -61,10 +61,12 @@ def make_prompter(
             f"`prompt_depth` must be 1 for an adapter that is to become pixels, but got {config.prompt_depth} for "
             f"{adapter_name!r}. An image brings prompts to the first layer only; train one with prompt_depth=1."
         )
-    if config.prompt_space == "latent" and any(isinstance(part, PGNBlock) and part.ends for part in model.modules()):
+    averages = any(isinstance(part, PGNBlock) and part.ends for part in model.modules())
+    if config.prompt_space == "latent" and (averages or layer.extends_positions):
         raise ValueError(
             f"`prompt_space` must be 'pixel' for an adapter that is to become pixels on this model, but got 'latent' "
-            f"for {adapter_name!r}: {AVERAGES_PATCHES}. Train one with prompt_space='pixel'."
+            f"for {adapter_name!r}: {AVERAGES_PATCHES if averages else GIVES_POSITIONS}. Train one with "
+            "prompt_space='pixel'."
         )
     if layer.num_channels not in PILLOW_MODES:
         raise ValueError(

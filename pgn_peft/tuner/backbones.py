@@ -60,8 +60,9 @@ class Backbone:
             takes; None: it cannot have one.
         has_texts: these features can be compared with embeddings of texts.
         image_method: name of the method that computes the output for images alone; None: the model's forward pass.
-        positions: where attention has a position for every token: the modules that compute them, by the ends of their
-            names, and the function that extends what they return by prompts, which have none. Else None.
+        positions: where attention has a position for every token: the modules that compute them, by the last part of
+            their names, and the function that extends what they return by P tokens without a position, which come
+            last. Else None.
         carries: the embeddings do not add the positions: the model's own `_pos_embed` does, and appends prompts.
         called: name of the module whose calls are checked; None: the one that the embeddings are part of.
     """
@@ -151,9 +152,10 @@ SUPPORTED: dict[str, Backbone] = {
 
 # Why prompts that were trained as tokens cannot become pixels for such a backbone.
 AVERAGES_PATCHES = "it averages its patches, and would include those that hold prompts, unlike in training"
+GIVES_POSITIONS = "its attention gives every patch a position, and prompts in latent space have none"
 _WINDOWS = "it has no sequence that a token could be appended to"
 _MAPS = "it returns feature maps of its layers, and prompts would be taken for patches"
-_TWO_TOWERS = "it has a tower for texts too; load the checkpoint as one of these"
+_TWO_TOWERS = "it has a tower for texts too; use a checkpoint of one of these classes"
 _PATCHES = "it takes patches of many sizes instead of images"
 _REBUILDS = "it rebuilds the image from the patch tokens, and prompts would be taken for patches"
 _WRAPPED = "it wraps a model; make the adapter on the model inside, and wrap the result of get_peft_model"

@@ -56,6 +56,7 @@ class PGNLayer(PGNTunerLayer):
         self._active_adapter: list[str] = []
         self.fixed_size = fixed_size(base_layer)  # height and width of its images, in pixels; None: any
         self._hooks: list[RemovableHandle] = []
+        self.extends_positions = False  # whether attention gives every token a position
         self._base_loaded = False  # whether a state dict that is being loaded has tensors of the backbone
         self.register_load_state_dict_post_hook(_follow_the_backbone)
         self.training = base_layer.training
@@ -260,6 +261,7 @@ class PGNLayer(PGNTunerLayer):
 
     def extend_positions(self, module: nn.Module, extend: Callable[[Any, int], Any]) -> None:
         """Extend the positions that a module of the backbone computes by the prompts, until `release`."""
+        self.extends_positions = True
         # No lambda: a copy of the model would follow the original's adapters, and could not be pickled.
         self._hooks.append(module.register_forward_hook(partial(_extend, self, extend)))
 

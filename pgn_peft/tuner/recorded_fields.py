@@ -5,7 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from pgn_peft.nn.layout import make_layout
-from pgn_peft.tuner.backbones import AVERAGES_PATCHES, SUPPORTED, Backbone, own_image_size, patch_projection
+from pgn_peft.tuner.backbones import (
+    AVERAGES_PATCHES,
+    GIVES_POSITIONS,
+    SUPPORTED,
+    Backbone,
+    own_image_size,
+    patch_projection,
+)
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.head import PGNHead, labels_of
 from pgn_peft.utils.values import filled
@@ -18,10 +25,11 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
         ValueError: a recorded field differs from the model.
     """
     embeddings = model.get_submodule(backbone.embeddings)
-    if backbone.reads_all and config.prompt_space == "latent" and config.prompt_layout is not None:
+    reason = AVERAGES_PATCHES if backbone.reads_all else GIVES_POSITIONS if backbone.positions else None
+    if reason is not None and config.prompt_space == "latent" and config.prompt_layout is not None:
         raise ValueError(
             f"`prompt_layout` must be None with prompt_space='latent' for a {type(model).__name__}, but got "
-            f"{config.prompt_layout!r}: {AVERAGES_PATCHES}. Use prompt_space='pixel' for prompts that become pixels."
+            f"{config.prompt_layout!r}: {reason}. Use prompt_space='pixel' for prompts that become pixels."
         )
     if (
         config.prompt_space == "pixel"
