@@ -217,12 +217,9 @@ def run(method: str, head_name: str, learning_rate: float | None, seed: int, spl
     head = make_head(head_name, server, material, options)
     model = build(method, server, material, seed, options)
     own_head = list(head.parameters())
-    if method == "none":
-        groups = [{"params": own_head, "lr": learning_rate}] if own_head else []
-    else:
-        groups = model.groups(learning_rate, options.library_rate) + (
-            [{"params": own_head, "lr": HEAD_RATE}] if own_head else []
-        )
+    groups = [] if method == "none" else model.groups(learning_rate, options.library_rate)
+    if own_head:
+        groups.append({"params": own_head, "lr": learning_rate if method == "none" else HEAD_RATE})
     start = time.perf_counter()
     loss = train(model, head, material.splits["train"], groups, options) if groups else None
     seconds = time.perf_counter() - start
