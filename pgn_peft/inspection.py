@@ -65,6 +65,11 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
     base: Any = model
     if hasattr(model, "get_base_model"):
         base = base.get_base_model()
+    if layer.carries:
+        raise ValueError(
+            f"`model` must answer with its attention, but got a {type(base).__name__}, which does not. Look at its "
+            "mixing coefficients instead: mixing_coefficients."
+        )
     if not has_class_token(layer):
         raise ValueError(
             f"`model` must have a CLS token whose attention can be measured, but got a {type(base).__name__} whose "

@@ -209,7 +209,8 @@ def move_adapter(model, seed=1):
     for name, tensor in model.state_dict().items():
         if "pgn_" in name and tensor.is_floating_point():
             noise = torch.rand(tensor.shape, generator=generator)
-            tensor.copy_(0.5 + noise if "running_var" in name else noise - 0.5)
+            positive = "running_var" in name or name.endswith("logit_scale")
+            tensor.copy_(0.5 + noise if positive else noise - 0.5)
     return model
 
 

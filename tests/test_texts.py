@@ -285,7 +285,7 @@ def test_what_cannot_have_texts_is_refused(pixel_values):
         get_peft_model(two_towers(), tiny_config(head="text"))
     with pytest.raises(ValueError, match="`text_correction` must be False with head='trained'"):
         tiny_config(text_correction=True)
-    with pytest.raises(ValueError, match="`text_embeds` must be given before a model with head='text' is run"):
+    with pytest.raises(ValueError, match="`text_embeds` must be given before an adapter with head='text' is used"):
         logits_of(adapted(two_towers(), texts=False), pixel_values)
     with pytest.raises(ValueError, match="`adapter_name` must name an adapter with head='text'"):
         use_texts(get_peft_model(tiny_vit(), tiny_config()), torch.randn(3, 16))

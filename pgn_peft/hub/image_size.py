@@ -10,6 +10,7 @@ from torch import nn
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.backbones import own_image_size
 from pgn_peft.tuner.layer import PGNLayer
+from pgn_peft.utils.values import filled
 
 
 def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
@@ -41,10 +42,20 @@ def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
     Args:
         model: a Transformers model with a PGN adapter.
         image_processor: its image processor.
+
+    Raises:
+        ValueError: the model takes one size only, and the processor makes another.
     """
     if _interpolate in model._forward_pre_hooks.values():
         return
-    if makes_another_size(prompt_layer(model), image_processor):
+    layer = prompt_layer(model)
+    if makes_another_size(layer, image_processor):
+        if not layer.takes_size_option:
+            height, width = filled(layer.fixed_size)
+            raise ValueError(
+                f"`image_processor` must make images of {height} x {width} pixels, the model's own size, "
+                "but got another size. Set its `size` (and `crop_size`)."
+            )
         model.register_forward_pre_hook(_interpolate, with_kwargs=True)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pgn_peft.nn.modes import evaluating
+from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.utils.onnx import export_module
 
 
@@ -34,7 +35,7 @@ def export_model(model: nn.Module, image_size: tuple[int, int], path: Path) -> N
     """
     config: Any = model.config
     weight = next(model.parameters())
-    example = torch.zeros(2, config.num_channels, *image_size, device=weight.device)
+    example = torch.zeros(2, prompt_layer(model).num_channels, *image_size, device=weight.device)
     with evaluating(model):
         metadata = {"id2label": json.dumps(config.id2label)}
         export_module(_Logits(model).eval(), example, path, "pixel_values", "logits", metadata)

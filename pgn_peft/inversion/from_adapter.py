@@ -94,6 +94,7 @@ def make_prompter(
             prompts = invert_library(embeddings, tokens, layout, *scale, in_range=in_range, slot_prompts=slots)
     head = find_head(model)
     own_head = None if head is None else head.head(adapter_name)
+    PGNHead.check_texts(own_head)
     prompter = ImagePrompter(
         layout,
         preprocessing,
@@ -101,7 +102,7 @@ def make_prompter(
         generator=copy.deepcopy(generator).float().cpu() if generator is not None else None,
         id2label=config.id2label,
         label_mapping=config.label_mapping,
-        server_labels=None if head is None else head.base_labels.id2label,
+        server_labels=None if head is None else head.base_labels.id2label or None,
         head=_feature_head(own_head),
         score_head=None if head is None else _score_head(head, adapter_name),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class TextHead(nn.Module):
         correction: also learn a matrix E (M, M), from zero, and answer logits @ (I + E).
 
     Attributes:
-        is_set: whether there are texts; found out when the module is put into a mode.
+        is_set: whether there are texts that can be used; found out when they are loaded, or the mode is set.
 
     Source: CLIP, arXiv:2103.00020 (without E).
     """
@@ -37,6 +37,7 @@ class TextHead(nn.Module):
         self.register_buffer("logit_bias", torch.zeros(()))
         self.correction = nn.Parameter(torch.zeros(num_labels, num_labels)) if correction else None
         self.is_set = False
+        self.register_load_state_dict_post_hook(_look)
 
     @torch.no_grad()
     def set_texts(self, text_embeds: Tensor, logit_scale: float, logit_bias: float = 0.0) -> None:
@@ -48,8 +49,16 @@ class TextHead(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, and look whether there are texts by now."""
-        self.is_set = not self.text_embeds.is_meta and not bool(self.text_embeds.isnan().any())
+        self.look()
         return super().train(mode)
+
+    def look(self) -> bool:
+        """Find out whether there are texts: embeddings that are finite and not zero, with a scale above 0."""
+        if not self.text_embeds.is_meta:
+            lengths = self.text_embeds.float().norm(dim=-1)
+            usable = lengths.isfinite().all() & (lengths > 0).all() & (self.logit_scale > 0)
+            self.is_set = bool(usable & (self.logit_scale + self.logit_bias).isfinite())
+        return self.is_set
 
     def zero_shot(self, features: Tensor) -> Tensor:
         """Compute the logits (B, M) of image embeddings (B, E) without the correction."""
@@ -68,3 +77,7 @@ class TextHead(nn.Module):
             return weight, bias
         corrected = torch.eye(len(bias), device=bias.device, dtype=bias.dtype) + self.correction
         return corrected.mT @ weight, bias @ corrected
+
+
+def _look(head: TextHead, incompatible_keys: Any) -> None:
+    head.look()

@@ -75,6 +75,11 @@ def _features(model: nn.Module, head: PGNHead, batches: Iterable[Mapping[str, An
     try:
         for batch in batches:
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            if "labels" not in inputs:
+                raise ValueError(
+                    f"`train_batches` and `eval_batches` must have `labels`, but got {', '.join(inputs)}. Pass the "
+                    "loaders of the training."
+                )
             labels.append(inputs.pop("labels").cpu())  # the model's own classes would be others
             model(**inputs)
     finally:

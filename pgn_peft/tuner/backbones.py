@@ -34,7 +34,16 @@ def _class_token_and_average(model: nn.Module, output: Any) -> Tensor:
 
 
 def _pooled(model: nn.Module, output: Any) -> Tensor:
-    return output.pooler_output
+    if output.pooler_output is not None:
+        return output.pooler_output
+    # A model that was made without its pool: the average of the patches.
+    first = int(has_class_token(model.get_submodule("embeddings")))
+    return output.last_hidden_state[:, first:].mean(dim=1)
+
+
+def _pooled_by_timm(model: nn.Module, output: Any) -> Tensor:
+    backbone: Any = model.get_submodule("timm_model")
+    return backbone.forward_head(output.last_hidden_state)
 
 
 def _image_embeds(model: nn.Module, output: Any) -> Tensor:
@@ -146,7 +155,7 @@ SUPPORTED: dict[str, Backbone] = {
         "timm_model.patch_embed", "timm_model.head", reads_all=True, carries=True, called=""
     ),
     "TimmWrapperModel": Backbone(
-        "timm_model.patch_embed", None, reads_all=True, read=_pooled, carries=True, called=""
+        "timm_model.patch_embed", None, reads_all=True, read=_pooled_by_timm, carries=True, called=""
     ),
 }
 

@@ -11,13 +11,16 @@ from pgn_peft.nn.images import PILLOW_MODES
 from pgn_peft.tuner.config import PGNConfig
 
 
-def check_pixel_values(pixel_values: Any, num_channels: int, image_size: tuple[int, int] | None) -> None:
+def check_pixel_values(
+    pixel_values: Any, num_channels: int, image_size: tuple[int, int] | None, takes_option: bool = True
+) -> None:
     """Check shape and dtype of a backbone's input.
 
     Args:
         pixel_values: must be (B, C, H, W), floating point.
         num_channels: channels C that the backbone takes.
         image_size: height and width that it takes, in pixels; None: any.
+        takes_option: it takes others with `interpolate_pos_encoding=True`.
 
     Raises:
         TypeError: `pixel_values` is not a floating-point tensor.
@@ -48,7 +51,7 @@ def check_pixel_values(pixel_values: Any, num_channels: int, image_size: tuple[i
     if image_size is not None and shape[2:] != image_size:
         raise ValueError(
             f"`pixel_values` must measure {image_size[0]} x {image_size[1]} pixels, as the backbone expects, but got "
-            f"{shape[2]} x {shape[3]}. Resize the images, or pass interpolate_pos_encoding=True."
+            f"{shape[2]} x {shape[3]}. Resize the images{', or pass interpolate_pos_encoding=True' * takes_option}."
         )
 
 

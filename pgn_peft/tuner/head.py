@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pgn_peft.nn.text_head import TextHead
-from pgn_peft.tuner.batch_adapters import adapters_of_batch, map_by_adapter
+from pgn_peft.tuner.batch_adapters import BASE, adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.build import make_head
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.offloading import loaded
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 from pgn_peft.utils.labels import Labels
+
+if TYPE_CHECKING:
+    from pgn_peft.tuner.layer import PGNLayer
+
+logger = logging.getLogger(__name__)
 
 
 class PGNHead(PGNTunerLayer):
@@ -26,12 +33,13 @@ class PGNHead(PGNTunerLayer):
         base_layer: the model's head, features (B, F) to logits (B, number of labels); None: the model has none, and
             `make_classifier` has added this layer.
         model_config: the model's `PretrainedConfig`, or None for a model that has none.
+        embeddings: the layer that makes the prompts; an added head goes to its device.
     """
 
     adapter_layer_names = ("pgn_head",)
     other_param_names = ("configs", "label_mapping")
 
-    def __init__(self, base_layer: nn.Module | None, model_config: Any) -> None:
+    def __init__(self, base_layer: nn.Module | None, model_config: Any, embeddings: PGNLayer) -> None:
         super().__init__()
         self.is_added = base_layer is None
         self.base_layer = nn.Identity() if base_layer is None else base_layer
@@ -41,11 +49,18 @@ class PGNHead(PGNTunerLayer):
         self.shows_features = False  # answer with features where there is no head for logits
         self._own_labels = labels_of(self.base_layer, model_config)
         self.base_labels = Labels({}) if self.is_added else self._own_labels
+        self._embeddings = (embeddings,)  # a tuple, so that it is not a submodule here too
+        self._disable_adapters = embeddings.disable_adapters
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._model_config = model_config
         self._shown: str | None = None  # the adapter whose labels the model's config shows
         self.training = self.base_layer.training
+
+    @property
+    def anchor(self) -> nn.Module:
+        """The head of the base, or without one its embeddings."""
+        return self._embeddings[0].base_layer if self.is_added else self.base_layer
 
     def update_layer(self, adapter_name: str, config: PGNConfig) -> None:
         """Create the head of an adapter: a copy of the model's where the labels are the same, else a new one.
@@ -78,11 +93,12 @@ class PGNHead(PGNTunerLayer):
         """Whether there is a head to compute logits with: the model's, an active adapter's, or its texts."""
         if not self.is_added or self.shows_features:
             return True
+        active = self.head(self._first_active())
         names = adapters_of_batch()
         if names:
-            return any(self.head(name) is not None for name in names)
-        head = self.head(self._first_active())
-        return isinstance(head, TextHead) if self.disable_adapters else head is not None
+            zero_shot = BASE in names and isinstance(active, TextHead)
+            return zero_shot or any(self.head(name) is not None for name in names)
+        return isinstance(active, TextHead) if self.disable_adapters else active is not None
 
     def _first_active(self) -> str | None:
         return next(iter(self.active_adapters), None)
@@ -100,6 +116,8 @@ class PGNHead(PGNTunerLayer):
         In a mixed batch each image has the head of its own adapter; all have the same labels. A model without a head
         of its own, its adapters switched off, answers by the texts of the active one: zero-shot.
         """
+        if self.is_added and self.shows_features:
+            return features
         names = adapters_of_batch()
         if names:
             (logits,) = map_by_adapter(names, features, lambda name, rows: (self.classify(name, rows),))
@@ -112,7 +130,7 @@ class PGNHead(PGNTunerLayer):
         if head is None and self.is_added:
             return self._zero_shot(features)
         if isinstance(head, TextHead):
-            self._check_texts(head)
+            self.check_texts(head)
             return head(features)
         if head is not None:
             weight = head.weight  # a method, where `torch.ao.quantization.quantize_dynamic` has replaced the layer
@@ -123,18 +141,24 @@ class PGNHead(PGNTunerLayer):
         return logits
 
     def _zero_shot(self, features: Tensor) -> Tensor:
-        names = adapters_of_batch() or self.active_adapters
-        head = next((head for name in names if isinstance(head := self.head(name), TextHead)), None)
-        if head is None:  # `shows_features`
-            return features
-        self._check_texts(head)
+        head = cast(TextHead, self.head(self.texts_of_base(adapters_of_batch() or ())))  # see `answers`
+        self.check_texts(head)
         return head.zero_shot(features)
 
+    def texts_of_base(self, names: Sequence[str]) -> str | None:
+        """Name the adapter whose texts the base is compared with: the active one, or else the first one with texts."""
+        return next((name for name in (*self.active_adapters, *names) if isinstance(self.head(name), TextHead)), None)
+
     @staticmethod
-    def _check_texts(head: TextHead) -> None:
-        if not head.is_set:
+    def check_texts(head: nn.Module | None) -> None:
+        """Refuse a head without texts.
+
+        Raises:
+            ValueError: none have been given, or they are not finite.
+        """
+        if isinstance(head, TextHead) and not head.is_set and not head.look():
             raise ValueError(
-                "`text_embeds` must be given before a model with head='text' is run, but got none. Call "
+                "`text_embeds` must be given before an adapter with head='text' is used, but got none. Call "
                 "use_texts(model, embed_texts(...))."
             )
 
@@ -180,6 +204,9 @@ class PGNHead(PGNTunerLayer):
             config.problem_type = getattr(self._model_config, "problem_type", None)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        for name, head in self.pgn_head.items():
+            if isinstance(head, TextHead) and not head.is_set and not head.look():
+                logger.warning("saving %r without its texts: give it `text_embeds` first, by use_texts(...)", name)
         # Whatever saves an adapter reads the state dict first, and writes the config afterwards.
         self.record_problem_type()
         super()._save_to_state_dict(*args, **kwargs)

@@ -21,7 +21,8 @@ from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.fields import refuse_head_in_modules_to_save
 from pgn_peft.tuner.head import PGNHead
 from pgn_peft.tuner.layer import PGNLayer
-from pgn_peft.tuner.recorded_fields import record_base, record_depth, record_labels
+from pgn_peft.tuner.readout import check_can_classify
+from pgn_peft.tuner.recorded_fields import has_own_head, record_base, record_depth, record_labels
 from pgn_peft.tuner.saved_weights import check_size
 from pgn_peft.tuner.timm_positions import check_timm
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
@@ -84,6 +85,8 @@ def plan_injection(model: nn.Module, config: PGNConfig, adapter_name: str) -> In
     backbone = find_backbone(model, cast("list[str] | None", completed.target_modules))
     if backbone.carries:
         check_timm(model.get_submodule(backbone.embeddings.rpartition(".")[0]))
+    if backbone.head is None and has_own_head(completed):
+        check_can_classify(model)
     check_offloading(completed, model, backbone)
     check_adapter_name(adapter_name, model)
     layers = _find_wrapped_layers(model, completed, backbone)

@@ -67,6 +67,11 @@ class PGNLayer(PGNTunerLayer):
         return type(self.base_layer).__name__ == "Data2VecVisionEmbeddings"
 
     @property
+    def takes_size_option(self) -> bool:
+        """Whether the backbone interpolates its positions for other image sizes if it is told to."""
+        return takes_size_option(self.base_layer)
+
+    @property
     def projection(self) -> nn.Conv2d:
         """The backbone's patch projection."""
         return patch_projection(self.base_layer)
@@ -286,8 +291,8 @@ class PGNLayer(PGNTunerLayer):
             ValueError: `pixel_values` has the wrong number of axes, channels or pixels; or `adapter_names` was passed
                 to the model inside a `PeftModel`.
         """
-        interpolate = kwargs.get("interpolate_pos_encoding") and takes_size_option(self.base_layer)
-        if not takes_size_option(self.base_layer):
+        interpolate = kwargs.get("interpolate_pos_encoding") and self.takes_size_option
+        if not self.takes_size_option:
             kwargs = {name: value for name, value in kwargs.items() if name != "interpolate_pos_encoding"}
         if self.disable_adapters:
             return args, kwargs
@@ -296,8 +301,14 @@ class PGNLayer(PGNTunerLayer):
                 f"`adapter_names` must be passed to a PeftModel, but got {kwargs['adapter_names']!r} at the model "
                 "inside, which would give every image the active adapter. Load it with PeftModel.from_pretrained."
             )
+        if self.carries and kwargs.get("output_hidden_states") and any(self.running_prompts()):
+            raise ValueError(
+                "`output_hidden_states` must be False for a model of timm with prompts, but got True: timm would take "
+                "them for patches of its feature maps. Leave it out."
+            )
         pixel_values = args[0] if args else kwargs.get("pixel_values")
-        check_pixel_values(pixel_values, self.num_channels, None if interpolate else self.fixed_size)
+        size = None if interpolate else self.fixed_size
+        check_pixel_values(pixel_values, self.num_channels, size, self.takes_size_option)
         return args, kwargs
 
 

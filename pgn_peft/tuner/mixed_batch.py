@@ -9,7 +9,6 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
-from pgn_peft.nn.text_head import TextHead
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.batch_adapters import BASE, running_batch
 from pgn_peft.tuner.head import find_head
@@ -80,9 +79,9 @@ def _check_labels(tuner: BaseTuner, names: Sequence[str]) -> None:
     if head is None or not names:
         return
     labels = {name: head.labels(None if name == BASE else name).id2label for name in names}
-    with_texts = next((name for name in names if isinstance(head.head(name), TextHead)), None)
+    with_texts = head.texts_of_base(names)
     if head.is_added and BASE in labels and with_texts is not None:
-        labels[BASE] = labels[with_texts]  # zero-shot
+        labels[BASE] = head.labels(with_texts).id2label  # zero-shot
     first, *others = labels
     for name in others:
         if labels[name] != labels[first]:

@@ -138,14 +138,14 @@ class PGNModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         injection = self.injections[adapter_name]
+        layer = self._wrap_embeddings(injection.backbone)
         if current_key == injection.head:
             if not isinstance(target, PGNHead):
                 own_head = None if injection.adds_head else target
-                target = PGNHead(own_head, getattr(self.model, "config", None))
+                target = PGNHead(own_head, getattr(self.model, "config", None), layer)
                 setattr(parent, target_name, target)
             target.update_layer(adapter_name, injection.config)
             return
-        layer = self._wrap_embeddings(injection.backbone)
         if current_key == injection.backbone.embeddings:
             layer.update_layer(adapter_name, injection.config)
         elif not isinstance(target, PGNBlock):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.text_head import TextHead
-from pgn_peft.tuner.adapters import find_layer
+from pgn_peft.tuner.adapters import find_layer, unwrap
 from pgn_peft.tuner.head import find_head
 from pgn_peft.utils.values import filled
 
@@ -37,11 +38,17 @@ def embed_texts(
         (M, E) embeddings of length 1, on the CPU. That of several sentences is the direction of their mean.
 
     Raises:
-        TypeError: the model has no text tower.
+        TypeError: the model has no text tower, or `classes` holds no lists of texts.
         ValueError: a template has no "{}", or a class has no description.
 
     Source: arXiv:2103.00020 (templates and their mean).
     """
+    lists = list(classes.values()) if isinstance(classes, Mapping) else [classes]
+    if any(isinstance(texts, str) or not all(isinstance(text, str) for text in texts) for texts in lists):
+        raise TypeError(
+            f"`classes` must be a list of names, or a list of descriptions for each name, but got {classes!r}. Of an "
+            "`id2label` pass list(id2label.values())."
+        )
     if isinstance(classes, Mapping):
         sentences = [list(descriptions) for descriptions in classes.values()]
     else:
@@ -71,7 +78,7 @@ def _embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     options = {"input_ids": tokens["input_ids"].to(next(model.parameters()).device)}
     if "attention_mask" in tokens and str(config.model_type).startswith("clip"):
         options["attention_mask"] = tokens["attention_mask"].to(options["input_ids"].device)
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         if hasattr(model, "get_text_features"):
             output = model.get_text_features(**options)
             output = getattr(output, "pooler_output", output)
@@ -103,7 +110,8 @@ def use_texts(
         adapter_name: the adapter.
 
     Raises:
-        ValueError: the adapter has another head, or the embeddings have another shape or are not finite.
+        ValueError: the adapter has another head; the embeddings have another shape or are not finite; or the model is
+            SigLIP's image tower, and scale and bias are not given.
     """
     layer, heads = find_layer(model, adapter_name), find_head(model)
     head = None if heads is None else heads.head(adapter_name)
@@ -112,6 +120,7 @@ def use_texts(
             f"`adapter_name` must name an adapter with head='text', but got {adapter_name!r} with "
             f"head={layer.configs[adapter_name].head!r}. Make it with PGNConfig(head='text', id2label=...)."
         )
+    text_embeds = torch.as_tensor(text_embeds)
     if tuple(text_embeds.shape) != tuple(head.text_embeds.shape):
         raise ValueError(
             f"`text_embeds` must have the shape {tuple(head.text_embeds.shape)}, a row for each class, but got "
@@ -124,8 +133,13 @@ def use_texts(
     for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
         if value is not None and not (torch.tensor(float(value)).isfinite() and (name == "logit_bias" or value > 0)):
             raise ValueError(f"`{name}` must be a finite number, and a scale above 0, but got {value}. Leave it out.")
-    adapted: Any = model
-    base = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+    base = unwrap(model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    if not hasattr(base, "logit_bias") and "Siglip" in type(base).__name__ and None in (logit_scale, logit_bias):
+        raise ValueError(
+            f"`logit_scale` and `logit_bias` must be given for a {type(base).__name__}, which lacks them, but got "
+            f"{logit_scale} and {logit_bias}. SiglipModel has both: logit_scale.exp() and logit_bias."
+        )
     if logit_scale is None:
         logit_scale = base.logit_scale.exp().item() if hasattr(base, "logit_scale") else CLIP_SCALE
     if logit_bias is None:

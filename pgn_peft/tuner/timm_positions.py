@@ -24,10 +24,23 @@ def check_timm(backbone: Any) -> None:
         ValueError: it drops tokens in training, and would drop prompts.
     """
     names = {base.__name__ for base in type(backbone).__mro__}
-    if not names & {"VisionTransformer", "Eva"} or not hasattr(backbone, "_pos_embed"):
+    # Hybrids make their tokens of a CNN's features.
+    patch_embed = getattr(backbone, "patch_embed", None)
+    plain = isinstance(getattr(patch_embed, "proj", None), nn.Conv2d) and not hasattr(patch_embed, "backbone")
+    if not names & {"VisionTransformer", "Eva"} or not hasattr(backbone, "_pos_embed") or not plain:
         raise TypeError(
             f"`model` must wrap a VisionTransformer or an Eva of timm, but got a {type(backbone).__name__}. PGN needs "
-            "a sequence of tokens that prompts can be appended to."
+            "tokens of patches, and a sequence that prompts can be appended to."
+        )
+    if hasattr(backbone, "head_dist"):
+        raise TypeError(
+            f"`model` must have one head, but got a {type(backbone).__name__}, which averages two: an adapter has one "
+            "head of its own. Load the checkpoint as DeiTForImageClassification."
+        )
+    if not backbone.global_pool and backbone.attn_pool is None:
+        raise ValueError(
+            f"`global_pool` must be 'token', 'avg' or another pooling of timm, but got {backbone.global_pool!r}. A "
+            "head needs one vector of an image."
         )
     if getattr(backbone.patch_drop, "prob", 0):
         raise ValueError(

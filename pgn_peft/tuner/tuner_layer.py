@@ -41,6 +41,11 @@ class PGNTunerLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    @property
+    def anchor(self) -> nn.Module:
+        """The module of the base whose device and dtype new adapters take."""
+        return self.base_layer
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: prompts depend on the image."""
         raise ValueError(NO_MERGE)
@@ -106,7 +111,7 @@ class PGNTunerLayer(nn.Module, BaseTunerLayer):
             adapter_name: a loaded adapter.
             upcast: cast half precision to float32, as PEFT does by default; else to the base layer's dtype.
         """
-        base_dtypes = (weight.dtype for weight in self.base_layer.parameters() if weight.is_floating_point())
+        base_dtypes = (weight.dtype for weight in self.anchor.parameters() if weight.is_floating_point())
         dtype = torch.float32 if upcast else next(base_dtypes, torch.float32)
         for module in self.adapter_modules(adapter_name).values():
             if not upcast or next(iter(_floating_tensors(module))).dtype.itemsize < 4:
@@ -123,8 +128,8 @@ class PGNTunerLayer(nn.Module, BaseTunerLayer):
 
         Without this, an adapter added to a model in eval mode would update its BatchNorm during inference.
         """
-        with loaded(self.base_layer):
-            weight = next(self.base_layer.parameters(), None)
+        with loaded(self.anchor):
+            weight = next(self.anchor.parameters(), None)
             device = None if weight is None else weight.device
         if device is not None and not any(parameter.is_meta for parameter in module.parameters()):
             module.to(device)
