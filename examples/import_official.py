@@ -51,7 +51,7 @@ from pgn_peft import Classifier, embed_texts, official, use_texts
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.tuner.adapters import prompt_layer
-from pgn_peft.tuner.backbones import own_image_size
+from pgn_peft.tuner.embeddings import own_image_size
 
 
 def make_smoke(folder: Path, options: argparse.Namespace) -> None:

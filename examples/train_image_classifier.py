@@ -69,7 +69,8 @@ from transformers import HfArgumentParser, set_seed
 from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_prompter
 from pgn_peft.training import HeadAlone, head_alone, last_complete_checkpoint, parameter_groups
 from pgn_peft.training.distributed import EqualStatistics, SameSteps
-from pgn_peft.tuner.backbones import find_backbone, own_image_size
+from pgn_peft.tuner.backbones import find_backbone
+from pgn_peft.tuner.embeddings import own_image_size
 from pgn_peft.utils.files import replacing
 
 

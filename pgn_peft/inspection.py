@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.tuner.adapters import find_layer
-from pgn_peft.tuner.backbones import has_class_token
+from pgn_peft.tuner.embeddings import has_class_token
 from pgn_peft.utils.values import filled
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.tuner.adapters import prompt_layer
-from pgn_peft.tuner.backbones import find_backbone, patch_projection
+from pgn_peft.tuner.backbones import find_backbone
 from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.embeddings import patch_projection
 from pgn_peft.utils.tensors import compare_tensors
 
 LIBRARY = "tl_vectors"

@@ -18,7 +18,7 @@ from conftest import (
 )
 from peft import get_peft_model
 
-from pgn_peft.tuner.backbones import takes_any_size
+from pgn_peft.tuner.embeddings import takes_any_size
 
 representatives = pytest.mark.parametrize("architecture", REPRESENTATIVES)
 classifiers = pytest.mark.parametrize("architecture", REPRESENTATIVE_CLASSIFIERS)

@@ -12,7 +12,7 @@ from pgn_peft import PGNConfig, make_prompter
 from pgn_peft.inversion import invert_library, invert_static_prompts
 from pgn_peft.nn.layout import make_layout
 from pgn_peft.nn.patch_inverse import PatchInverse
-from pgn_peft.tuner.positions import position_tokens
+from pgn_peft.tuner.embeddings import position_tokens
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

@@ -21,7 +21,8 @@ from transformers import ViTImageProcessor
 
 from pgn_peft import Classifier, load_classifier, make_prompter
 from pgn_peft.tuner.adapters import prompt_layer
-from pgn_peft.tuner.backbones import SUPPORTED, takes_any_size
+from pgn_peft.tuner.backbones import SUPPORTED
+from pgn_peft.tuner.embeddings import takes_any_size
 
 AVERAGING = [name for name in ARCHITECTURES if SUPPORTED[name].reads_all]
 REPRESENTATIVE = [name for name in AVERAGING if name in REPRESENTATIVES]

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from pgn_peft.tuner.adapters import prompt_layer
-from pgn_peft.tuner.backbones import own_image_size
+from pgn_peft.tuner.embeddings import own_image_size
 from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.utils.values import filled
 

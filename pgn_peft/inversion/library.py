@@ -21,8 +21,7 @@ from pgn_peft.nn.layout import PromptLayout, to_image
 from pgn_peft.nn.patch_inverse import PatchInverse
 from pgn_peft.nn.pixel_prompts import InversionReport, PixelPrompts
 from pgn_peft.nn.preprocessing import denormalize, normalize
-from pgn_peft.tuner.backbones import patch_projection
-from pgn_peft.tuner.positions import position_tokens
+from pgn_peft.tuner.embeddings import patch_projection, position_tokens
 
 
 def invert_library(

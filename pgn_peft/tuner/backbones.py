@@ -5,7 +5,6 @@ No other module names an architecture.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pgn_peft.nn.positions import extend_bias, extend_rotations
+from pgn_peft.tuner.embeddings import has_class_token, patch_projection
 
 # How a head of the adapter's own reads the output of a model that has none, as the classifiers of these models do.
 Reader = Callable[[nn.Module, Any], Tensor]
@@ -260,51 +260,6 @@ def find_layers(model: nn.Module, embeddings: str) -> list[str]:
         )
     name, layers = lists[0]
     return [f"{name}.{index}" for index in range(len(layers))]
-
-
-def patch_projection(embeddings: nn.Module) -> nn.Conv2d:
-    """Return the convolution that makes a token (D,) of each patch (C, p, p), whatever the architecture calls it."""
-    found: Any = embeddings
-    for name in ("patch_embeddings", "patch_embedding", "patch_embed"):
-        if hasattr(found, name):
-            found = getattr(found, name)
-            break
-    for name in ("projection", "proj"):
-        if hasattr(found, name):
-            found = getattr(found, name)
-            break
-    return found
-
-
-def own_image_size(embeddings: nn.Module) -> tuple[int, int]:
-    """Return height and width in pixels of the images that the position embeddings were trained for."""
-    parts: Any = embeddings
-    places = (getattr(parts, "patch_embeddings", None), parts, getattr(parts, "config", None))
-    sizes = (getattr(place, name, None) for place in places for name in ("image_size", "img_size"))
-    size = next(size for size in sizes if size is not None)
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
-def has_class_token(embeddings: nn.Module) -> bool:
-    """Whether token 0 is CLS rather than the first patch."""
-    return hasattr(embeddings, "cls_token") or hasattr(embeddings, "class_embedding")
-
-
-def takes_size_option(embeddings: nn.Module) -> bool:
-    """Whether a backbone interpolates its positions for an image of another size only if it is told to."""
-    return "interpolate_pos_encoding" in inspect.signature(embeddings.forward).parameters
-
-
-def takes_any_size(embeddings: nn.Module) -> bool:
-    """Whether a backbone takes images of every size without being told."""
-    parts: Any = embeddings
-    if hasattr(parts, "strict_img_size"):  # timm's
-        return not parts.strict_img_size
-    if hasattr(parts, "interpolate_pos_encoding"):
-        return not takes_size_option(embeddings)
-    has_table = hasattr(parts, "position_embedding") or hasattr(parts, "position_embeddings")
-    return not takes_size_option(embeddings) and not has_table
 
 
 def architecture_of(model: nn.Module) -> str | None:

@@ -16,13 +16,12 @@ from pgn_peft.nn.layout import PromptLayout, compose, make_layout
 from pgn_peft.nn.library import AdditiveLibrary, PatchLibrary, TokenLibrary
 from pgn_peft.nn.patch_inverse import PatchInverse
 from pgn_peft.nn.preprocessing import denormalize, normalize
-from pgn_peft.tuner.backbones import patch_projection, takes_size_option
 from pgn_peft.tuner.batch_adapters import BASE, adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.checks import check_pixel_values, check_together
 from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.embeddings import fixed_size, patch_projection, size_options, takes_size_option
 from pgn_peft.tuner.offloading import loaded
-from pgn_peft.tuner.positions import fixed_size, size_options
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 from pgn_peft.utils.values import filled
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from pgn_peft.nn.layout import make_layout
-from pgn_peft.tuner.backbones import (
-    AVERAGES_PATCHES,
-    GIVES_POSITIONS,
-    SUPPORTED,
-    Backbone,
-    own_image_size,
-    patch_projection,
-)
+from pgn_peft.tuner.backbones import AVERAGES_PATCHES, GIVES_POSITIONS, SUPPORTED, Backbone
 from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.embeddings import own_image_size, patch_projection
 from pgn_peft.tuner.head import PGNHead, labels_of
 from pgn_peft.utils.values import filled
 
