@@ -39,6 +39,11 @@ def has_class_token(embeddings: nn.Module) -> bool:
     return hasattr(embeddings, "cls_token") or hasattr(embeddings, "class_embedding")
 
 
+def returns_grid(embeddings: nn.Module) -> bool:
+    """Whether embeddings return the grid of patches beside the tokens."""
+    return type(embeddings).__name__ == "Data2VecVisionEmbeddings"
+
+
 def takes_size_option(embeddings: nn.Module) -> bool:
     """Whether a backbone interpolates its positions for an image of another size only if it is told to."""
     return "interpolate_pos_encoding" in inspect.signature(embeddings.forward).parameters

@@ -20,7 +20,7 @@ from pgn_peft.tuner.batch_adapters import BASE, adapters_of_batch, map_by_adapte
 from pgn_peft.tuner.build import make_generator, make_library
 from pgn_peft.tuner.checks import check_pixel_values, check_together
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.embeddings import fixed_size, patch_projection, size_options, takes_size_option
+from pgn_peft.tuner.embeddings import fixed_size, patch_projection, returns_grid, size_options, takes_size_option
 from pgn_peft.tuner.offloading import loaded
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 from pgn_peft.utils.values import filled
@@ -59,11 +59,6 @@ class PGNLayer(PGNTunerLayer):
         self._base_loaded = False  # whether a state dict that is being loaded has tensors of the backbone
         self.register_load_state_dict_post_hook(_follow_the_backbone)
         self.training = base_layer.training
-
-    @property
-    def returns_grid(self) -> bool:
-        """Whether the base layer returns the grid of patches beside the tokens."""
-        return type(self.base_layer).__name__ == "Data2VecVisionEmbeddings"
 
     @property
     def takes_size_option(self) -> bool:
@@ -208,7 +203,7 @@ class PGNLayer(PGNTunerLayer):
         if self.carries:
             return (tokens, prompts, self.running_prompts()[0]) if prompts.shape[1] else tokens
         tokens = torch.cat([tokens, prompts], dim=1) if prompts.shape[1] else tokens
-        if not self.returns_grid:
+        if not returns_grid(self.base_layer):
             return tokens
         side = self.projection.kernel_size
         return tokens, (pixel_values.shape[-2] // side[0], pixel_values.shape[-1] // side[1])
@@ -222,7 +217,7 @@ class PGNLayer(PGNTunerLayer):
                 images = self.prompted_images(name, pixel_values)
                 kwargs = kwargs | self.size_options((images.shape[-2], images.shape[-1]))
         tokens = self.base_layer(images, *args, **kwargs)
-        if self.returns_grid:
+        if returns_grid(self.base_layer):
             tokens, _ = tokens
         # Appended after the position embeddings were added: a prompt has no position in the image.
         prompts = [self.prompts(name, pixel_values).to(tokens.dtype) for name in active if name not in self.layouts]
