@@ -15,6 +15,7 @@ from image_folder import METADATA, SPLIT_NAMES, UprightImage, check_images, coun
 from recipes import RECIPES, Recipe
 from transformers import AutoImageProcessor
 
+from pgn_peft.hub import plain_processor
 from pgn_peft.hub.image_size import made_size
 from pgn_peft.nn.image_files import list_files
 
@@ -222,7 +223,7 @@ def check_classes(splits: dict[str, Dataset], names: list[str]) -> None:
 
 def load_processor(model_name_or_path: str, image_size: int | None, revision: str | None = None):
     """Load the model's image processor, set to another image size if asked for."""
-    processor = AutoImageProcessor.from_pretrained(model_name_or_path, revision=revision)
+    processor = plain_processor(AutoImageProcessor.from_pretrained(model_name_or_path, revision=revision))
     if image_size is not None:
         square = {"height": image_size, "width": image_size}
         processor.size = {"shortest_edge": image_size} if "shortest_edge" in processor.size else square

@@ -1,11 +1,17 @@
 """timm's models: Vision Transformers with each pooling, and EVAs, whose attention rotates the patches."""
 
+import numpy as np
 import pytest
 import torch
+import train_image_classifier
 from conftest import assert_nearly_equal, layers_of, move_adapter, tiny_config
 from peft import PeftModel, get_peft_model
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+from PIL import Image
+from smoke_material import smoke_arguments
+from transformers import AutoImageProcessor, TimmWrapperConfig, TimmWrapperForImageClassification
 
+from pgn_peft import load_classifier
+from pgn_peft.hub import plain_processor
 from pgn_peft.tuner.adapters import prompt_layer
 
 pytest.importorskip("timm")
@@ -130,3 +136,34 @@ def test_other_models_of_timm_are_refused(architecture, arguments, error, messag
     config = TimmWrapperConfig(architecture=architecture, model_args=arguments, num_labels=2)
     with pytest.raises(error, match=message):
         get_peft_model(TimmWrapperForImageClassification(config), tiny_config())
+
+
+def save_timm(folder, **steps):
+    """A tiny model of timm with the description of its image processing."""
+    model = tiny_timm("ViT, CLS")
+    model.config.pretrained_cfg = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "input_size": [3, 32, 32]} | steps
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("steps", [{"crop_pct": 0.9, "interpolation": "bicubic"}, {"crop_mode": "squash"}])
+def test_its_image_processing_becomes_an_image_processor(steps, tmp_path):
+    save_timm(tmp_path, **({"crop_pct": 1.0, "interpolation": "bilinear"} | steps))
+    wrapper = AutoImageProcessor.from_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8))
+    expected, found = (
+        wrapper(image)["pixel_values"],
+        plain_processor(wrapper)(image, return_tensors="pt")["pixel_values"],
+    )
+    assert (found - expected).abs().max() < 0.05  # Pillow and torchvision round in other places
+    wrapper.data_config["interpolation"] = "nearest"
+    with pytest.raises(ValueError, match="`image_processor` must resize by bilinear or bicubic"):
+        plain_processor(wrapper)
+
+
+def test_the_script_trains_on_it(tmp_path):
+    command = smoke_arguments(tmp_path)
+    command[command.index("--model_name_or_path") + 1] = str(tmp_path / "timm")
+    save_timm(tmp_path / "timm", crop_pct=0.9, interpolation="bicubic")
+    train_image_classifier.main([*command, "--num_train_epochs", "1"])
+    classifier = load_classifier(command[command.index("--output_dir") + 1])
+    assert {entry["label"] for entry in classifier.pipeline()(Image.new("RGB", (40, 32), "red"))} == {"blue", "red"}

@@ -2,5 +2,6 @@
 
 from pgn_peft.hub.classifier import Classifier, load_classifier
 from pgn_peft.hub.model_card import CardFacts
+from pgn_peft.hub.timm_processor import plain_processor
 
-__all__ = ["CardFacts", "Classifier", "load_classifier"]
+__all__ = ["CardFacts", "Classifier", "load_classifier", "plain_processor"]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from pgn_peft.hub.timm_processor import plain_processor
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.embeddings import own_image_size
 from pgn_peft.tuner.layer import PGNLayer
@@ -30,7 +31,9 @@ def made_of_square(layer: PGNLayer, image_processor: Any) -> tuple[int, int]:
 def made_size(image_processor: Any, size: tuple[int, int], num_channels: int = 3) -> tuple[int, int]:
     """Return height and width in pixels of what an image processor makes of an image of this height and width."""
     sample = np.zeros((*size, num_channels), dtype=np.uint8)
-    made = image_processor(images=sample, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    made = plain_processor(image_processor)(images=sample, return_tensors="pt", input_data_format="channels_last")[
+        "pixel_values"
+    ]
     return tuple(made.shape[-2:])
 
 

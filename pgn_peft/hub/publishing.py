@@ -16,6 +16,7 @@ from torch import nn
 from pgn_peft.hub.downloads import ADAPTER_FILES, PROCESSOR_FILES
 from pgn_peft.hub.image_size import makes_another_size
 from pgn_peft.hub.model_card import CardFacts, make_card
+from pgn_peft.hub.timm_processor import plain_processor
 from pgn_peft.nn.preprocessing import check_image_processor
 from pgn_peft.tuner.adapters import active_adapter, adapter_tensors, prompt_layer
 from pgn_peft.tuner.saved_weights import checksums_of_parts
@@ -52,6 +53,7 @@ def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts,
     """Write an adapter's files; `name` is the id that the card's examples load, by default the folder's."""
     adapter_name, config = active_adapter(model)
     check_image_processor("image_processor", image_processor)
+    image_processor = plain_processor(image_processor)
     with replacing(folder) as staged:
         image_processor.save_pretrained(staged)
         save_file(adapter_tensors(model, adapter_name), staged / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
