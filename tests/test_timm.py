@@ -145,16 +145,13 @@ def save_timm(folder, **steps):
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("steps", [{"crop_pct": 0.9, "interpolation": "bicubic"}, {"crop_mode": "squash"}])
+@pytest.mark.parametrize("steps", [{"crop_pct": 0.8, "interpolation": "bicubic"}, {"crop_mode": "squash"}])
 def test_its_image_processing_becomes_an_image_processor(steps, tmp_path):
     save_timm(tmp_path, **({"crop_pct": 1.0, "interpolation": "bilinear"} | steps))
     wrapper = AutoImageProcessor.from_pretrained(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8))
-    expected, found = (
-        wrapper(image)["pixel_values"],
-        plain_processor(wrapper)(image, return_tensors="pt")["pixel_values"],
-    )
-    assert (found - expected).abs().max() < 0.05  # Pillow and torchvision round in other places
+    found = plain_processor(wrapper)(image, return_tensors="pt")["pixel_values"]
+    assert (found - wrapper(image)["pixel_values"]).abs().max() < 0.05  # Pillow and torchvision round in other places
     wrapper.data_config["interpolation"] = "nearest"
     with pytest.raises(ValueError, match="`image_processor` must resize by bilinear or bicubic"):
         plain_processor(wrapper)

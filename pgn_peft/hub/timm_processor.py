@@ -1,4 +1,4 @@
-"""timm's image processing as an image processor that can be saved, whose steps can be read and whose size can be set."""
+"""timm's image processing as an image processor that can be saved and set to another size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ RESAMPLING = {"bilinear": 2, "bicubic": 3}
 
 
 def plain_processor(image_processor: Any) -> Any:
-    """Return an image processor of Transformers with the steps of its wrapper of timm; others are returned as they are.
+    """Return an image processor of Transformers with timm's steps, in place of its wrapper, which cannot be saved.
 
-    `TimmWrapperImageProcessor` cannot be saved beside an adapter.
+    Where an odd number of pixels is cropped, the two differ by a pixel. Other image processors are returned as they are.
 
     Raises:
         ValueError: timm crops or resizes in a way that no image processor has.
