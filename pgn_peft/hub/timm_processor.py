@@ -13,7 +13,7 @@ RESAMPLING = {"bilinear": 2, "bicubic": 3}
 def plain_processor(image_processor: Any) -> Any:
     """Return an image processor of Transformers with timm's steps, in place of its wrapper, which cannot be saved.
 
-    Where an odd number of pixels is cropped, the two differ by a pixel. Other image processors are returned as they are.
+    Where an odd number of pixels is cropped, the two differ by one. Other image processors are returned as they are.
 
     Raises:
         ValueError: timm crops or resizes in a way that no image processor has.
