@@ -31,9 +31,8 @@ def made_of_square(layer: PGNLayer, image_processor: Any) -> tuple[int, int]:
 def made_size(image_processor: Any, size: tuple[int, int], num_channels: int = 3) -> tuple[int, int]:
     """Return height and width in pixels of what an image processor makes of an image of this height and width."""
     sample = np.zeros((*size, num_channels), dtype=np.uint8)
-    made = plain_processor(image_processor)(images=sample, return_tensors="pt", input_data_format="channels_last")[
-        "pixel_values"
-    ]
+    processor = plain_processor(image_processor)
+    made = processor(images=sample, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     return tuple(made.shape[-2:])
 
 
