@@ -86,7 +86,7 @@ def test_prompts_act_as_tokens_without_a_position(name, pixel_values, tmp_path):
     loaded = PeftModel.from_pretrained(tiny_timm(name), tmp_path)
     assert_nearly_equal(answer(loaded, pixel_values), prompted)
     unloaded = model.unload()
-    assert torch.equal(answer(unloaded, pixel_values), before)
+    assert_nearly_equal(answer(unloaded, pixel_values), before)  # torch's attention has another path for frozen weights
     assert str(unloaded) == structure
     assert type(unloaded.timm_model) is kind
 
