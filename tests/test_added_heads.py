@@ -54,6 +54,12 @@ def test_a_model_that_accelerate_has_spread_over_devices_classifies(pixel_values
     assert_nearly_equal(answer(model.unload(), pixel_values), before)
 
 
+def test_an_added_head_has_the_models_mode():
+    head = find_head(get_peft_model(tiny_vit("ViTModel").eval(), tiny_config(id2label=LABELS)))
+    assert not head.training
+    assert not head.head("default").training
+
+
 def test_an_added_head_goes_to_the_models_device():
     model = get_peft_model(two_towers().to("meta"), tiny_config(head="text", id2label=LABELS))
     own = [tensor for name, tensor in model.state_dict().items() if ".pgn_" in name]

@@ -42,7 +42,7 @@ class PGNHead(PGNTunerLayer):
     def __init__(self, base_layer: nn.Module | None, model_config: Any, embeddings: PGNLayer) -> None:
         super().__init__()
         self.is_added = base_layer is None
-        self.base_layer = nn.Identity() if base_layer is None else base_layer
+        self.base_layer = nn.Identity().train(embeddings.training) if base_layer is None else base_layer
         self.pgn_head = nn.ModuleDict()
         self.configs: dict[str, PGNConfig] = {}
         self.label_mapping: dict[str, list[int]] = {}
