@@ -219,7 +219,6 @@ def run(results: bench.Results, cell: Cell) -> dict[str, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
-        "head_parameters": len(material.names) * (next(iter(groups[-1]["params"])).shape[-1] + 1),
         "train_images": len(material.splits["train"].labels),
         "train_loss_last_epoch": round(loss, 4),
         "validation_accuracy": evaluate(model, cell, "validation"),
@@ -276,7 +275,6 @@ def linear(cell: Cell) -> dict[str, Any]:
     best = max(scores, key=scores.get)
     return {
         "trainable_parameters": tried[best].coef_.size + tried[best].intercept_.size,
-        "head_parameters": tried[best].coef_.size + tried[best].intercept_.size,
         "c": best,
         "train_images": len(labels["train"]),
         "validation_accuracy": scores[best],
