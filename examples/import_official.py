@@ -122,10 +122,10 @@ def main(command_line: list[str] | None = None) -> None:
             tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
             names = [name.lower() for name in options.labels]
             use_texts(model, embed_texts(base, tokenizer, names, options.templates))
-        processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
         if id2label is None and options.num_labels is None:
             model.save_pretrained(options.output_dir)
         else:
+            processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
             Classifier(model, processor).save_pretrained(options.output_dir)
         print(f"saved the adapter to {options.output_dir}")
         difference = compare(network, Path(options.output_dir))

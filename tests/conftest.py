@@ -84,18 +84,20 @@ OTHERS = [name for name in ARCHITECTURES if name not in REPRESENTATIVES]
 REPRESENTATIVE_CLASSIFIERS = [name for name in CLASSIFIERS if name in REPRESENTATIVES]
 
 
+SIZES = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
 def tiny_vit(architecture="ViTForImageClassification", num_labels=5, seed=0, **overrides):
     """A seeded two-layer ViT in eval mode: 32 px, patch 8, width 32."""
-    sizes = {
-        "image_size": 32,
-        "patch_size": 8,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "initializer_range": 0.3,  # with the usual 0.02 so small a network hardly notices its prompts
-    }
-    fields = sizes | FIELDS.get(ARCHITECTURES[architecture], {}) | overrides
+    start = {"initializer_range": 0.3}  # with the usual 0.02 so small a network hardly notices its prompts
+    fields = SIZES | start | FIELDS.get(ARCHITECTURES[architecture], {}) | overrides
     if ARCHITECTURES[architecture] in ("CLIPConfig", "SiglipConfig"):  # two towers, of which the model has one
         attention = {name: fields.pop(name) for name in ("attn_implementation",) if name in fields}
         fields = {"vision_config": fields, **attention}

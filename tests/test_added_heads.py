@@ -116,6 +116,9 @@ def test_a_timm_model_with_prompts_returns_no_feature_maps(pixel_values):
         model(pixel_values, output_hidden_states=True)
     with pytest.raises(ValueError, match="`model` must answer with its attention, but got a TimmWrapper"):
         attention_to_prompts(model, pixel_values)
+    pixels = tiny_config(prompt_space="pixel", num_virtual_tokens=None, **SCALE)  # no tokens beside the patches
+    model = get_peft_model(TimmWrapperForImageClassification(config).eval(), pixels)
+    assert [maps.shape for maps in model(pixel_values, output_hidden_states=True).hidden_states] == [(4, 32, 4, 4)] * 2
 
 
 @pytest.mark.parametrize("classes", [LABELS, {"cat": "a photo of a cat"}, "cat", [1, 2]])

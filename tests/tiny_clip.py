@@ -2,20 +2,13 @@
 
 import torch
 import transformers
+from conftest import SIZES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPConfig, PreTrainedTokenizerFast, SiglipConfig
 
 NAMES = ["cat", "dog", "owl"]
 WORDS = ["[PAD]", "a", "photo", "of", *NAMES, "end", "[UNK]", ".", "sketch"]
-VISION = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
 END = WORDS.index("end")
 TEXT = {
     "vocab_size": len(WORDS),
@@ -40,9 +33,9 @@ def tokenizer():
 def two_towers(kind="CLIPModel", seed=0):
     torch.manual_seed(seed)
     if kind == "CLIPModel":
-        config = CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=16)
+        config = CLIPConfig(vision_config=SIZES, text_config=TEXT, projection_dim=16)
     else:
-        config = SiglipConfig(vision_config=VISION, text_config=TEXT)
+        config = SiglipConfig(vision_config=SIZES, text_config=TEXT)
     model = getattr(transformers, kind)(config).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -246,8 +246,9 @@ def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | to
     )
     backbone = SUPPORTED.get(made_for or "")
     own_head = None if config.head == "frozen" or backbone is None else backbone.head
-    # What the adapter brings itself, and a pooler that no classifier reads.
-    allowed = tuple(f"{name}." for name in (own_head, "pooler") if name is not None)
+    # What the adapter brings itself, and the pooler of a ViT, which no classifier reads.
+    unread = "pooler.dense" if backbone is not None and backbone.head is None else None
+    allowed = tuple(f"{name}." for name in (own_head, unread) if name is not None)
     missing = [name for name in found["missing_keys"] if not name.startswith(allowed)]
     if missing and backbone is not None:
         raise ValueError(

@@ -16,7 +16,7 @@ class TextHead(nn.Module):
     The texts are no parameters: they stay as they are. Until `set_texts` or a file gives them, they are NaN.
 
     Args:
-        embedding_size: of images and of texts, E.
+        embedding_size: of images and of texts, D.
         num_labels: number of texts, M.
         correction: also learn a matrix E (M, M), from zero, and answer logits @ (I + E).
 
@@ -41,7 +41,7 @@ class TextHead(nn.Module):
 
     @torch.no_grad()
     def set_texts(self, text_embeds: Tensor, logit_scale: float, logit_bias: float = 0.0) -> None:
-        """Give the embeddings (M, E) of the texts, of any length, and the scale and bias of the cosines."""
+        """Give the embeddings (M, D) of the texts, of any length, and the scale and bias of the cosines."""
         self.text_embeds.copy_(F.normalize(text_embeds.float(), dim=-1))
         self.logit_scale.fill_(logit_scale)
         self.logit_bias.fill_(logit_bias)
@@ -61,17 +61,17 @@ class TextHead(nn.Module):
         return self.is_set
 
     def zero_shot(self, features: Tensor) -> Tensor:
-        """Compute the logits (B, M) of image embeddings (B, E) without the correction."""
+        """Compute the logits (B, M) of image embeddings (B, D) without the correction."""
         cosines = F.normalize(features.to(self.text_embeds.dtype), dim=-1) @ self.text_embeds.mT
         return self.logit_scale * cosines + self.logit_bias
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute the logits (B, M) of image embeddings (B, E) of any length."""
+        """Compute the logits (B, M) of image embeddings (B, D) of any length."""
         logits = self.zero_shot(features)
         return logits if self.correction is None else logits + logits @ self.correction
 
     def linear(self) -> tuple[Tensor, Tensor]:
-        """Return weight (M, E) and bias (M,) of the same logits as a linear map of normalised embeddings."""
+        """Return weight (M, D) and bias (M,) of the same logits as a linear map of normalised embeddings."""
         weight, bias = self.logit_scale * self.text_embeds, self.logit_bias.expand(len(self.text_embeds))
         if self.correction is None:
             return weight, bias

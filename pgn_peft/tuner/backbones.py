@@ -1,7 +1,4 @@
-"""Supported and refused backbones: where their tokens are made, and where they are read.
-
-No other module names an architecture.
-"""
+"""Supported and refused backbones: where their tokens are made, and where they are read."""
 
 from __future__ import annotations
 
@@ -68,6 +65,7 @@ class Backbone:
         read: for a model without a head: from the model and its output to the features (B, F) that an adapter's head
             takes; None: it cannot have one.
         has_texts: these features can be compared with embeddings of texts.
+        text_scale: factor of the cosines for a tower that lacks the whole model's; None: users must give it.
         image_method: name of the method that computes the output for images alone; None: the model's forward pass.
         positions: where attention has a position for every token: the modules that compute them, by the last part of
             their names, and the function that extends what they return by P tokens without a position, which come
@@ -82,6 +80,7 @@ class Backbone:
     head_width: int = 1
     read: Reader | None = None
     has_texts: bool = False
+    text_scale: float | None = None
     image_method: str | None = None
     positions: Mapping[str, Extension] | None = None
     carries: bool = False
@@ -121,14 +120,21 @@ SUPPORTED: dict[str, Backbone] = {
     # The average of the patches; the towers for features read CLS (CLIP) or attend to all tokens (SigLIP).
     "CLIPForImageClassification": Backbone("vision_model.embeddings", HEAD, reads_all=True),
     "CLIPVisionModel": Backbone("embeddings", None, read=_pooled),
-    "CLIPVisionModelWithProjection": Backbone("vision_model.embeddings", None, read=_image_embeds, has_texts=True),
+    "CLIPVisionModelWithProjection": Backbone(
+        "vision_model.embeddings",
+        None,
+        read=_image_embeds,
+        has_texts=True,
+        text_scale=100.0,  # of OpenAI's checkpoints
+    ),
     "CLIPModel": Backbone(
         "vision_model.embeddings", None, read=_pooled, has_texts=True, image_method="get_image_features"
     ),
     "SiglipForImageClassification": Backbone("vision_model.embeddings", HEAD, reads_all=True),
     "SiglipVisionModel": Backbone("embeddings", None, reads_all=True, read=_pooled, has_texts=True),
     "SiglipModel": Backbone(
-        *("vision_model.embeddings", None),
+        "vision_model.embeddings",
+        None,
         reads_all=True,
         read=_pooled,
         has_texts=True,
@@ -136,7 +142,8 @@ SUPPORTED: dict[str, Backbone] = {
     ),
     # Positions are added to, or rotate, queries and keys of every layer.
     "DINOv3ViTModel": Backbone(
-        *("embeddings", None),
+        "embeddings",
+        None,
         reads_all=True,
         head_width=2,
         read=_class_token_and_average,

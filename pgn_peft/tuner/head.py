@@ -15,7 +15,7 @@ from pgn_peft.tuner.build import make_head
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.offloading import loaded
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
-from pgn_peft.utils.labels import Labels
+from pgn_peft.utils.labels import Labels, number_labels
 
 if TYPE_CHECKING:
     from pgn_peft.tuner.layer import PGNLayer
@@ -241,5 +241,5 @@ def labels_of(head: nn.Module, model_config: Any) -> Labels:
     """Read a model's own labels from its config; if there are none, number the outputs of its linear head."""
     labels = Labels.of(model_config)
     if labels is None:
-        labels = Labels({index: f"LABEL_{index}" for index in range(getattr(head, "out_features", 0))})
+        labels = Labels(number_labels(getattr(head, "out_features", 0)))
     return labels

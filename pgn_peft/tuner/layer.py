@@ -54,16 +54,12 @@ class PGNLayer(PGNTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self.fixed_size = fixed_size(base_layer)  # height and width of its images, in pixels; None: any
+        self.takes_size_option = takes_size_option(base_layer)  # interpolates positions if it is told to
         self._hooks: list[RemovableHandle] = []
         self.extends_positions = False  # whether attention gives every token a position
         self._base_loaded = False  # whether a state dict that is being loaded has tensors of the backbone
         self.register_load_state_dict_post_hook(_follow_the_backbone)
         self.training = base_layer.training
-
-    @property
-    def takes_size_option(self) -> bool:
-        """Whether the backbone interpolates its positions for other image sizes if it is told to."""
-        return takes_size_option(self.base_layer)
 
     @property
     def projection(self) -> nn.Conv2d:
@@ -295,7 +291,7 @@ class PGNLayer(PGNTunerLayer):
                 f"`adapter_names` must be passed to a PeftModel, but got {kwargs['adapter_names']!r} at the model "
                 "inside, which would give every image the active adapter. Load it with PeftModel.from_pretrained."
             )
-        if self.carries and kwargs.get("output_hidden_states") and any(self.running_prompts()):
+        if self.carries and kwargs.get("output_hidden_states") and self.running_prompts()[0]:
             raise ValueError(
                 "`output_hidden_states` must be False for a model of timm with prompts, but got True: timm would take "
                 "them for patches of its feature maps. Leave it out."

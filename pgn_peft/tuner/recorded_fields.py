@@ -9,6 +9,7 @@ from pgn_peft.tuner.backbones import AVERAGES_PATCHES, GIVES_POSITIONS, SUPPORTE
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.embeddings import own_image_size, patch_projection
 from pgn_peft.tuner.head import PGNHead, labels_of
+from pgn_peft.utils.labels import number_labels
 from pgn_peft.utils.values import filled
 
 
@@ -25,11 +26,8 @@ def record_base(config: PGNConfig, model: nn.Module, backbone: Backbone) -> None
             f"`prompt_layout` must be None with prompt_space='latent' for a {type(model).__name__}, but got "
             f"{config.prompt_layout!r}: {reason}. Use prompt_space='pixel' for prompts that become pixels."
         )
-    if (
-        config.prompt_space == "pixel"
-        and config.prompt_layout == "append"
-        and (backbone.positions or backbone.carries)
-    ):
+    grows = config.prompt_space == "pixel" and config.prompt_layout == "append"
+    if grows and (backbone.positions or backbone.carries):
         raise ValueError(
             f"`prompt_layout` must be 'dense' or 'canvas' for a {type(model).__name__}, but got 'append': it computes "
             "positions from the size of the image without prompts."
@@ -191,8 +189,3 @@ def _record_own_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) 
     if config.id2label is None:
         config.id2label = number_labels(filled(config.num_labels))
     config.num_labels = len(config.id2label)
-
-
-def number_labels(num_labels: int) -> dict[int, str]:
-    """Name classes by their number, as Transformers does."""
-    return {index: f"LABEL_{index}" for index in range(num_labels)}

@@ -12,12 +12,11 @@ from torch.nn import functional as F
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.nn.text_head import TextHead
 from pgn_peft.tuner.adapters import find_layer, unwrap
+from pgn_peft.tuner.backbones import SUPPORTED, architecture_of
 from pgn_peft.tuner.head import find_head
 from pgn_peft.utils.values import filled
 
-# The learned scale of the cosines in OpenAI's CLIP models, for towers without it.
-CLIP_SCALE = 100.0
-BATCH = 256
+BATCH = 256  # texts at a time
 
 
 def embed_texts(
@@ -35,7 +34,7 @@ def embed_texts(
         templates: sentences with "{}" for the name.
 
     Returns:
-        (M, E) embeddings of length 1, on the CPU. That of several sentences is the direction of their mean.
+        (M, D) embeddings of length 1, on the CPU. That of several sentences is the direction of their mean.
 
     Raises:
         TypeError: the model has no text tower, or `classes` holds no lists of texts.
@@ -69,21 +68,19 @@ def embed_texts(
 
 
 def _embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    config = model.config
-    text_config = getattr(config, "text_config", config)
-    # SigLIP was trained on texts of full length, and CLIP's tower ignores what follows the end.
+    text_config = getattr(model.config, "text_config", model.config)
+    # SigLIP was trained on texts of full length, without a mask; CLIP's attention is causal, so that what follows the
+    # end has no effect.
     length = getattr(text_config, "max_position_embeddings", None)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    options = {"input_ids": tokens["input_ids"].to(next(model.parameters()).device)}
-    if "attention_mask" in tokens and str(config.model_type).startswith("clip"):
-        options["attention_mask"] = tokens["attention_mask"].to(options["input_ids"].device)
+    input_ids = tokens["input_ids"].to(next(model.parameters()).device)
     with evaluating(model), torch.no_grad():
         if hasattr(model, "get_text_features"):
-            output = model.get_text_features(**options)
+            output = model.get_text_features(input_ids=input_ids)
             output = getattr(output, "pooler_output", output)
         elif hasattr(model, "text_projection"):
-            output = model(**options).text_embeds
+            output = model(input_ids=input_ids).text_embeds
         else:
             raise TypeError(
                 f"`model` must have a text tower, but got {type(model).__name__}. Load the checkpoint as CLIPModel, "
@@ -104,7 +101,7 @@ def use_texts(
 
     Args:
         model: the adapted model.
-        text_embeds: (M, E), one for each class in the order of `id2label`, of any length; see `embed_texts`.
+        text_embeds: (M, D), one for each class in the order of `id2label`, of any length; see `embed_texts`.
         logit_scale: factor of the cosines; None: the model's own, or that of OpenAI's CLIP, 100.
         logit_bias: added to them; None: the model's own (SigLIP), or 0.
         adapter_name: the adapter.
@@ -135,13 +132,13 @@ def use_texts(
             raise ValueError(f"`{name}` must be a finite number, and a scale above 0, but got {value}. Leave it out.")
     base = unwrap(model)
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    if not hasattr(base, "logit_bias") and "Siglip" in type(base).__name__ and None in (logit_scale, logit_bias):
+    own_scale = base.logit_scale.exp().item() if hasattr(base, "logit_scale") else None
+    usual_scale = SUPPORTED[filled(architecture_of(base))].text_scale if own_scale is None else own_scale
+    if usual_scale is None and None in (logit_scale, logit_bias):
         raise ValueError(
             f"`logit_scale` and `logit_bias` must be given for a {type(base).__name__}, which lacks them, but got "
-            f"{logit_scale} and {logit_bias}. SiglipModel has both: logit_scale.exp() and logit_bias."
+            f"{logit_scale} and {logit_bias}. The model of both towers has them: logit_scale.exp() and logit_bias."
         )
-    if logit_scale is None:
-        logit_scale = base.logit_scale.exp().item() if hasattr(base, "logit_scale") else CLIP_SCALE
     if logit_bias is None:
         logit_bias = base.logit_bias.item() if hasattr(base, "logit_bias") else 0.0
-    head.set_texts(text_embeds, filled(logit_scale), filled(logit_bias))
+    head.set_texts(text_embeds, filled(usual_scale) if logit_scale is None else logit_scale, filled(logit_bias))

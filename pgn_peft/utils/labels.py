@@ -52,6 +52,11 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
     return dict(sorted(labels.items()))
 
 
+def number_labels(num_labels: int) -> dict[int, str]:
+    """Name classes by their number, as Transformers does."""
+    return {index: f"LABEL_{index}" for index in range(num_labels)}
+
+
 def _check_encodable(name: str) -> None:
     try:
         name.encode()
