@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.nn.modes import evaluating
 from pgn_peft.tuner.adapters import find_layer
+from pgn_peft.tuner.backbones import SUPPORTED, architecture_of
 from pgn_peft.tuner.embeddings import has_class_token
 from pgn_peft.utils.values import filled
 
@@ -59,7 +60,8 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         (B, number of layers, P) shares of CLS's attention, averaged over the heads, in float32 on the CPU.
 
     Raises:
-        ValueError: no adapter has this name, it is not the only active one, or the backbone has no CLS.
+        ValueError: no adapter has this name, it is not the only active one, or the backbone has no CLS or does not
+            return its attention.
     """
     layer = find_layer(model, adapter_name)
     base: Any = model
@@ -83,12 +85,19 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
     before = base.config._attn_implementation
     height, width = pixel_values.shape[2:]
     options = layer.size_options((height, width))
+    backbone = SUPPORTED.get(architecture_of(base) or "")
+    compute = model if backbone is None or backbone.image_method is None else getattr(base, backbone.image_method)
     with evaluating(model):
         try:
             base.set_attn_implementation("eager")
-            attentions = model(pixel_values=pixel_values, output_attentions=True, **options).attentions
+            attentions = compute(pixel_values=pixel_values, output_attentions=True, **options).attentions
         finally:
             base.set_attn_implementation(before)
+    if not attentions or any(weights is None for weights in attentions):
+        raise ValueError(
+            f"`model` must answer with its attention, but got a {type(base).__name__} whose attention is fixed as "
+            f"{before!r}. Load it with attn_implementation='eager'."
+        )
     # Each (B, heads, tokens, tokens). CLS is token 0; prompts are the last tokens, or some of the last patches.
     places = torch.arange(-filled(layer.configs[adapter_name].num_virtual_tokens), 0)
     if adapter_name in layer.layouts:

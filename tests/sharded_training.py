@@ -1,7 +1,10 @@
-"""Three steps of training, in one process or with torch's FSDP2 in several. tests/test_many_processes.py runs this.
+"""Three steps of training, in one process or sharded over several. tests/test_many_processes.py runs this.
 
 python tests/sharded_training.py adapter.pt KIND
-torchrun --nproc_per_node 2 tests/sharded_training.py adapter.pt KIND
+torchrun --nproc_per_node 2 tests/sharded_training.py adapter.pt KIND [zero3]
+
+By torch's FSDP2, or by DeepSpeed's ZeRO-3, which must be installed, and told that there are only CPUs:
+DS_ACCELERATOR=cpu.
 """
 
 import os
@@ -28,32 +31,61 @@ KINDS = {
 }
 
 
-def main(file, kind):
+def main(file, kind, sharding="fsdp2"):
     torch.manual_seed(0)
     # Group norm: batch norm has other statistics in each process.
     config = tiny_config(id2label={0: "cat", 1: "dog"}, generator_norm="group", **KINDS[kind])
     model = get_peft_model(tiny_vit(), config).train()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(STEPS, IMAGES, 3, 32, 32, generator=generator)
+    labels = torch.randint(2, (STEPS, IMAGES), generator=generator)
+    own = slice(rank * IMAGES // size, (rank + 1) * IMAGES // size)
+    train = with_zero3 if sharding == "zero3" else with_fsdp2
+    state = train(model, list(zip(images[:, own], labels[:, own], strict=True)), size)
+    if rank == 0:
+        torch.save(get_peft_model_state_dict(model, state_dict=state), file)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def optimizer_of(model):
+    return torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+
+
+def with_fsdp2(model, batches, size):
+    """Train, sharded if there are several processes; return the whole state."""
     if size > 1:
         distributed.init_process_group("gloo")
         mesh = init_device_mesh("cpu", (size,))
         for layer in layers_of(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    generator = torch.Generator().manual_seed(3)
-    images = torch.randn(STEPS, IMAGES, 3, 32, 32, generator=generator)
-    labels = torch.randint(2, (STEPS, IMAGES), generator=generator)
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
-    own = slice(rank * IMAGES // size, (rank + 1) * IMAGES // size)
-    for batch, targets in zip(images, labels, strict=True):
-        model(pixel_values=batch[own], labels=targets[own]).loss.backward()
+    optimizer = optimizer_of(model)
+    for images, labels in batches:
+        model(pixel_values=images, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:
-        torch.save(get_peft_model_state_dict(model, state_dict=whole), file)
-    if size > 1:
-        distributed.destroy_process_group()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def with_zero3(model, batches, size):
+    """Train by DeepSpeed; return the whole state."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    settings = {
+        "train_micro_batch_size_per_gpu": IMAGES // size,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # by default 1
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=settings)
+    for images, labels in batches:
+        engine.backward(engine(pixel_values=images, labels=labels).loss)
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_a_client_for_embeddings_is_saved_and_loaded(head, tmp_path):
         tiny_config(head=head, id2label=LABELS, prompt_space="pixel", num_virtual_tokens=None, **SCALE),
     )
     if head == "text":
-        with pytest.raises(ValueError, match="`text_embeds` must be given before an adapter with head='text' is used"):
+        with pytest.raises(ValueError, match="`text_embeds` must be unit vectors, given before"):
             make_prompter(model, PROCESSOR)
         use_texts(model, np.random.default_rng(0).normal(size=(3, model.config.projection_dim)).astype("float32"))
     prompter = make_prompter(model, PROCESSOR)
@@ -176,7 +176,7 @@ def test_texts_are_there_however_they_were_loaded(pixel_values, tmp_path):
 def test_texts_that_cannot_be_used_are_not(name, value, pixel_values):
     model = adapted(two_towers())
     getattr(find_head(model).head("default"), name).fill_(value)
-    with pytest.raises(ValueError, match="`text_embeds` must be given"):
+    with pytest.raises(ValueError, match="`text_embeds` must be unit vectors"):
         logits_of(model.eval(), pixel_values)
 
 

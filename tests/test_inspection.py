@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
+from tiny_clip import two_towers
 
 from pgn_peft.inspection import attention_to_prompts, library_tokens, mixing_coefficients, usage_by_class
 from pgn_peft.tuner.adapters import find_layer
@@ -128,3 +129,17 @@ def test_the_answer_is_the_same_before_and_after(pixel_values):
     before = answer(model, pixel_values)
     attention_to_prompts(model, pixel_values)
     assert torch.equal(answer(model, pixel_values), before)
+
+
+def test_attention_of_a_model_of_two_towers_is_that_of_its_image_tower(pixel_values):
+    model = get_peft_model(two_towers(), tiny_config())
+    shares = attention_to_prompts(model, pixel_values)
+    assert shares.shape == (4, 2, 3)
+    expected = model.get_image_features(pixel_values=pixel_values, output_attentions=True).attentions
+    torch.testing.assert_close(shares[:, 1], expected[1][:, :, 0, -3:].mean(dim=1))
+
+
+def test_attention_that_is_fixed_at_creation_is_refused_in_words(pixel_values):
+    base = tiny_vit("Data2VecVisionForImageClassification", attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="but got a Data2VecVisionForImageClassification whose attention is fixed as"):
+        attention_to_prompts(get_peft_model(base, tiny_config()), pixel_values)

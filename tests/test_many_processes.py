@@ -199,11 +199,18 @@ def test_broadcasting_in_a_single_process_does_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero3"])
 @pytest.mark.parametrize("kind", ["latent", "deep", "pixel"])
-def test_a_model_sharded_over_two_processes_trains_the_adapter_of_one(kind, tmp_path):
+def test_a_model_sharded_over_two_processes_trains_the_adapter_of_one(kind, sharding, tmp_path):
+    if sharding == "zero3":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     script = [str(ROOT / "tests/sharded_training.py"), str(tmp_path / "adapter.pt"), kind]
     adapters = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
-        subprocess.run([sys.executable, *launcher, *script], env=ENVIRONMENT, check=True, timeout=HANG)
+    for launcher, more in (
+        ([], []),
+        (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], [sharding]),
+    ):
+        command = [sys.executable, *launcher, *script, *more]
+        subprocess.run(command, env=ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}, check=True, timeout=HANG)
         adapters.append({"tensors": torch.load(tmp_path / "adapter.pt")})
     assert_same_weights(*reversed(adapters))

@@ -285,7 +285,7 @@ def test_what_cannot_have_texts_is_refused(pixel_values):
         get_peft_model(two_towers(), tiny_config(head="text"))
     with pytest.raises(ValueError, match="`text_correction` must be False with head='trained'"):
         tiny_config(text_correction=True)
-    with pytest.raises(ValueError, match="`text_embeds` must be given before an adapter with head='text' is used"):
+    with pytest.raises(ValueError, match="`text_embeds` must be unit vectors, given before"):
         logits_of(adapted(two_towers(), texts=False), pixel_values)
     with pytest.raises(ValueError, match="`adapter_name` must name an adapter with head='text'"):
         use_texts(get_peft_model(tiny_vit(), tiny_config()), torch.randn(3, 16))
@@ -309,6 +309,16 @@ def test_texts_stay_nan_until_they_are_given():
     head.set_texts(torch.randn(3, 4), 10)
     assert head.train().is_set
     torch.testing.assert_close(head.text_embeds.norm(dim=-1), torch.ones(3))
+    head.half().eval()
+    assert head.is_set
+
+
+def test_texts_in_a_file_must_be_unit_vectors():
+    head = TextHead(4, 3)
+    head.set_texts(torch.randn(3, 4), 10)
+    state = head.state_dict()
+    head.load_state_dict(state | {"text_embeds": (100 * state["text_embeds"]).int()})
+    assert not head.is_set  # whoever uses it is told
 
 
 def test_a_network_of_the_paper_becomes_a_classifier_by_its_texts(pixel_values, tmp_path):

@@ -154,12 +154,12 @@ class PGNHead(PGNTunerLayer):
         """Refuse a head without texts.
 
         Raises:
-            ValueError: none have been given, or they are not finite.
+            ValueError: none have been given, or a file has some that are no unit vectors.
         """
         if isinstance(head, TextHead) and not head.is_set and not head.look():
             raise ValueError(
-                "`text_embeds` must be given before an adapter with head='text' is used, but got none. Call "
-                "use_texts(model, embed_texts(...))."
+                "`text_embeds` must be unit vectors, given before an adapter with head='text' is used, but got none "
+                "or others. Call use_texts(model, embed_texts(...))."
             )
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
