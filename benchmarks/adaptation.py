@@ -65,6 +65,8 @@ class Protocol:
         precision: "float32", or "bfloat16" by autocast.
         generator_image_size: side of what the generator sees, in pixels.
         num_virtual_tokens: prompts per image of every method with prompts.
+        shots: at most so many training images of each class, chosen by the seed; None: all.
+        steps: train for so many steps, instead of epochs.
     """
 
     side: int | None = 112
@@ -76,10 +78,13 @@ class Protocol:
     precision: str = "bfloat16"
     generator_image_size: int | None = 64
     num_virtual_tokens: int = 16
+    shots: int | None = None
+    steps: int | None = None
 
 
 PROTOCOLS = {
     "small": Protocol(),
+    "few": Protocol(train_images=None, evaluated_images=1000, shots=8, steps=200, precision="float32"),
     "full": Protocol(side=None, train_images=None, batch_size=64, generator_image_size=None),
     "smoke": Protocol(
         side=None, epochs=1, batch_size=8, precision="float32", generator_image_size=None, num_virtual_tokens=4
@@ -154,7 +159,7 @@ class Cell:
 
     @property
     def adapter(self) -> dict[str, Any]:
-        """What else is overridden: fields of `PGNConfig`, and the library's learning rate."""
+        """What else is overridden: fields of `PGNConfig`, the library's learning rate, and its start."""
         return {name: value for name, value in self.overrides if name not in protocol_fields()}
 
 
@@ -172,17 +177,19 @@ def load_material(data: str, model: str, side: int | None, train: int | None, ev
 def material_of(cell: Cell) -> bench.Material:
     """Return the images of a cell."""
     common = cell.common
-    return load_material(cell.data, cell.model, common.side, common.train_images, common.evaluated_images)
+    material = load_material(cell.data, cell.model, common.side, common.train_images, common.evaluated_images)
+    if common.shots is None:
+        return material
+    train = bench.few_of_each_class(material.splits["train"], common.shots, cell.seed)
+    return replace(material, splits=material.splits | {"train": train})
 
 
 def build(cell: Cell) -> methods.Built:
     """Make the model of a cell, and what of it is trained."""
     config = cell.adapter
-    library_rate = config.pop("library_rate", methods.LIBRARY_RATE)
+    others = {name: config.pop(name) for name in ("library_rate", "start") if name in config}
     common = cell.common
-    options = methods.Options(
-        cell.rate, common.num_virtual_tokens, common.generator_image_size, config, library_rate=library_rate
-    )
+    options = methods.Options(cell.rate, common.num_virtual_tokens, common.generator_image_size, config, **others)
     return METHODS[cell.method][0](bench.load_backbone(cell.model, common.side), material_of(cell), options)
 
 
@@ -203,12 +210,15 @@ def run(results: bench.Results, cell: Cell) -> dict[str, Any]:
     set_seed(cell.seed)
     common, material = cell.common, material_of(cell)
     model, groups = build(cell)
+    count = len(material.splits["train"].labels)
+    batch_size = min(common.batch_size, count)
+    epochs = common.epochs if common.steps is None else round(common.steps / (count // batch_size))
     loss = bench.train(
         model,
         material.splits["train"],
         groups,
-        epochs=common.epochs,
-        batch_size=common.batch_size,
+        epochs=epochs,
+        batch_size=batch_size,
         flip=Path(cell.data).name not in NOT_FLIPPED,
         crop=common.crop,
         precision=common.precision,
@@ -219,7 +229,7 @@ def run(results: bench.Results, cell: Cell) -> dict[str, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
-        "train_images": len(material.splits["train"].labels),
+        "train_images": count,
         "train_loss_last_epoch": round(loss, 4),
         "validation_accuracy": evaluate(model, cell, "validation"),
         **shuffled(model, cell),

@@ -82,6 +82,18 @@ def load_material(
     return Material(splits, rows["train"].features["label"].names, preprocessing, processor)
 
 
+def few_of_each_class(split: Split, shots: int, seed: int) -> Split:
+    """Return at most `shots` images of each class, chosen by a seed."""
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
+    labels = split.labels[order]
+    rank = torch.zeros_like(labels)  # of an image among those of its class
+    for label in labels.unique():
+        of_it = labels == label
+        rank[of_it] = torch.arange(int(of_it.sum()), device=labels.device)
+    kept = order[rank < shots]
+    return Split(split.pixels[kept], split.labels[kept])
+
+
 def digits() -> datasets.DatasetDict:
     """Return scikit-learn's handwritten digits (8 x 8 pixels): 1,000 to train, 297 for validation, 500 to test."""
     images, labels = load_digits(return_X_y=True)

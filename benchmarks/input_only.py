@@ -159,7 +159,7 @@ def build(method: str, server: heads.Server, material: bench.Material, seed: int
     config = PGNConfig(head="frozen", image_mean=mean, image_std=std, **(common | fields))
     server.model = get_peft_model(server.model, config)
     if config.prompt_layout == "canvas":
-        images = material.splits["train"].pixels[:500].float() / 255
+        images = material.normalized(material.splits["train"].pixels[:500])
         start_library_from_images(server.model, images, seed=seed)
     return Adapted(server, material.scale)
 

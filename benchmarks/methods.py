@@ -18,6 +18,7 @@ from transformers import ViTForImageClassification
 
 from pgn_peft import PGNConfig
 from pgn_peft.nn.generator import PromptGenerator, resize_shorter_side
+from pgn_peft.nn.layout import to_levels
 from pgn_peft.nn.preprocessing import normalize
 from pgn_peft.training import parameter_groups, start_library_from_images
 
@@ -41,6 +42,7 @@ class Options:
         generator_image_size: side of what the generator sees, in pixels.
         config: further fields of `PGNConfig`.
         library_rate: learning rate of the library, as a multiple of the generator's.
+        start: what the library starts from: "images", the tokens of training images, or "noise".
     """
 
     rate: float
@@ -48,6 +50,7 @@ class Options:
     generator_image_size: int | None
     config: dict[str, Any]
     library_rate: float = LIBRARY_RATE
+    start: str = "noise"
 
 
 class Adapted(nn.Module):
@@ -139,7 +142,7 @@ def lora(backbone: ViTForImageClassification, material: Material, options: Optio
 
 
 class Border(nn.Module):
-    """Visual prompting: a learned border, added to the image and clipped to valid pixels (Bahng et al. 2022)."""
+    """Visual prompting: a learned border, added to the image as valid 8-bit pixels (Bahng et al. 2022)."""
 
     def __init__(self, model: nn.Module, side: int) -> None:
         super().__init__()
@@ -152,7 +155,7 @@ class Border(nn.Module):
 
     def prompted(self, pixels: Tensor) -> Tensor:
         """Add the border to pixels (B, 3, H, W) in [0, 1]."""
-        return (pixels + self.border * self.mask).clamp(0, 1)
+        return to_levels(pixels + self.border * self.mask)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Answer pixels in [0, 1] with logits."""
@@ -198,6 +201,8 @@ def pgn(backbone: ViTForImageClassification, material: Material, options: Option
         "id2label": dict(enumerate(material.names)),
     }
     model = get_peft_model(backbone, PGNConfig(**(fields | options.config)))
+    if options.start == "images":
+        start_library_from_images(model, material.normalized(material.splits["train"].pixels[:500]))
     groups = parameter_groups(
         model, options.rate, library_learning_rate=options.rate * options.library_rate, head_learning_rate=HEAD_RATE
     )
@@ -231,7 +236,7 @@ def pgn_pixel(backbone: ViTForImageClassification, material: Material, options: 
     canvas = {"prompt_space": "pixel", "prompt_layout": "canvas", "num_virtual_tokens": None}
     changed = _changed(options, **canvas, image_mean=mean, image_std=std, slot_prompts=False)
     adapted, _ = pgn(backbone, material, changed)
-    start_library_from_images(adapted.model, material.splits["train"].pixels[:500].float() / 255)
+    start_library_from_images(adapted.model, material.normalized(material.splits["train"].pixels[:500]))
     # The searched rate is that of the pixels: a generator and a head learn at a rate of their own beside them.
     groups = parameter_groups(
         adapted.model, HEAD_RATE, library_learning_rate=options.rate, head_learning_rate=HEAD_RATE

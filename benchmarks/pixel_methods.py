@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pgn_peft.nn.layout import to_levels
 from pgn_peft.nn.preprocessing import normalize
 from pgn_peft.nn.resize import resize
 
@@ -40,12 +41,6 @@ class NormalizedGradient(torch.optim.AdamW):
                     parameter.sub_(group["lr"] * step).clamp_(0, 1)
                     parameter.grad = None  # AdamW then leaves it alone
         super().step(closure)
-
-
-def to_levels(pixels: Tensor) -> Tensor:
-    """Clip pixels to [0, 1] and round them to 8 bits; gradients pass the rounding unchanged."""
-    pixels = pixels.clamp(0, 1)
-    return pixels + ((pixels * 255).round() / 255 - pixels).detach()
 
 
 class PixelPrompt(nn.Module):

@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from pgn_peft import PGNConfig, embed_texts, frequency_mapping, use_texts
-from pgn_peft.nn.preprocessing import denormalize
 from pgn_peft.training import start_library_from_images
 from pgn_peft.tuner.backbones import SUPPORTED
 
@@ -146,8 +145,7 @@ def find_label_mapping(backbone: PreTrainedModel, rows: Dataset, interpolate: bo
     return frequency_mapping(torch.cat(logits), labels, len(names), backbone.config.id2label)
 
 
-def start_library(model, rows: Dataset, processor) -> None:
-    """Start the library of an adapter in pixel space from the training images."""
+def start_library(model, rows: Dataset) -> None:
+    """Start the library of an adapter from the training images; `rows` without augmentation."""
     chosen = rows.shuffle(seed=0).select(range(min(LIBRARY_IMAGES, len(rows))))
-    pixels = denormalize(chosen[:]["pixel_values"], processor.image_mean, processor.image_std).clamp(0, 1)
-    start_library_from_images(model, pixels)
+    start_library_from_images(model, chosen[:]["pixel_values"])

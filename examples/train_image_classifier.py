@@ -286,7 +286,7 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
     config = adapter.config(labels, processor, side, mapping)
     model: PeftModel = get_peft_model(backbone, config, revision=adapter.model_revision)
     if config.prompt_space == "pixel" and config.prompt_layout != "dense":  # which starts at zero
-        start_library(model, without_augmentation, processor)
+        start_library(model, without_augmentation)
     if config.head == "text":
         add_texts(model, adapter, labels)
     trainable, _ = model.get_nb_trainable_parameters()

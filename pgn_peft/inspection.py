@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.nn.modes import evaluating
-from pgn_peft.tuner.adapters import find_layer
-from pgn_peft.tuner.backbones import SUPPORTED, architecture_of
+from pgn_peft.tuner.adapters import find_layer, image_function
 from pgn_peft.tuner.embeddings import has_class_token
 from pgn_peft.utils.values import filled
 
@@ -85,8 +84,7 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
     before = base.config._attn_implementation
     height, width = pixel_values.shape[2:]
     options = layer.size_options((height, width))
-    backbone = SUPPORTED.get(architecture_of(base) or "")
-    compute = model if backbone is None or backbone.image_method is None else getattr(base, backbone.image_method)
+    compute = image_function(model)
     with evaluating(model):
         try:
             base.set_attn_implementation("eager")

@@ -49,6 +49,17 @@ def test_peers_make_images_of_8_bits_and_learn_all_their_parameters(name):
     assert len(trained) == len(list(prompt.parameters()))
 
 
+@pytest.mark.parametrize("level", [0.0, 1.0])
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_learn_from_their_start_on_black_and_white_images(name, level):
+    """The gradient of torch's own clamp at the bounds is zero in some versions: a ring that starts black stayed so."""
+    torch.manual_seed(0)
+    prompt = PEERS[name][0](SIDE, SCALE)
+    learned = prompt.border if name in ("border", "ring") else prompt.left if name == "lor-vp" else prompt.pattern
+    prompt.prompted(torch.full((4, 3, SIDE, SIDE), level)).sum().backward()
+    assert bool(learned.grad.ne(0).all())
+
+
 @pytest.mark.parametrize("name", sorted(set(PEERS) - {"ring"}))
 def test_what_is_added_starts_at_zero(name):
     pixels = torch.randint(256, (2, 3, SIDE, SIDE)) / 255

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgn_peft.nn.layout import compose, make_layout, to_image
+from pgn_peft.nn.layout import compose, make_layout, to_image, to_levels
 from pgn_peft.nn.resize import resize
 
 
@@ -105,6 +105,16 @@ def test_images_and_prompts_of_another_size_are_refused():
         compose(torch.rand(1, 3, 32, 40), torch.rand(1, 12, 3, 8, 8), layout)
     with pytest.raises(ValueError, match="`patches` must be 12 for each image, as in the layout, but got 4"):
         compose(torch.rand(1, 3, 32, 32), torch.rand(1, 4, 3, 8, 8), layout)
+
+
+def test_gradients_pass_between_the_bounds_and_at_them():
+    pixels = torch.tensor([-0.3, -1e-6, 0.0, 0.123, 1.0, 1.0001], requires_grad=True)
+    levels = to_levels(pixels)
+    assert torch.equal(levels, torch.tensor([0, 0, 0, 31 / 255, 1, 1]))
+    levels.sum().backward()
+    assert torch.equal(pixels.grad, torch.tensor([0.0, 0, 1, 1, 1, 0]))
+    with torch.no_grad():
+        assert torch.equal(to_levels(pixels), levels)
 
 
 def test_rounding_to_8_bits_lets_gradients_pass():

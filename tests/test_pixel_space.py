@@ -8,7 +8,6 @@ from peft import AutoPeftModel, PeftModel, get_peft_model
 from pgn_peft import PGNConfig
 from pgn_peft.nn.library import PatchLibrary
 from pgn_peft.nn.preprocessing import denormalize, normalize
-from pgn_peft.training import start_library_from_images
 from pgn_peft.tuner.layer import PGNLayer
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -218,23 +217,6 @@ def test_bfloat16(pixel_values):
     assert (found - expected).abs().max() < 3 * lost
 
 
-def test_the_library_starts_from_training_images():
-    model = get_peft_model(tiny_vit(), pixel_config(library_size=50, prompt_layout="canvas"))
-    images = torch.rand(10, 3, 20, 12).clamp(0.02, 0.98)
-    start_library_from_images(model, images)
-    library = layer_of(model).pgn_library["default"]
-    windows = images.unfold(2, 8, 1).unfold(3, 8, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    for patch in library.patches:
-        assert (windows - patch).flatten(1).abs().amax(1).min() < 1e-5
-    assert len(library.patches.flatten(1).unique(dim=0)) > 40
-    with pytest.raises(ValueError, match="`images` must lie in "):
-        start_library_from_images(model, images * 255)
-    with pytest.raises(ValueError, match=r"`images` must have the axes .* but got \(10, 3, 20, 6\)"):
-        start_library_from_images(model, images[..., :6])
-    with pytest.raises(ValueError, match="`adapter_name` must be an adapter in pixel space, but got 'default'"):
-        start_library_from_images(get_peft_model(tiny_vit(), tiny_config()), images)
-
-
 def test_a_token_shift_moves_the_token_equally_in_every_direction():
     """Around grey, to first order: that is what the parameter is for."""
     model = get_peft_model(tiny_vit(), pixel_config(generator="static", prompt_layout="canvas"))
@@ -310,3 +292,11 @@ def test_json_round_trip(tmp_path):
     config = pixel_config(prompt_layout="append", image_size=32, head="frozen", label_mapping=[4, 2])
     config.save_pretrained(tmp_path)
     assert PGNConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_dense_prompts_learn_on_black_and_white_images(level):
+    model = get_peft_model(tiny_vit(), pixel_config(generator="static")).train()
+    pixel_values = (torch.full((2, 3, 32, 32), float(level)) - 0.5) / 0.5
+    model(pixel_values, labels=torch.tensor([0, 1])).loss.backward()
+    assert bool(layer_of(model).library("default").token_shifts.grad.ne(0).all())

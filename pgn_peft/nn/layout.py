@@ -161,8 +161,7 @@ def compose(
         layout: where they go.
         image_offset: added to the image after it is resized: (C, h, w), or one patch (C, p, p) added to each of the
             image's patches; None: nothing.
-        valid: clip the image to [0, 1] after that (in the "dense" layout after the prompts are added), and round all
-            pixels to 8 bits, as in a file. Gradients pass the rounding unchanged.
+        valid: clip all pixels to [0, 1] in the end, and round them to 8 bits, as in a file: `to_levels`.
 
     Returns:
         (B, C, H', W') prompted images of the layout's `size`.
@@ -188,19 +187,22 @@ def compose(
     patches = patches.to(image.dtype)
     if layout.name == "dense":
         image = image + to_image(patches, layout.grid)
-    if valid:
-        image = image.clamp(0, 1)
     prompted = image if layout.name == "dense" else _surround(image, patches, layout)
     # Rounding alone can change a prediction near a decision boundary, so training rounds too.
-    return _to_8_bits(prompted) if valid else prompted
+    return to_levels(prompted) if valid else prompted
 
 
-def _to_8_bits(pixels: Tensor) -> Tensor:
-    """Round pixels in [0, 1] to the levels of 8 bits; gradients pass unchanged."""
-    # In place, and in one pass where no gradients are needed: most of the time goes into memory traffic.
-    rounded = (pixels.detach() * 255).round_().div_(255)
+def to_levels(pixels: Tensor) -> Tensor:
+    """Clip pixels to [0, 1] and round them to the levels of 8 bits.
+
+    Gradients pass the rounding unchanged, and the clipping in [0, 1], black and white included: prompts that start at
+    zero could not change these otherwise. At the bounds the gradient of `torch.clamp` is 1 or 0 by torch's version.
+    """
+    # In place: most of the time goes into memory traffic.
+    rounded = pixels.detach().mul(255).round_().clamp_(0, 255).div_(255)
     if torch.is_grad_enabled() and pixels.requires_grad:
-        return pixels + rounded.sub_(pixels.detach())
+        inside = (pixels >= 0) & (pixels <= 1)
+        return rounded + torch.where(inside, pixels - pixels.detach(), 0)
     return rounded
 
 

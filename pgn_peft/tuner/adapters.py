@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import extract_model_from_parallel
 from peft import get_peft_model_state_dict
@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pgn_peft.nn.modes import evaluating
+from pgn_peft.tuner.backbones import SUPPORTED, architecture_of
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.head import find_head
 from pgn_peft.tuner.layer import PGNLayer
@@ -60,6 +61,16 @@ def find_layer(model: nn.Module, adapter_name: str = "default") -> PGNLayer:
             f"{adapter_name!r}. Load it first."
         )
     return layer
+
+
+def image_function(model: Any) -> Callable[..., Any]:
+    """Return what computes a model's output for images: the model, or a method of one that takes texts too."""
+    model = unwrap(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = SUPPORTED.get(architecture_of(base) or "")
+    if backbone is None or backbone.image_method is None:
+        return cast("Callable[..., Any]", model)
+    return cast("Callable[..., Any]", getattr(base, backbone.image_method))
 
 
 def active_adapter(model: Any) -> tuple[str, PGNConfig]:
