@@ -16,9 +16,11 @@ run on one core; start two processes with other `--methods` or `--data` on two c
 
 Every run is a line of JSON in the results file: settings, accuracy, hardware, versions, seconds. A run that is in it
 is not repeated, so an interrupted benchmark continues where it stopped. The learning rate is chosen from a grid of
-equal size for each method (the linear probe has seven, which are cheap) with the first seed, by the accuracy on
-validation after the last epoch. Only then are the runs with that rate tested, once each. What was trained is kept
-until then in a folder beside the results file.
+equal size for each method (linear probe and nearest neighbours, which are cheap, have seven and five choices) with the
+first seed, by the accuracy on validation after the last epoch. Only then are the runs with that rate tested, once
+each. What was trained is kept until then in a folder beside the results file.
+
+`--protocol few --shots 2 8`: two and eight images of each class, chosen by the seed, and 200 steps.
 
 `--smoke`: a tiny model on generated images, offline, in seconds.
 """
@@ -33,12 +35,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -105,7 +109,9 @@ METHODS: dict[str, tuple[Callable[..., methods.Built], tuple[float, ...]]] = {
     "pgn-deep": (methods.pgn_deep, (3e-4, 1e-3)),
 }
 LINEAR = "linear"
+PROBES = (LINEAR, "k-nn")
 CHOICES_OF_C = tuple(10.0**power for power in range(-3, 4))
+CHOICES_OF_K = (1, 3, 5, 10, 20)
 # One thing changed at a time, the most telling first; static prompts beside PGN where it concerns both.
 ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("pgn", {"slot_prompts": False}),
@@ -180,8 +186,9 @@ def material_of(cell: Cell) -> bench.Material:
     material = load_material(cell.data, cell.model, common.side, common.train_images, common.evaluated_images)
     if common.shots is None:
         return material
-    train = bench.few_of_each_class(material.splits["train"], common.shots, cell.seed)
-    return replace(material, splits=material.splits | {"train": train})
+    train = material.splits["train"]
+    few = bench.few_of_each_class(train.labels, common.shots, cell.seed)
+    return replace(material, splits=material.splits | {"train": bench.Split(train.pixels[few], train.labels[few])})
 
 
 def build(cell: Cell) -> methods.Built:
@@ -268,44 +275,64 @@ def test(results: bench.Results, cell: Cell) -> dict[str, Any]:
     return {"test_accuracy": accuracy}
 
 
-def linear(cell: Cell) -> dict[str, Any]:
-    """Fit a logistic regression on the frozen backbone's features; there is nothing random in it."""
-    material, common = material_of(cell), cell.common
-    backbone = bench.load_backbone(cell.model, common.side)
+@cache
+def frozen_features(data: str, model: str, common: Protocol) -> dict[str, tuple[Any, Any]]:
+    """Return features and labels of all splits, by the frozen backbone."""
+    material = load_material(data, model, common.side, common.train_images, common.evaluated_images)
+    backbone = bench.load_backbone(model, common.side)
     backbone.classifier = nn.Identity()
-    model = methods.Adapted(backbone, material)
-    features = {name: bench.predict(model, split.pixels).cpu() for name, split in material.splits.items()}
-    labels = {name: split.labels.cpu() for name, split in material.splits.items()}
-
-    def fit(c: float) -> LogisticRegression:
-        return LogisticRegression(C=c, max_iter=5000).fit(features["train"], labels["train"])
-
-    tried = {c: fit(c) for c in CHOICES_OF_C}
-    scores = {c: probe.score(features["validation"], labels["validation"]) for c, probe in tried.items()}
-    best = max(scores, key=scores.get)
+    adapted = methods.Adapted(backbone, material)
     return {
-        "trainable_parameters": tried[best].coef_.size + tried[best].intercept_.size,
-        "c": best,
-        "train_images": len(labels["train"]),
+        name: (bench.predict(adapted, split.pixels).cpu().numpy(), split.labels.cpu().numpy())
+        for name, split in material.splits.items()
+    }
+
+
+def probe(cell: Cell) -> dict[str, Any]:
+    """Fit a logistic regression, or nearest neighbours, to the frozen backbone's features."""
+    common = cell.common
+    found = frozen_features(cell.data, cell.model, replace(common, shots=None))
+    features, labels = found["train"]
+    if common.shots is not None:
+        few = bench.few_of_each_class(torch.tensor(labels), common.shots, cell.seed).numpy()
+        features, labels = features[few], labels[few]
+
+    def fit(choice: float) -> Any:
+        if cell.method == LINEAR:
+            return LogisticRegression(C=choice, max_iter=5000).fit(features, labels)
+        return KNeighborsClassifier(choice, metric="cosine").fit(features, labels)
+
+    choices = CHOICES_OF_C if cell.method == LINEAR else [k for k in CHOICES_OF_K if k <= len(labels)]
+    tried = {choice: fit(choice) for choice in choices}
+    scores = {choice: probe.score(*found["validation"]) for choice, probe in tried.items()}
+    best = max(scores, key=scores.get)
+    count = tried[best].coef_.size + tried[best].intercept_.size if cell.method == LINEAR else 0
+    return {
+        "trainable_parameters": count,
+        "c" if cell.method == LINEAR else "k": best,
+        "train_images": len(labels),
         "validation_accuracy": scores[best],
-        "test_accuracy": tried[best].score(features["test"], labels["test"]),
+        "test_accuracy": tried[best].score(*found["test"]),
     }
 
 
 def compare(results: bench.Results, options: argparse.Namespace) -> None:
     """Run what is missing for the table: choose each method's rate, then train with the other seeds, then test."""
-    for data in options.data:
-        for method in options.methods:
-            cell = Cell(data, options.model, method, None, options.seeds[0], options.protocol, options.set)
-            if method == LINEAR:
-                results.get(cell.settings, lambda cell=cell: linear(cell))
-                continue
-            chosen = choose(results, cell, options.grid)
-            for seed in options.seeds:
-                report = replace(chosen, seed=seed)
-                train_once(results, report)
-                if options.test:
-                    results.get(report.settings | {"split": "test"}, lambda cell=report: test(results, cell))
+    for data, shots, method in product(options.data, options.shots, options.methods):
+        few = () if shots is None else (("shots", shots),)
+        cell = Cell(data, options.model, method, None, options.seeds[0], options.protocol, (*few, *options.set))
+        if method in PROBES:
+            # Nothing is random but the choice of few images.
+            for seed in options.seeds if cell.common.shots is not None else options.seeds[:1]:
+                seeded = replace(cell, seed=seed)
+                results.get(seeded.settings, lambda cell=seeded: probe(cell))
+            continue
+        chosen = choose(results, cell, options.grid)
+        for seed in options.seeds:
+            report = replace(chosen, seed=seed)
+            train_once(results, report)
+            if options.test:
+                results.get(report.settings | {"split": "test"}, lambda cell=report: test(results, cell))
 
 
 def ablate(results: bench.Results, options: argparse.Namespace) -> None:
@@ -341,13 +368,14 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def main(command_line: list[str] | None = None) -> None:
-    every = (LINEAR, *METHODS)
+    every = (*PROBES, *METHODS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", help="'digits', folders with train, validation and test, or ids")
     parser.add_argument("--model", help="id or path of a ViT")
     parser.add_argument("--methods", nargs="+", choices=every, default=every)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="the first one chooses the rate")
-    parser.add_argument("--protocol", choices=("small", "full"), default="small")
+    parser.add_argument("--protocol", choices=("small", "few", "full"), default="small")
+    parser.add_argument("--shots", type=int, nargs="+", default=(None,), help="images of each class")
     parser.add_argument("--grid", type=int, default=2, help="use this many learning rates")
     parser.add_argument("--no-test", dest="test", action="store_false", help="leave the test split alone")
     parser.add_argument("--set", nargs="*", type=parse_override, default=(), help="fields to change, name=value")

@@ -82,16 +82,15 @@ def load_material(
     return Material(splits, rows["train"].features["label"].names, preprocessing, processor)
 
 
-def few_of_each_class(split: Split, shots: int, seed: int) -> Split:
-    """Return at most `shots` images of each class, chosen by a seed."""
-    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
-    labels = split.labels[order]
-    rank = torch.zeros_like(labels)  # of an image among those of its class
-    for label in labels.unique():
-        of_it = labels == label
-        rank[of_it] = torch.arange(int(of_it.sum()), device=labels.device)
-    kept = order[rank < shots]
-    return Split(split.pixels[kept], split.labels[kept])
+def few_of_each_class(labels: Tensor, shots: int, seed: int) -> Tensor:
+    """Choose at most `shots` images of each class by a seed: indices into `labels` (N,), in random order."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = labels.unique(return_counts=True)[1]
+    rank = torch.cat([torch.arange(int(count), device=labels.device) for count in counts])  # among those of its class
+    few = torch.zeros_like(labels, dtype=torch.bool)
+    few[by_class[rank < shots]] = True
+    return order[few[order]]
 
 
 def digits() -> datasets.DatasetDict:

@@ -30,6 +30,7 @@ RESULTS = Path(__file__).with_name("results") / "adaptation.jsonl"
 # In the order of the tables; with how they are called there.
 NAMES = {
     "linear": "linear probe",
+    "k-nn": "nearest neighbours",
     "generator alone": "CNN alone (the generator's)",
     "border": "border (visual prompting)",
     "pgn-pixel": "PGN, valid pixels",
