@@ -20,7 +20,7 @@ equal size for each method (linear probe and nearest neighbours, which are cheap
 first seed, by the accuracy on validation after the last epoch. Only then are the runs with that rate tested, once
 each. What was trained is kept until then in a folder beside the results file.
 
-`--protocol few --shots 2 8`: two and eight images of each class, chosen by the seed, and 200 steps.
+`--protocol few --shots 2 8`: two and eight images of each class, chosen by the seed, and 100 steps.
 
 `--smoke`: a tiny model on generated images, offline, in seconds.
 """
@@ -88,7 +88,7 @@ class Protocol:
 
 PROTOCOLS = {
     "small": Protocol(),
-    "few": Protocol(train_images=None, evaluated_images=1000, shots=8, steps=200, precision="float32"),
+    "few": Protocol(train_images=None, evaluated_images=1000, shots=8, steps=100, precision="float32"),
     "full": Protocol(side=None, train_images=None, batch_size=64, generator_image_size=None),
     "smoke": Protocol(
         side=None, epochs=1, batch_size=8, precision="float32", generator_image_size=None, num_virtual_tokens=4
