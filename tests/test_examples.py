@@ -47,6 +47,7 @@ FIGURES = {
     "input_only": (rf"\| PGN, ring \| 321,746 \| 0.003 \| {NUMBER} \|", 1, 1),  # as PNG as in training
     "inversion": (rf"\| 8-bit PNG \| images \| 32 \| 2 \| 4 \| 8 \| 1.000 \| {NUMBER} \|", 1, 1),
     "many_adapters": (f"PGN: load {NUMBER} ms, activate", *ANY),
+    "many_tasks": (rf"\| PGN, lean \| {NUMBER} \|", 1.2, 1.2),
     "memory": (r"\| method \| tiny, batch (\d+), float32 \|", 8, 8),  # peaks need processes of their own
     "multitask": (f"images: shared 1.000, separate {NUMBER}", 1, 1),
     "pictures": (f"attention.png: {NUMBER} kB", 5, 50),
