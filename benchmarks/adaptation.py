@@ -97,6 +97,7 @@ PROTOCOLS = {
 
 # Two learning rates for each method to choose from: those between which each was best in trials on validation.
 METHODS: dict[str, tuple[Callable[..., methods.Built], tuple[float, ...]]] = {
+    "head": (methods.linear, (3e-3,)),
     "full": (methods.full, (1e-4, 3e-4)),
     "vpt-deep": (methods.vpt_deep, (3e-4, 1e-3)),
     "lora": (methods.lora, (1e-3, 3e-3)),
@@ -369,10 +370,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def main(command_line: list[str] | None = None) -> None:
     every = (*PROBES, *METHODS)
+    in_table = [method for method in every if method not in ("k-nn", "head")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", help="'digits', folders with train, validation and test, or ids")
     parser.add_argument("--model", help="id or path of a ViT")
-    parser.add_argument("--methods", nargs="+", choices=every, default=every)
+    parser.add_argument("--methods", nargs="+", choices=every, default=in_table)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="the first one chooses the rate")
     parser.add_argument("--protocol", choices=("small", "few", "full"), default="small")
     parser.add_argument("--shots", type=int, nargs="+", default=(None,), help="images of each class")

@@ -31,6 +31,7 @@ RESULTS = Path(__file__).with_name("results") / "adaptation.jsonl"
 NAMES = {
     "linear": "linear probe",
     "k-nn": "nearest neighbours",
+    "head": "linear head",
     "generator alone": "CNN alone (the generator's)",
     "border": "border (visual prompting)",
     "pgn-pixel": "PGN, valid pixels",
