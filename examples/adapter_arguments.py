@@ -43,6 +43,7 @@ FIELDS = (
     "prompt_layout",
     "image_offset",
     "jpeg_quality",
+    "prompt_dropout",
     "head",
     "text_correction",
 )

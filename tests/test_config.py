@@ -59,6 +59,9 @@ from pgn_peft.version import __version__
         ("initializer_range", 10**400, ValueError),
         ("initial_logit_std", -1, ValueError),
         ("initial_logit_std", "4", TypeError),
+        ("prompt_dropout", 1, ValueError),
+        ("prompt_dropout", -0.5, ValueError),
+        ("prompt_dropout", "0.5", TypeError),
     ],
 )
 def test_impossible_value_is_refused_by_name_and_value(field, value, error):
@@ -93,6 +96,8 @@ def test_what_is_left_out_is_settled_by_what_is_given():
     assert (official.slot_prompts, official.initial_logit_std) == (False, 0)
     with pytest.raises(ValueError, match="`slot_prompts` must be False with generator='static', but got True"):
         PGNConfig(generator="static", slot_prompts=True)
+    with pytest.raises(ValueError, match="`prompt_dropout` must be 0 with generator='static', but got 0.5"):
+        PGNConfig(generator="static", prompt_dropout=0.5)
 
 
 def test_json_round_trip(tmp_path):

@@ -144,7 +144,12 @@ class PGNLayer(PGNTunerLayer):
         """
         library, generator = self.library(adapter_name), self.generator(adapter_name)
         if generator is not None:
-            return library(generator(pixel_values))
+            coefficients = generator(pixel_values)
+            share = self.configs[adapter_name].prompt_dropout
+            if self.training and share > 0:
+                dropped = torch.rand(len(coefficients), 1, 1, device=coefficients.device) < share
+                coefficients = torch.where(dropped, coefficients.mean(dim=0, keepdim=True), coefficients)
+            return library(coefficients)
         prompts = library.static_prompts(pixel_values.shape[0])
         if isinstance(library, AdditiveLibrary):  # one for all patches
             layout = self.layout(adapter_name, (pixel_values.shape[-2], pixel_values.shape[-1]))

@@ -78,6 +78,14 @@ def check_scale(name: str, value: Any, official: str, zero: bool = False) -> Non
         raise ValueError(f"`{name}` must lie in 0..1000{bound}, but got {value!r}. {remedy}")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raise unless `value` is a number from 0 to below 1."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number, but got {value!r}. Leave it out for none.")
+    if not 0 <= value < 1:
+        raise ValueError(f"`{name}` must lie in 0..1, below 1, but got {value!r}. Leave it out for none.")
+
+
 def check_processor_settings(settings: Mapping[str, Any]) -> None:
     """Check the fields of an image processor's file. Transformers takes any text for True, and True for a number.
 
