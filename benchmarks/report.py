@@ -2,6 +2,7 @@
 
     python benchmarks/report.py                                   # Markdown, of the README's runs
     python benchmarks/report.py --results outputs/adaptation.jsonl --plots docs/images
+    python benchmarks/report.py --protocol few --results benchmarks/results/few_images.jsonl
 
 `--plots FOLDER` also draws `accuracy.png` (every method on every data set) and `parameters.png` (accuracy against the
 number of trained parameters). `--smoke` draws them into a temporary folder.
@@ -64,8 +65,13 @@ class Runs:
 
 
 def read(path: Path, protocol: str) -> list[dict[str, Any]]:
-    """Return the rows of a protocol."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    """Return the rows of a protocol. With few images of each class, their number becomes part of the data's name."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        settings = row["settings"]
+        shots = settings["overrides"].pop("shots", None)
+        if shots is not None:
+            settings["data"] += f", {shots}"
     return [row for row in rows if row["settings"]["protocol"] == protocol]
 
 
@@ -117,7 +123,7 @@ def choices(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         settings = row["settings"]
         if "validation_accuracy" in row and settings["seed"] == first and not settings["overrides"]:
-            rate = settings["rate"] if settings["rate"] is not None else row.get("c")
+            rate = settings["rate"] if settings["rate"] is not None else row.get("c", row.get("k"))
             found[settings["data"], settings["method"]][rate] = row["validation_accuracy"]
     names = data_sets(found)
     lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
@@ -254,7 +260,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines")
-    parser.add_argument("--protocol", choices=("small", "full", "smoke"), default="small")
+    parser.add_argument("--protocol", choices=("small", "few", "full", "smoke"), default="small")
     parser.add_argument("--plots", type=Path, help="folder to draw into")
     parser.add_argument("--smoke", action="store_true", help="draw into a temporary folder")
     options = parser.parse_args(command_line)
