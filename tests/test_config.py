@@ -92,6 +92,9 @@ def test_what_is_left_out_is_settled_by_what_is_given():
     assert (PGNConfig().slot_prompts, PGNConfig().initial_logit_std) == (True, 4.0)
     assert PGNConfig(generator="static").slot_prompts is False
     assert PGNConfig(mixing="sigmoid").initial_logit_std == 0.0
+    assert (PGNConfig().prompt_dropout, PGNConfig(prompt_depth=None).prompt_dropout) == (0.0, 0.5)
+    assert PGNConfig(generator="static", prompt_depth=None).prompt_dropout == 0.0
+    assert PGNConfig(prompt_depth=None, prompt_dropout=0).prompt_dropout == 0
     official = PGNConfig(slot_prompts=False, initial_logit_std=0)
     assert (official.slot_prompts, official.initial_logit_std) == (False, 0)
     with pytest.raises(ValueError, match="`slot_prompts` must be False with generator='static', but got True"):

@@ -116,10 +116,10 @@ class PGNFields(PeftConfig):
         "Also learn a static prompt for each of the P slots, to which the generated part is added. None: in latent "
         "space, where it was more accurate. False: the paper's form.",
     )
-    prompt_dropout: float = _field(
-        0.0,
+    prompt_dropout: float | None = _field(
+        None,
         "In training, the share of images whose prompts are mixed by the mean coefficients of their batch, instead of "
-        "their own. A regulariser for prompts in every layer with few images.",
+        "their own. None: 0.5 where several layers have prompts, which otherwise overfit a few images; else 0.",
     )
     initializer_range: float = _field(
         0.02,
@@ -256,7 +256,6 @@ class PGNFields(PeftConfig):
         if self.initial_logit_std is None:
             self.initial_logit_std = 4.0 if self.mixing == "softmax" else 0.0
         checks.check_scale("initial_logit_std", self.initial_logit_std, "0", zero=True)
-        checks.check_share("prompt_dropout", self.prompt_dropout)
         self._check_prompts()
         self.target_modules = checks.read_one_name("target_modules", self.target_modules)
         self.modules_to_save = checks.read_names("modules_to_save", self.modules_to_save)
@@ -275,6 +274,9 @@ class PGNFields(PeftConfig):
                 "`slot_prompts` must be False with generator='static', but got True. Leave it out: static prompts are "
                 "all that this generator has."
             )
+        if self.prompt_dropout is None:
+            self.prompt_dropout = 0.5 if generated and self.prompt_depth != 1 else 0.0
+        checks.check_share("prompt_dropout", self.prompt_dropout)
         if self.prompt_dropout and not generated:
             raise ValueError(
                 f"`prompt_dropout` must be 0 with generator='static', but got {self.prompt_dropout}. Leave it out: "

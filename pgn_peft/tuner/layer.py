@@ -145,7 +145,7 @@ class PGNLayer(PGNTunerLayer):
         library, generator = self.library(adapter_name), self.generator(adapter_name)
         if generator is not None:
             coefficients = generator(pixel_values)
-            share = self.configs[adapter_name].prompt_dropout
+            share = filled(self.configs[adapter_name].prompt_dropout)
             if self.training and share > 0:
                 dropped = torch.rand(len(coefficients), 1, 1, device=coefficients.device) < share
                 coefficients = torch.where(dropped, coefficients.mean(dim=0, keepdim=True), coefficients)
