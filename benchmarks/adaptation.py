@@ -166,7 +166,7 @@ class Cell:
 
     @property
     def adapter(self) -> dict[str, Any]:
-        """What else is overridden: fields of `PGNConfig`, the library's learning rate, and its start."""
+        """What else is overridden: fields of `PGNConfig`, and the library's learning rate."""
         return {name: value for name, value in self.overrides if name not in protocol_fields()}
 
 
@@ -195,9 +195,11 @@ def material_of(cell: Cell) -> bench.Material:
 def build(cell: Cell) -> methods.Built:
     """Make the model of a cell, and what of it is trained."""
     config = cell.adapter
-    others = {name: config.pop(name) for name in ("library_rate", "start") if name in config}
+    library_rate = config.pop("library_rate", methods.LIBRARY_RATE)
     common = cell.common
-    options = methods.Options(cell.rate, common.num_virtual_tokens, common.generator_image_size, config, **others)
+    options = methods.Options(
+        cell.rate, common.num_virtual_tokens, common.generator_image_size, config, library_rate=library_rate
+    )
     return METHODS[cell.method][0](bench.load_backbone(cell.model, common.side), material_of(cell), options)
 
 

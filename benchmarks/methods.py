@@ -42,7 +42,6 @@ class Options:
         generator_image_size: side of what the generator sees, in pixels.
         config: further fields of `PGNConfig`.
         library_rate: learning rate of the library, as a multiple of the generator's.
-        start: what the library starts from: "images", the tokens of training images, or "noise".
     """
 
     rate: float
@@ -50,7 +49,6 @@ class Options:
     generator_image_size: int | None
     config: dict[str, Any]
     library_rate: float = LIBRARY_RATE
-    start: str = "noise"
 
 
 class Adapted(nn.Module):
@@ -201,8 +199,6 @@ def pgn(backbone: ViTForImageClassification, material: Material, options: Option
         "id2label": dict(enumerate(material.names)),
     }
     model = get_peft_model(backbone, PGNConfig(**(fields | options.config)))
-    if options.start == "images":
-        start_library_from_images(model, material.normalized(material.splits["train"].pixels[:500]))
     groups = parameter_groups(
         model, options.rate, library_learning_rate=options.rate * options.library_rate, head_learning_rate=HEAD_RATE
     )

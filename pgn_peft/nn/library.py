@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -59,21 +57,6 @@ class TokenLibrary(nn.Module):
     def static_prompts(self, batch_size: int) -> Tensor:
         """Return all tokens as the prompts of every image: (B, depth * L, D), the input-independent control."""
         return self.tokens.view(-1, self.tokens.shape[-1]).expand(batch_size, -1, -1)
-
-    @torch.no_grad()
-    def start_from_tokens(self, tokens: Sequence[Tensor], generator: torch.Generator | None = None) -> None:
-        """Replace the library by tokens of images, chosen at random.
-
-        Args:
-            tokens: (M, D) for each layer with prompts of its own.
-            generator: source of the random choice.
-        """
-        library = self.tokens.view(-1, *self.tokens.shape[-2:])  # (depth, L, D)
-        for entries, candidates in zip(library, tokens, strict=True):
-            # All different as long as there are enough.
-            number = max(len(candidates), len(entries))
-            chosen = torch.randperm(number, generator=generator)[: len(entries)] % len(candidates)
-            entries.copy_(candidates[chosen.to(candidates.device)])
 
 
 class PatchLibrary(nn.Module):
