@@ -33,7 +33,7 @@ def start_library_from_images(
     if not isinstance(library, PatchLibrary):
         raise ValueError(
             f"`adapter_name` must be an adapter with a library of patches, but got {adapter_name!r} with "
-            f"prompt_space={config.prompt_space!r} and prompt_layout={config.prompt_layout!r}, whose library starts by "
+            f"prompt_space={config.prompt_space!r}, prompt_layout={config.prompt_layout!r}, whose library starts by "
             "itself. Leave this call out."
         )
     channels, side = library.patch_logits.shape[1:3]
