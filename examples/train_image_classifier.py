@@ -46,6 +46,7 @@ or classify a folder of images with `predict.py`.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ from peft import PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score
 from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_prompter
 from pgn_peft.training import HeadAlone, head_alone, last_complete_checkpoint, parameter_groups
@@ -72,6 +74,8 @@ from pgn_peft.training.distributed import EqualStatistics, SameSteps
 from pgn_peft.tuner.backbones import find_backbone
 from pgn_peft.tuner.embeddings import own_image_size
 from pgn_peft.utils.files import replacing
+
+EPOCHS, FEWEST_STEPS = 12, 100
 
 
 @dataclass
@@ -97,7 +101,9 @@ class Arguments(LoaderArguments):
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "By default three times the generator's; with 'sgd' the same."}
     )
-    num_train_epochs: float = 12
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "By default 12, or with few images as many as make 100 steps."}
+    )
     per_device_train_batch_size: int = 25
     per_device_eval_batch_size: int = 100
     eval_strategy: str = "epoch"
@@ -125,6 +131,22 @@ class Arguments(LoaderArguments):
             self.lr_scheduler_type = "cosine_with_min_lr"
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
         super().__post_init__()
+
+    def settle_epochs(self, images: int) -> None:
+        """Choose the number of epochs, if none was given.
+
+        If that is more than 12, evaluate and save 12 times all the same: after every so many epochs.
+        """
+        if self.num_train_epochs is not None:
+            return
+        images_per_step = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+        steps_per_epoch = math.ceil(images / images_per_step)
+        self.num_train_epochs = max(EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))
+        if self.num_train_epochs > EPOCHS and self.max_steps <= 0:
+            print(f"{images} training images: {self.num_train_epochs} epochs, which are {FEWEST_STEPS} steps or more")
+            if self.eval_strategy == self.save_strategy == IntervalStrategy.EPOCH:
+                self.eval_strategy = self.save_strategy = IntervalStrategy.STEPS
+                self.eval_steps = self.save_steps = self.num_train_epochs // EPOCHS * steps_per_epoch
 
     def rates(self, config: PGNConfig) -> dict[str, float]:
         """Return the learning rates of the parts: what was best for each in benchmarks/adaptation.py."""
@@ -272,6 +294,7 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
             f"`dataset` must have at least two classes, but got {labels}: a head of one label would learn to "
             "predict a number. Add images of another class."
         )
+    arguments.settle_epochs(len(splits["train"]))
     processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
     side = made_side(processor)
     adapter.config(labels, processor, side, [*range(len(labels))] if adapter.head == "frozen" else None)

@@ -321,6 +321,38 @@ def test_prompts_in_all_layers_are_trained_at_one_rate(material, tmp_path):
     assert rates == {1: 1e-2, 2: 1e-3, None: 1e-3}
 
 
+@pytest.mark.parametrize(
+    ("images", "options", "epochs", "steps"),
+    [
+        (20, {}, 100, 8),  # one step an epoch
+        (60, {}, 34, 6),  # of three steps
+        (1000, {}, 12, None),
+        (20, {"num_train_epochs": 3}, 3, None),
+        (20, {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}, 50, 8),
+    ],
+)
+def test_few_images_are_trained_on_for_a_hundred_steps(images, options, epochs, steps, tmp_path):
+    arguments = train_image_classifier.Arguments(output_dir=str(tmp_path), use_cpu=True, **options)
+    arguments.settle_epochs(images)
+    assert arguments.num_train_epochs == epochs
+    assert arguments.eval_strategy == arguments.save_strategy == ("epoch" if steps is None else "steps")
+    assert steps is None or arguments.eval_steps == arguments.save_steps == steps
+
+
+def test_a_run_on_few_images_can_be_resumed(material, tmp_path, capsys):
+    position = material[1].index("--num_train_epochs")
+    command = material[1][:position] + material[1][position + 2 :]
+    few = with_output(command, tmp_path / "few", "--max_train_samples", "8", "--save_total_limit", "20")
+    results = train(few)
+    assert results["epochs"] == 100
+    assert "8 training images: 100 epochs" in capsys.readouterr().out
+    checkpoints = sorted(path.name for path in (tmp_path / "few").glob("checkpoint-*"))
+    assert len(checkpoints) == 13  # after every eight epochs, and at the end
+    shutil.rmtree(tmp_path / "few" / "checkpoint-100")
+    assert train([*few, "--resume_from_checkpoint", "true"])["test_accuracy"] == results["test_accuracy"]
+    assert "resuming from" in capsys.readouterr().out
+
+
 def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     material, server, tmp_path, monkeypatch, capsys
 ):
