@@ -143,7 +143,10 @@ class Arguments(LoaderArguments):
         steps_per_epoch = math.ceil(images / images_per_step)
         self.num_train_epochs = max(EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))
         if self.num_train_epochs > EPOCHS and self.max_steps <= 0:
-            print(f"{images} training images: {self.num_train_epochs} epochs, which are {FEWEST_STEPS} steps or more")
+            if self.process_index == 0:
+                print(
+                    f"{images} training images: {self.num_train_epochs} epochs, so that there are {FEWEST_STEPS} steps"
+                )
             if self.eval_strategy == self.save_strategy == IntervalStrategy.EPOCH:
                 self.eval_strategy = self.save_strategy = IntervalStrategy.STEPS
                 self.eval_steps = self.save_steps = self.num_train_epochs // EPOCHS * steps_per_epoch

@@ -53,6 +53,7 @@ FIGURES = {
     "pictures": (f"attention.png: {NUMBER} kB", 5, 50),
     "score_head": (rf"\| float32 \| {NUMBER} \|", 1, 1),  # the same predictions as the head on features
     "report": (rf"\| \*\*PGN\*\* \| 456,698 to 474,068 \| {NUMBER} ", 0.871, 0.871),  # of recorded results
+    "robustness": (rf"\| full fine-tuning \| {NUMBER} \|", 1, 1),
     "scaling": (f"efficiency of two processes {NUMBER}", *ANY),
     "step_time": (f"training step, PGN / static prompts: {NUMBER}", *ANY),
 }
