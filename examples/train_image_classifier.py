@@ -144,9 +144,7 @@ class Arguments(LoaderArguments):
         self.num_train_epochs = max(EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))
         if self.num_train_epochs > EPOCHS and self.max_steps <= 0:
             if self.process_index == 0:
-                print(
-                    f"{images} training images: {self.num_train_epochs} epochs, so that there are {FEWEST_STEPS} steps"
-                )
+                print(f"{images} training images: {self.num_train_epochs} epochs, for {FEWEST_STEPS} steps or more")
             if self.eval_strategy == self.save_strategy == IntervalStrategy.EPOCH:
                 self.eval_strategy = self.save_strategy = IntervalStrategy.STEPS
                 self.eval_steps = self.save_steps = self.num_train_epochs // EPOCHS * steps_per_epoch
