@@ -213,6 +213,8 @@ def move_adapter(model, seed=1):
             noise = torch.rand(tensor.shape, generator=generator)
             positive = "running_var" in name or name.endswith("logit_scale")
             tensor.copy_(0.5 + noise if positive else noise - 0.5)
+            if name.endswith("text_embeds"):
+                tensor.div_(tensor.norm(dim=-1, keepdim=True))
     return model
 
 
