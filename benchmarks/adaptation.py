@@ -101,6 +101,7 @@ METHODS: dict[str, tuple[Callable[..., methods.Built], tuple[float, ...]]] = {
     "full": (methods.full, (1e-4, 3e-4)),
     "vpt-deep": (methods.vpt_deep, (3e-4, 1e-3)),
     "lora": (methods.lora, (1e-3, 3e-3)),
+    "layer-norm": (methods.layer_norm, (3e-3, 1e-2)),
     "border": (methods.border, (3e-2, 1e-1)),
     "generator alone": (methods.generator_alone, (3e-3, 1e-2)),
     "static": (methods.static, (3e-3, 1e-2)),
@@ -136,8 +137,8 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("pgn", {"generator_width": 8}),
     ("pgn", {"slot_prompts": False, "initial_logit_std": 0.0, "library_rate": 1.0}),  # the official form
 )
-# Digits are not the same mirrored.
-NOT_FLIPPED = ("digits",)
+# Digits are not the same mirrored, nor are blocks in a fixed order.
+NOT_FLIPPED = ("digits", bench.SHUFFLED)
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def run(results: bench.Results, cell: Cell) -> dict[str, Any]:
         groups,
         epochs=epochs,
         batch_size=batch_size,
-        flip=Path(cell.data).name not in NOT_FLIPPED,
+        flip=not cell.data.endswith(NOT_FLIPPED),
         crop=common.crop,
         precision=common.precision,
     )
@@ -374,7 +375,9 @@ def main(command_line: list[str] | None = None) -> None:
     every = (*PROBES, *METHODS)
     in_table = [method for method in every if method not in ("k-nn", "head")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", help="'digits', folders with train, validation and test, or ids")
+    parser.add_argument(
+        "--data", nargs="+", help="'digits', 'counting', folders with train, validation and test, or ids; +shuffled"
+    )
     parser.add_argument("--model", help="id or path of a ViT")
     parser.add_argument("--methods", nargs="+", choices=every, default=in_table)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="the first one chooses the rate")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import far_domains
 import image_data
 import peft
 import torch
@@ -27,6 +28,7 @@ from pgn_peft.nn.images import to_pixels
 from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.version import __version__
 
+SHUFFLED = "+shuffled"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -63,7 +65,8 @@ def load_material(
     """Load a data set as tensors on the device.
 
     Args:
-        source: "digits" (of scikit-learn), a folder, or the id of a data set.
+        source: "digits" (of scikit-learn), "counting" (made here), a folder, or the id of a data set; each also with
+            "+shuffled" at its end, which shuffles blocks of pixels.
         model: id or path of the backbone, whose image processor is used.
         side: of the images, in pixels; None: the processor's own.
         max_train: training images, the same share of each class; None: all. The choice does not depend on the seed.
@@ -71,13 +74,19 @@ def load_material(
     """
     processor = image_data.load_processor(model, side)
     preprocessing = Preprocessing.from_processor(processor)
-    rows = digits() if source == "digits" else image_data.load_splits(image_data.DataArguments(source), seed=0)
+    plain = source.removesuffix(SHUFFLED)
+    if made := {"digits": digits, "counting": far_domains.counting}.get(plain):
+        rows = made()
+    else:
+        rows = image_data.load_splits(image_data.DataArguments(plain), seed=0)
     splits = {}
     for name, split in rows.items():
         limit = max_train if name == "train" else max_evaluated
         if limit is not None and limit < len(split):
             split = split.train_test_split(train_size=limit, stratify_by_column="label", seed=0)["train"]
         pixels = torch.stack([preprocessing.apply(to_pixels(image, 3)) for image in split["image"]])
+        if plain != source:
+            pixels = far_domains.shuffle_blocks(pixels)
         splits[name] = Split(pixels.to(DEVICE), torch.tensor(split["label"], device=DEVICE))
     return Material(splits, rows["train"].features["label"].names, preprocessing, processor)
 

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from bench import DEVICE, Material
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import ViTForImageClassification
+from transformers import PreTrainedModel
 
 from pgn_peft import PGNConfig
 from pgn_peft.nn.generator import PromptGenerator, resize_shorter_side
 from pgn_peft.nn.layout import to_levels
 from pgn_peft.nn.preprocessing import normalize
 from pgn_peft.training import parameter_groups, start_library_from_images
+from pgn_peft.tuner.backbones import find_backbone, find_layers
 
 HEAD_RATE = 3e-3
 # Fields of PGN's config in all runs, unless a run sets them.
@@ -63,7 +64,7 @@ class Adapted(nn.Module):
         return self.model(pixel_values=normalize(pixels, *self.scale)).logits
 
 
-def new_head(backbone: ViTForImageClassification, num_labels: int) -> None:
+def new_head(backbone: PreTrainedModel, num_labels: int) -> None:
     """Freeze a backbone and give it a new linear head, started as Transformers starts one."""
     backbone.requires_grad_(False)
     backbone.classifier = nn.Linear(backbone.classifier.in_features, num_labels).to(DEVICE)
@@ -71,7 +72,7 @@ def new_head(backbone: ViTForImageClassification, num_labels: int) -> None:
     nn.init.zeros_(backbone.classifier.bias)
 
 
-def with_head(backbone: ViTForImageClassification, others: list[nn.Parameter], options: Options) -> Groups:
+def with_head(backbone: PreTrainedModel, others: list[nn.Parameter], options: Options) -> Groups:
     """Return the searched parameters at the searched rate, and the head at its own."""
     return [
         {"params": others, "lr": options.rate},
@@ -79,39 +80,41 @@ def with_head(backbone: ViTForImageClassification, others: list[nn.Parameter], o
     ]
 
 
-def frozen(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def frozen(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Train nothing: the limit of inference."""
     return Adapted(backbone.requires_grad_(False), material), []
 
 
-def linear(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def linear(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Train the head alone, without keeping the frozen features."""
     new_head(backbone, len(material.names))
     return Adapted(backbone, material), [{"params": list(backbone.classifier.parameters()), "lr": HEAD_RATE}]
 
 
-def full(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def full(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Fine-tune everything."""
     new_head(backbone, len(material.names))
-    backbone.vit.requires_grad_(True)
-    return Adapted(backbone, material), with_head(backbone, list(backbone.vit.parameters()), options)
+    body = backbone.base_model.requires_grad_(True)
+    return Adapted(backbone, material), with_head(backbone, list(body.parameters()), options)
 
 
 class VPTDeep(nn.Module):
     """Learned prompts before every layer, those of the layer before thrown away (VPT-deep, Jia et al. 2022)."""
 
-    def __init__(self, backbone: ViTForImageClassification, num_virtual_tokens: int) -> None:
+    def __init__(self, backbone: PreTrainedModel, num_virtual_tokens: int) -> None:
         super().__init__()
-        self.backbone = backbone
-        layers = backbone.vit.layers
+        self.backbone, self.num_virtual_tokens = backbone, num_virtual_tokens
+        layers = [backbone.get_submodule(name) for name in find_layers(backbone, find_backbone(backbone).embeddings)]
         self.prompts = nn.Parameter(torch.empty(len(layers), num_virtual_tokens, backbone.config.hidden_size))
         nn.init.normal_(self.prompts, std=0.02)
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._append(index))
+        # What reads the tokens may average all of them.
+        layers[-1].register_forward_hook(lambda layer, inputs, tokens: tokens[:, :-num_virtual_tokens])
 
     def _append(self, index: int) -> Callable[[nn.Module, tuple], tuple]:
         def hook(layer: nn.Module, inputs: tuple) -> tuple:
-            tokens = inputs[0] if index == 0 else inputs[0][:, : -self.prompts.shape[1]]  # (B, N, D)
+            tokens = inputs[0] if index == 0 else inputs[0][:, : -self.num_virtual_tokens]  # (B, N, D)
             prompts = self.prompts[index].expand(len(tokens), -1, -1).to(tokens.dtype)  # (B, P, D)
             return (torch.cat([tokens, prompts], dim=1), *inputs[1:])
 
@@ -122,14 +125,14 @@ class VPTDeep(nn.Module):
         return self.backbone(pixel_values=pixel_values)
 
 
-def vpt_deep(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def vpt_deep(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Learn prompts for every layer, the same for all images."""
     new_head(backbone, len(material.names))
     model = VPTDeep(backbone, options.num_virtual_tokens).to(DEVICE)
     return Adapted(model, material), with_head(backbone, [model.prompts], options)
 
 
-def lora(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def lora(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Learn low-rank changes of all query and value projections, through PEFT."""
     new_head(backbone, len(material.names))
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
@@ -137,6 +140,16 @@ def lora(backbone: ViTForImageClassification, material: Material, options: Optio
     matrices = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     backbone.classifier.requires_grad_(True)
     return Adapted(model, material), with_head(backbone, matrices, options)
+
+
+def layer_norm(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
+    """Tune the scales and shifts of all layers' normalisation, through PEFT."""
+    new_head(backbone, len(material.names))
+    names = [name for name, module in backbone.named_modules() if isinstance(module, nn.LayerNorm)]
+    model = get_peft_model(backbone, LNTuningConfig(target_modules=names))
+    tuned = [parameter for name, parameter in model.named_parameters() if "ln_tuning_layers" in name]
+    backbone.classifier.requires_grad_(True)
+    return Adapted(model, material), with_head(backbone, tuned, options)
 
 
 class Border(nn.Module):
@@ -160,7 +173,7 @@ class Border(nn.Module):
         return self.model(self.prompted(pixels))
 
 
-def border(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def border(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Learn a border of pixels, 30 wide at 224 px."""
     new_head(backbone, len(material.names))
     model = Border(Adapted(backbone, material), material.splits["train"].pixels.shape[-1]).to(DEVICE)
@@ -185,13 +198,13 @@ class GeneratorAlone(nn.Module):
         return self.classifier(features)
 
 
-def generator_alone(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def generator_alone(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Train the generator's CNN as a classifier of its own. All of it learns at the searched rate."""
     model = GeneratorAlone(material, options).to(DEVICE)
     return model, [{"params": list(model.parameters()), "lr": options.rate}]
 
 
-def pgn(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def pgn(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate prompts for each image."""
     fields = PGN_FIELDS | {
         "num_virtual_tokens": options.num_virtual_tokens,
@@ -210,23 +223,23 @@ def _changed(options: Options, **fields: Any) -> Options:
     return replace(options, config=options.config | fields)
 
 
-def static(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def static(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Learn the same prompts for all images: VPT-shallow."""
     alike = replace(options, library_rate=1.0)
     return pgn(backbone, material, _changed(alike, generator="static", slot_prompts=False))
 
 
-def pgn_lean(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def pgn_lean(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate prompts with as few parameters as it takes: a quarter of the width, a factorised head."""
     return pgn(backbone, material, _changed(options, **LEAN_FIELDS))
 
 
-def pgn_deep(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def pgn_deep(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate prompts for every layer; a library and static prompts for each learn at the generator's rate."""
     return pgn(backbone, material, _changed(replace(options, library_rate=1.0), prompt_depth=None))
 
 
-def pgn_pixel(backbone: ViTForImageClassification, material: Material, options: Options) -> Built:
+def pgn_pixel(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate prompts that are valid pixels: one ring of patches around the image, which is shrunk."""
     mean, std = map(list, material.scale)
     canvas = {"prompt_space": "pixel", "prompt_layout": "canvas", "num_virtual_tokens": None}

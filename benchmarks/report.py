@@ -42,6 +42,7 @@ NAMES = {
     "vpt-deep": "VPT-deep",
     "pgn-deep": "**PGN, every layer**",
     "lora": "LoRA, r = 8",
+    "layer-norm": "LayerNorm tuning",
     "full": "full fine-tuning",
 }
 
