@@ -27,7 +27,8 @@ SHARED = ROOT.parent / "shared"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
 TOKEN = "hf_secret"  # of the loopback Hub
-FILES = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", "README.md"}  # of an adapter
+# Of an adapter.
+FILES = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", "README.md", "library.png"}
 
 HANG = 1800  # seconds after which a process that hangs is ended; no test may fail because a machine is slow
 

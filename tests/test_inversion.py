@@ -73,9 +73,9 @@ def test_the_training_resolution_may_be_another_than_the_models_own(images):
 
 
 def test_prompts_that_do_not_fill_a_row_are_refused_early_and_late():
-    with pytest.raises(ValueError, match="`num_virtual_tokens` must fill .* but got 3. Use 4, 8, 9, 12 or 14"):
+    with pytest.raises(ValueError, match="`num_virtual_tokens` must fill .* but got 3. Use 4, 8, 9, 12, 14"):
         get_peft_model(tiny_vit(), tiny_config(num_virtual_tokens=3, prompt_layout="append"))
-    with pytest.raises(ValueError, match="`num_virtual_tokens` must fill .* but got 3. Use 4, 8, 9, 12 or 14"):
+    with pytest.raises(ValueError, match="`num_virtual_tokens` must fill .* but got 3. Use 4, 8, 9, 12, 14"):
         make_prompter(adapted(3), processor())
     model = get_peft_model(tiny_vit(), PGNConfig(prompt_layout="append", generator_width=4))
     config = model.peft_config["default"]

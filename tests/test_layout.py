@@ -40,10 +40,17 @@ def test_prompts_fill_rows_and_columns(name, size, patch, prompts, grid, image_g
 @pytest.mark.parametrize(
     ("name", "size", "patch", "prompts", "message"),
     [
-        ("append", 224, 16, 16, "but got 16. Use 14, 28, 29, 42 or 44"),
-        ("append", 224, 32, 16, "but got 16. Use 7, 14, 15, 21 or 23"),
-        ("canvas", 224, 16, 13, "but got 13. Use 14, 27, 28, 40 or 42"),
-        ("canvas", 32, 16, 4, "but got 4. Use 2 or 3"),  # nothing would be left of the image
+        ("append", 224, 16, 16, "but got 16. Use 14, 28, 29, 42, 44"),
+        ("append", 224, 32, 16, "but got 16. Use 7, 14, 15, 21, 23"),
+        ("canvas", 224, 16, 13, "but got 13. Use 14, 27, 28, 40, 42"),
+        ("canvas", 32, 16, 4, "but got 4. Use 2, 3"),  # nothing would be left of the image
+        (
+            "canvas",
+            16,
+            16,
+            None,
+            "`image_size` must be two patches of 16 pixels at least in the 'canvas' layout",
+        ),
         ("append", 100, 16, 14, "`image_size` must be whole patches of 16 pixels, but got 100 x 100"),
         ("below", 224, 16, 14, "`prompt_layout` must be one of append, canvas, dense, but got 'below'"),
     ],

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
+from PIL import Image
 from torch import nn
 
 from pgn_peft.tuner.adapters import active_adapter, num_parameters
@@ -17,6 +18,9 @@ from pgn_peft.utils.citation import CITATION
 from pgn_peft.utils.markdown import cell, list_names
 from pgn_peft.utils.sources import is_repo_id
 from pgn_peft.utils.values import filled
+
+PICTURE_FILE = "library.png"
+EXAMPLE_FILES = tuple(f"example-{number}.jpg" for number in range(1, 5))
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,10 @@ class CardFacts:
         training_log: a row for each evaluation, value by column, the columns those of the first row.
         license: identifier of the adapter's licence, "apache-2.0".
         description: what the adapter is for, and where it fails; Markdown.
+        examples: images by title, at most four, for the card's widget. They are published with the adapter.
 
     Raises:
-        ValueError: there are metrics and no data set, or a metric is not a finite number.
+        ValueError: there are metrics and no data set, a metric is not a finite number, or there are too many examples.
     """
 
     dataset_name: str | None = None
@@ -45,8 +50,13 @@ class CardFacts:
     training_log: Sequence[Mapping[str, Any]] = ()
     license: str | None = None
     description: str | None = None
+    examples: Mapping[str, Image.Image] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(self.examples) > len(EXAMPLE_FILES):
+            raise ValueError(
+                f"`examples` must be at most {len(EXAMPLE_FILES)} images, but got {len(self.examples)}. Choose some."
+            )
         for name, value in self.metrics.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(
@@ -65,7 +75,9 @@ class CardFacts:
         return self.dataset_name or self.dataset_id
 
 
-def make_card(model: nn.Module, name: str, facts: CardFacts, *, interpolate: bool = False) -> ModelCard:
+def make_card(
+    model: nn.Module, name: str, facts: CardFacts, *, interpolate: bool = False, picture: str | None = None
+) -> ModelCard:
     """Write the card of a model's active adapter.
 
     Args:
@@ -73,6 +85,7 @@ def make_card(model: nn.Module, name: str, facts: CardFacts, *, interpolate: boo
         name: id of the adapter's repository, or its folder.
         facts: what model and adapter do not show.
         interpolate: the adapter's images have another size than the base's.
+        picture: what the picture of the library shows; None: there is none.
 
     Raises:
         TypeError: the model carries no PGN adapter.
@@ -94,6 +107,8 @@ def make_card(model: nn.Module, name: str, facts: CardFacts, *, interpolate: boo
         split=facts.split,
         hyperparameters=_cells(facts.hyperparameters),
         training_log=_table(facts.training_log) if facts.training_log else None,
+        picture=picture,
+        picture_file=PICTURE_FILE,
         license=facts.license,
         citation=CITATION,
     )
@@ -134,7 +149,18 @@ def _metadata(name: str, config: PGNConfig, facts: CardFacts) -> ModelCardData:
         model_name=name.rpartition("/")[2] if results else None,
         pipeline_tag="image-classification",
         tags=["pgn-peft", "image-classification", "vision"],
+        widget=_widget(name, facts) or None,
     )
+
+
+def _widget(name: str, facts: CardFacts) -> list[dict[str, str]]:
+    """List the examples as the Hub's widget reads them; a folder's name gives no address."""
+    if not (is_repo_id(name) and "/" in name):
+        return []
+    return [
+        {"src": hf_hub_url(name, file), "example_title": title}
+        for file, title in zip(EXAMPLE_FILES, facts.examples, strict=False)
+    ]
 
 
 def _properties(model: nn.Module, adapter_name: str, config: PGNConfig) -> dict[str, Any]:

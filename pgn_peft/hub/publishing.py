@@ -15,8 +15,10 @@ from torch import nn
 
 from pgn_peft.hub.downloads import ADAPTER_FILES, PROCESSOR_FILES
 from pgn_peft.hub.image_size import makes_another_size
-from pgn_peft.hub.model_card import CardFacts, make_card
+from pgn_peft.hub.library_picture import draw_library
+from pgn_peft.hub.model_card import EXAMPLE_FILES, PICTURE_FILE, CardFacts, make_card
 from pgn_peft.hub.timm_processor import plain_processor
+from pgn_peft.nn.images import convert_image
 from pgn_peft.nn.preprocessing import check_image_processor
 from pgn_peft.tuner.adapters import active_adapter, adapter_tensors, prompt_layer
 from pgn_peft.tuner.saved_weights import checksums_of_parts
@@ -25,7 +27,8 @@ from pgn_peft.utils.files import replacing
 from pgn_peft.utils.sources import is_repo_id, one_line
 
 CARD_FILE = "README.md"
-PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE)
+PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE, PICTURE_FILE, *EXAMPLE_FILES)
+EXAMPLE_SIDE = 512  # at most, in pixels
 CHECKED_FILES = (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 
 # Remedies by HTTP status of the Hub.
@@ -64,9 +67,15 @@ def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts,
 
 
 def write_card(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str) -> None:
-    """Write an adapter's card; see `save`."""
+    """Write an adapter's card, its picture and examples; see `save`."""
     interpolate = makes_another_size(prompt_layer(model), image_processor)
-    make_card(model, name, facts, interpolate=interpolate).save(folder / CARD_FILE)
+    picture, text = draw_library(model, active_adapter(model)[0])
+    picture.save(folder / PICTURE_FILE, optimize=True)
+    for file, image in zip(EXAMPLE_FILES, facts.examples.values(), strict=False):
+        smaller = convert_image(image)
+        smaller.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
+        smaller.save(folder / file, quality=90)
+    make_card(model, name, facts, interpolate=interpolate, picture=text).save(folder / CARD_FILE)
 
 
 def check_shareable(model: nn.Module, repo_id: str) -> None:

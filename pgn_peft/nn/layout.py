@@ -112,6 +112,11 @@ def make_layout(
             )
         return PromptLayout(name, patch_size, (rows, columns), (rows, columns), (0, 0))
     fitting = _fitting(name, rows, columns)
+    if not fitting:
+        raise ValueError(
+            f"`image_size` must be two patches of {patch_size} pixels at least in the {name!r} layout, but got "
+            f"{image_size[0]} x {image_size[1]}: there would be no room for the image. Use the 'dense' layout."
+        )
     if num_virtual_tokens is None:
         ring = rows * columns - (rows - 2) * (columns - 2)
         num_virtual_tokens = ring if name == "canvas" and min(rows, columns) > 2 else columns
@@ -120,7 +125,7 @@ def make_layout(
         raise ValueError(
             f"`num_virtual_tokens` must fill whole rows and columns of patches in the {name!r} layout ({rows} x "
             f"{columns} patches of {patch_size} pixels), because every patch is a token, but got "
-            f"{num_virtual_tokens}. Use {', '.join(map(str, nearest[:-1]))} or {nearest[-1]}."
+            f"{num_virtual_tokens}. Use {', '.join(map(str, nearest))}."
         )
     more_rows, more_columns = fitting[num_virtual_tokens]
     if name == "append":
