@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.nn.modes import evaluating
-from pgn_peft.tuner.adapters import find_layer, image_function
+from pgn_peft.tuner.adapters import find_layer, image_function, own_logits, prompt_layer
 from pgn_peft.tuner.embeddings import has_class_token
+from pgn_peft.tuner.head import find_head
 from pgn_peft.utils.values import filled
 
 
@@ -102,6 +103,30 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         layout = layer.layouts[adapter_name]
         places = torch.as_tensor(layout.slots) - layout.grid[0] * layout.grid[1]
     return torch.stack([weights[:, :, 0, places].mean(dim=1) for weights in attentions], dim=1).float().cpu()
+
+
+def own_answer(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, dict[int, str]]:
+    """Compute what the frozen model answers by itself, without prompts and with its own classes.
+
+    Args:
+        model: a model with adapters, made by PEFT or by Transformers' own loaders.
+        pixel_values: (B, C, H, W), normalised as for the backbone.
+
+    Returns:
+        Probabilities (B, M) in float32 on the CPU, and the names of the M classes.
+
+    Raises:
+        TypeError: the model carries no adapter.
+        ValueError: the model has no classes of its own.
+    """
+    prompt_layer(model)
+    head = find_head(model)
+    if head is None or not head.base_labels.id2label:
+        raise ValueError(
+            f"`model` must have a classification head of its own, but got a {type(model).__name__} without. Look at "
+            "the adapter's answers only."
+        )
+    return own_logits(model, pixel_values).softmax(-1).cpu(), dict(head.base_labels.id2label)
 
 
 def library_tokens(model: nn.Module, adapter_name: str = "default") -> Tensor:

@@ -15,10 +15,21 @@ try:
     from matplotlib import pyplot as plt
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:  # the package itself does not need it
     raise ImportError("`pgn_peft.plotting` needs matplotlib. Install it: pip install 'pgn-peft[plotting]'") from error
 
 COLOURS = "magma"
+# Of all figures of the project. Of Okabe and Ito: told apart by everybody, and in print.
+OURS, THEIRS, THIRD = "#d55e00", "#0072b2", "#009e73"
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": "medium",
+    "font.size": 9,
+    "lines.markersize": 4,
+    "savefig.dpi": 110,
+}
 
 
 def plot_coefficients(coefficients: Tensor, ax: Axes | None = None) -> Axes:
@@ -182,6 +193,7 @@ def plot_attention(attention: Tensor, ax: Axes | None = None) -> Axes:
         ax.bar(range(1, layers + 1), attention[:, prompt].numpy(), bottom=below.numpy(), color=shade, width=0.8)
         below = below + attention[:, prompt]
     ax.set(xlabel="layer of the backbone", ylabel="share of CLS's attention", ylim=(0, 1.05 * float(below.max())))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 

@@ -127,6 +127,7 @@ def test_training_ends_with_an_adapter_a_stranger_can_use(finished):
         "adapter_config.json",
         "preprocessor_config.json",
         "README.md",
+        "library.png",
         "results.json",
     }
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))

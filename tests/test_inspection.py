@@ -6,7 +6,13 @@ from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 from tiny_clip import two_towers
 
-from pgn_peft.inspection import attention_to_prompts, library_tokens, mixing_coefficients, usage_by_class
+from pgn_peft.inspection import (
+    attention_to_prompts,
+    library_tokens,
+    mixing_coefficients,
+    own_answer,
+    usage_by_class,
+)
 from pgn_peft.tuner.adapters import find_layer
 
 SCALE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -144,3 +150,21 @@ def test_attention_that_is_fixed_at_creation_is_refused_in_words(pixel_values):
     base = tiny_vit("Data2VecVisionForImageClassification", attn_implementation="sdpa")
     with pytest.raises(ValueError, match="but got a Data2VecVisionForImageClassification whose attention is fixed as"):
         attention_to_prompts(get_peft_model(base, tiny_config()), pixel_values)
+
+
+def test_the_frozen_model_answers_by_itself_and_with_its_own_classes(pixel_values):
+    base = tiny_vit(num_labels=5)
+    expected, names = answer(base.eval(), pixel_values).softmax(-1), base.config.id2label
+    model = move_adapter(get_peft_model(base, tiny_config(id2label={0: "cat", 1: "dog"}))).train()
+    scores, found = own_answer(model, pixel_values)
+    torch.testing.assert_close(scores, expected)
+    assert found == names
+    assert model.training
+    assert answer(model.eval(), pixel_values).shape == (4, 2)  # the adapter is still on
+
+
+def test_a_model_without_classes_of_its_own_has_no_answer(pixel_values):
+    with pytest.raises(ValueError, match="must have a classification head of its own"):
+        own_answer(get_peft_model(two_towers(), tiny_config()), pixel_values)
+    with pytest.raises(TypeError, match="must carry a PGN adapter"):
+        own_answer(tiny_vit(), pixel_values)

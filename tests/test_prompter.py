@@ -133,6 +133,18 @@ def test_every_kind_of_image_comes_back_as_it_came():
         prompter([])
 
 
+@pytest.mark.parametrize(
+    "kind", [lambda image: image, np.asarray, lambda image: torch.tensor(np.array(image)).permute(2, 0, 1)]
+)
+def test_images_before_prompts_are_what_the_prompts_are_added_to(kind):
+    _, prompter = prompter_of("dense")
+    image = kind(photos(1)[0])
+    plain = prompter.unprompted(image)
+    assert type(plain) is type(image) or isinstance(plain, Image.Image)
+    prompter.library.zero_()
+    assert np.array_equal(np.array(plain), np.array(prompter(image)))
+
+
 def test_images_of_different_sizes_go_together_and_batches_do_not_mix():
     _, prompter = prompter_of("canvas")
     images = photos()

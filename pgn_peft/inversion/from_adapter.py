@@ -18,7 +18,7 @@ from pgn_peft.nn.text_head import TextHead
 from pgn_peft.prompter.embedding_head import make_embedding_head
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.prompter.score_head import ScoreHead, exact_score_head
-from pgn_peft.tuner.adapters import find_layer, without_adapters
+from pgn_peft.tuner.adapters import find_layer, own_logits
 from pgn_peft.tuner.backbones import AVERAGES_PATCHES, GIVES_POSITIONS
 from pgn_peft.tuner.encoder_layer import PGNBlock
 from pgn_peft.tuner.head import PGNHead, find_head, plain_weight
@@ -169,7 +169,4 @@ def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) ->
         pixels = prompter.preprocessing.apply(pixels)  # cuts its margins off
     pixels = pixels[None].to(device).float() / 255
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
-    pixel_values = normalize(pixels, mean, std).to(dtype)
-    with without_adapters(model), torch.inference_mode():
-        logits = model(pixel_values=pixel_values, **layer.size_options(prompter.layout.size)).logits
-    return logits[0].float().softmax(-1).cpu().clone()
+    return own_logits(model, normalize(pixels, mean, std).to(dtype))[0].softmax(-1).cpu()

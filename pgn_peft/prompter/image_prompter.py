@@ -149,6 +149,16 @@ class ImagePrompter(AnswerReader):
         answers = to_images(F.pad(pixels, self._margins), kind)
         return answers[0] if single else answers
 
+    def unprompted(self, images: Any) -> Any:
+        """Return images, given as to `forward`, as they are before prompts are added, to compare them with.
+
+        Returns:
+            The same kind, one or several: upright, resized and cropped as the model's image processor does it.
+        """
+        pixels, kind, single = read_images(images, self.preprocessing, self.num_channels, self.layout.input_size)
+        answers = to_images(pixels, kind)
+        return answers[0] if single else answers
+
     @property
     def _margins(self) -> tuple[int, int, int, int]:
         """The margins that the server's processor cuts off. Images with appended rows bypass the processor."""

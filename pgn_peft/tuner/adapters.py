@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
@@ -127,3 +128,11 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         finally:
             for layer, disabled in zip(layers, before, strict=True):
                 layer._disable_adapters = disabled
+
+
+@torch.inference_mode()
+def own_logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Compute the logits (B, M) of the model's own classes for images (B, C, H, W), as without adapters."""
+    options = prompt_layer(model).size_options((pixel_values.shape[2], pixel_values.shape[3]))
+    with without_adapters(model):
+        return image_function(model)(pixel_values=pixel_values, **options).logits.float().clone()
