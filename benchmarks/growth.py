@@ -132,23 +132,25 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
+    from pgn_peft.plotting import OURS, STYLE, THEIRS, THIRD
+
+    plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(2, len(rows), figsize=(3 * len(rows), 5.2), layout="constrained", sharex="col")
     for (above, below), row in zip(axes.T, rows, strict=True):
         values = row["values"]
-        for kind, colour in (("train", "C0"), ("inference", "C1")):
+        for kind, colour in (("train", OURS), ("inference", THEIRS)):
             seconds = row[f"{kind}_seconds"]
-            above.plot(values, [1e3 * each for each in seconds], "o-", color=colour, label=f"{kind}, measured")
-            forecast = expected(seconds, row[f"{kind}_flops"])
-            above.plot(values, [1e3 * each for each in forecast], ":", color=colour, label="from operations")
-        below.plot(values, [each / 1e6 for each in row["memory_bytes"]], "o-", color="C2")
+            above.plot(values, [1e3 * each for each in expected(seconds, row[f"{kind}_flops"])], ":", color=colour)
+            above.plot(values, [1e3 * each for each in seconds], "o-", color=colour)
+            above.annotate(kind, (values[-1], 1e3 * seconds[-1]), (6, -3), textcoords="offset points", color=colour)
+        above.set_xlim(right=1.5 * values[-1] - 0.5 * values[0])  # room for the labels
+        below.plot(values, [each / 1e6 for each in row["memory_bytes"]], "o-", color=THIRD)
         below.set_xlabel(row["settings"]["knob"].replace("_", " "))
         for axis in (above, below):
-            axis.set_ylim(0, 1.08 * axis.dataLim.y1)
-            axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("milliseconds a step")
+            axis.set_ylim(0, 1.12 * axis.dataLim.y1)
+    axes[0, 0].set_ylabel("milliseconds a step\n(dotted: from operations)")
     axes[1, 0].set_ylabel("memory, MB")
-    axes[0, 0].legend(frameon=False, fontsize=7)
-    figure.savefig(folder / "growth.png", dpi=120)
+    figure.savefig(folder / "growth.png")
     plt.close(figure)
 
 

@@ -27,6 +27,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
+from pgn_peft.plotting import OURS, STYLE, THEIRS
+
 RESULTS = Path(__file__).with_name("results") / "adaptation.jsonl"
 # In the order of the tables; with how they are called there.
 NAMES = {
@@ -76,21 +78,20 @@ def read(path: Path, protocol: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["settings"]["protocol"] == protocol]
 
 
-def chosen(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], Runs]:
-    """Gather the runs whose learning rate was chosen, by data set and method: those that were tested."""
-    found: dict[tuple[str, str], Runs] = {}
+def chosen(rows: list[dict[str, Any]]) -> dict[tuple[str, str], Runs]:
+    """Gather the tested runs by data set and method; of several rates the one that is best on the first validation."""
+    found: dict[tuple[str, str], dict[float | None, Runs]] = defaultdict(dict)
     trained = {_key(row): row for row in rows if "validation_accuracy" in row}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["settings"]["seed"]):
         settings = row["settings"]
         if settings["overrides"] or "test_accuracy" not in row:
             continue
         run = trained[_key(row)]
-        runs = found.setdefault(
-            (settings["data"], settings["method"]), Runs(settings["rate"], run["trainable_parameters"])
-        )
+        rates = found[settings["data"], settings["method"]]
+        runs = rates.setdefault(settings["rate"], Runs(settings["rate"], run["trainable_parameters"]))
         runs.test.append(row["test_accuracy"])
         runs.validation.append(run["validation_accuracy"])
-    return found
+    return {cell: max(rates.values(), key=lambda runs: runs.validation[0]) for cell, rates in found.items()}
 
 
 def _key(row: dict[str, Any]) -> str:
@@ -179,8 +180,8 @@ def plot_accuracy(rows: list[dict[str, Any]], ax: Axes) -> None:
     ours = [method for method in methods if method.startswith("pgn")]
     peers = [method for method in methods if method not in ours]
     for place, method in enumerate(methods):
-        kind, colours = (ours, "autumn") if method in ours else (peers, "Greys")
-        colour = plt.get_cmap(colours)(0.15 + 0.6 * kind.index(method) / max(1, len(kind) - 1))
+        kind, colours = (ours, "Oranges") if method in ours else (peers, "Blues")
+        colour = plt.get_cmap(colours)(0.3 + 0.5 * kind.index(method) / max(1, len(kind) - 1))
         for group, data in enumerate(names):
             if (data, method) not in cells:
                 continue
@@ -209,7 +210,7 @@ def plot_parameters(rows: list[dict[str, Any]], axes: Iterable[Axes]) -> None:
             if (data, method) in cells
         ]
         for accuracy, parameters, method in points:
-            ax.plot(parameters, accuracy, "o", color="crimson" if method.startswith("pgn") else "grey")
+            ax.plot(parameters, accuracy, "o", color=OURS if method.startswith("pgn") else THEIRS)
         ax.set(xscale="log", xlabel="trained parameters", title=data)
         ax.margins(x=0.35, y=0.12)
         panels.append((ax, points))
@@ -237,9 +238,10 @@ def _name_points(ax: Axes, points: list[tuple[float, float]], names: list[str]) 
 def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     """Write both plots into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    plt.rcParams.update(STYLE)
     figure, ax = plt.subplots(figsize=(9, 4), layout="constrained")
     plot_accuracy(rows, ax)
-    figure.savefig(folder / "accuracy.png", dpi=110)
+    figure.savefig(folder / "accuracy.png")
     number = len(data_sets(chosen(rows)))
     columns = min(number, 2)
     figure, axes = plt.subplots(
@@ -254,7 +256,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     for row in axes:
         row[0].set_ylabel("test accuracy")
     plot_parameters(rows, axes.flat[:number])
-    figure.savefig(folder / "parameters.png", dpi=110)
+    figure.savefig(folder / "parameters.png")
     plt.close("all")
 
 
