@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-avx2 test-servers quality style docs coverage wheel clean
+.PHONY: demo space test test-avx2 test-browser test-servers quality style docs coverage wheel clean
 
 # An editable install of the package with all its extras; made again when the dependencies change.
 $(VENV)/installed: pyproject.toml
@@ -16,6 +16,10 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed
 	$(RUN) examples/demo.py
 
+# A page to try it in, offline; CONTRIBUTING.md says how its pictures are made.
+space: $(VENV)/installed
+	$(RUN) examples/space/app.py
+
 test: $(VENV)/installed
 	$(RUN) -m pytest -n auto --dist worksteal
 
@@ -25,6 +29,15 @@ NUMBERS := $(addprefix tests/test_, $(addsuffix .py, generator contract forms de
 test-avx2: $(VENV)/installed
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(RUN) -m pytest -n auto --dist worksteal \
 		-m "not slow and not shared" $(NUMBERS)
+
+# The page in a real browser: the machine's Chromium, or else Playwright's own.
+$(VENV)/browser-installed: $(VENV)/installed
+	$(RUN) -m pip install --quiet 'playwright>=1.65'
+	command -v chromium || $(RUN) -m playwright install --with-deps chromium
+	touch $@
+
+test-browser: $(VENV)/browser-installed
+	$(RUN) -m pytest tests/test_space_browser.py
 
 # A real embedding server, whose requirements exclude this package's, in an environment of its own.
 SERVERS := .venv-servers

@@ -8,7 +8,7 @@ same for every image) and full fine-tuning are compared, each with its learning 
 is saved, loaded in a new process and compared, and a picture shows which library tokens a few images use.
 
 Prints a table and ends with the accuracy of PGN on the test images. `--smoke` does all of it in a few seconds, with
-too little training for a good figure.
+too little training for a good figure. It needs space/digits.py beside it.
 """
 
 from __future__ import annotations
@@ -23,71 +23,25 @@ import matplotlib as mpl
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from space.digits import SEED, Digits, make_base, train
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import ViTConfig, ViTForImageClassification, set_seed
+from transformers import ViTForImageClassification, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from pgn_peft import PGNConfig
+from pgn_peft.plotting import OURS, STYLE, THEIRS
 from pgn_peft.training import parameter_groups
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-SIDE = 16
-SEED = 0
 METHODS = {
     "linear probe": (1e-3, 1e-2),
     "static prompts": (3e-3, 1e-2),
     "PGN": (3e-3, 1e-2),
     "full fine-tuning": (3e-4, 1e-3),
 }
-
-
-class Digits:
-    """The digits as they are and in the new domain, split into train, validation and test (60 / 20 / 20).
-
-    `plain` and `turned` hold, by split, images (B, 3, 16, 16) normalised to [-1, 1] and labels (B,).
-    """
-
-    def __init__(self) -> None:
-        source = load_digits()
-        images = torch.tensor(source.images, dtype=torch.float32) / 16  # (B, 8, 8) in [0, 1]
-        images = nn.functional.interpolate(images[:, None], size=SIDE, mode="bilinear")  # (B, 1, 16, 16)
-        noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(SEED))
-        turned = (1 - images.rot90(dims=(2, 3))) * (0.6 + 0.4 * noise)
-        labels = torch.tensor(source.target)
-        indices = torch.arange(len(labels))
-        train, rest = train_test_split(indices, test_size=0.4, stratify=labels, random_state=SEED)
-        validation, test = train_test_split(rest, test_size=0.5, stratify=labels[rest], random_state=SEED)
-        split = {"train": train, "validation": validation, "test": test}
-        self.plain = {name: (self._normalise(images[chosen]), labels[chosen]) for name, chosen in split.items()}
-        self.turned = {name: (self._normalise(turned[chosen]), labels[chosen]) for name, chosen in split.items()}
-
-    @staticmethod
-    def _normalise(images: Tensor) -> Tensor:
-        return images.expand(-1, 3, -1, -1) * 2 - 1
-
-
-def train(model: nn.Module, parameters: Iterable, data: tuple[Tensor, Tensor], rate: float, epochs: int, name: str):
-    """Train with AdamW, a one-cycle learning rate and batches of 64."""
-    images, labels = data
-    optimizer = torch.optim.AdamW(parameters, lr=rate)
-    steps = epochs * -(-len(labels) // 64)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=steps)
-    shuffle = torch.Generator().manual_seed(SEED)
-    model.train()
-    for _ in tqdm(range(epochs), desc=name, leave=False, disable=None):
-        for batch in torch.randperm(len(labels), generator=shuffle).split(64):
-            loss = model(images[batch], labels=labels[batch]).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
 
 
 @torch.no_grad()
@@ -101,21 +55,10 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     return (logits_of(model, data[0]).argmax(dim=-1) == data[1]).float().mean().item()
 
 
-def make_base(digits: Digits, folder: Path, epochs: int) -> None:
-    """Train a tiny ViT on the digits as they are and save it."""
-    set_seed(SEED)
-    config = ViTConfig(
-        image_size=SIDE,
-        patch_size=4,
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=128,
-        id2label={index: str(index) for index in range(10)},
-    )
-    model = ViTForImageClassification(config)
-    train(model, model.parameters(), digits.plain["train"], 1e-3, epochs, "the base, on digits as they are")
-    model.save_pretrained(folder)
+def fit(model: nn.Module, parameters: Iterable, data: tuple[Tensor, Tensor], rate: float, epochs: int, name: str):
+    """Train with a bar that shows the progress."""
+    with tqdm(total=epochs, desc=name, leave=False, disable=None) as progress:
+        train(model, parameters, data, rate, epochs, progress.update)
 
 
 def adapt(method: str, base: Path, digits: Digits, rate: float, epochs: int) -> tuple[nn.Module, int]:
@@ -139,7 +82,7 @@ def adapt(method: str, base: Path, digits: Digits, rate: float, epochs: int) -> 
             ),
         )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    train(model, parameter_groups(model, rate), digits.turned["train"], rate, epochs, f"{method}, rate {rate:g}")
+    fit(model, parameter_groups(model, rate), digits.turned["train"], rate, epochs, f"{method}, rate {rate:g}")
     return model, trained
 
 
@@ -178,23 +121,24 @@ def draw(model: PeftModel, digits: Digits, file: Path) -> None:
     layer = model.get_base_model().vit.embeddings
     shares = layer.pgn_generator["default"](images[chosen]).mean(dim=1)  # (10, L), summing to 1
     answers = logits_of(model, images[chosen]).argmax(dim=-1)
+    plt.rcParams.update(STYLE)
     figure, rows = plt.subplots(10, 2, figsize=(8, 8), width_ratios=[1, 9], layout="constrained", sharex="col")
     top = shares.max().item() * 1.3
     for (left, right), index, share, answer in zip(rows, chosen, shares, answers, strict=True):
         left.imshow(images[index, 0], cmap="gray")
         left.set_axis_off()
-        right.bar(range(len(share)), share, color="lightsteelblue")
+        right.bar(range(len(share)), share, color=THEIRS, alpha=0.3)
         for token in share.topk(3).indices.tolist():
-            right.bar(token, share[token], color="darkblue")
+            right.bar(token, share[token], color=OURS)
             right.text(token, share[token], f" {token}", ha="center", va="bottom", fontsize=7)
         right.set(ylim=(0, top), yticks=[], ylabel=f"“{answer}”")
         right.yaxis.label.set(rotation=0, ha="right", va="center")
-        right.spines[["top", "right", "left"]].set_visible(False)
+        right.spines["left"].set_visible(False)
     rows[0, 1].set_title(
         "share of each library token in the prompts of an image, the three largest named", fontsize=10
     )
     rows[-1, 1].set_xlabel("library token")
-    figure.savefig(file, dpi=110)
+    figure.savefig(file)
     plt.close(figure)
 
 
@@ -210,7 +154,8 @@ def main(command_line: list[str] | None = None) -> float:
     disable_progress_bar()
     digits = Digits()
     base = folder / "base"
-    make_base(digits, base, epochs)
+    with tqdm(total=epochs, desc="the base, on digits as they are", leave=False, disable=None) as progress:
+        make_base(digits, base, epochs, progress.update)
     frozen = ViTForImageClassification.from_pretrained(base).eval()
     print(f"the base on digits as they are: {accuracy(frozen, digits.plain['test']):.3f}; inverted, turned and noisy:")
     rows = [

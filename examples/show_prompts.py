@@ -23,6 +23,7 @@ from torch import Tensor
 from pgn_peft import ImagePrompter
 from pgn_peft.nn.images import read_images
 from pgn_peft.nn.preprocessing import normalize
+from pgn_peft.plotting import OURS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -79,7 +80,7 @@ def draw_prompted(prompter: ImagePrompter, images: list, names: list[str], file:
     if shares is not None:
         axes[-1, 0].set_ylabel("library in use", fontsize=8)
         for axis, share in zip(axes[-1], shares, strict=True):
-            axis.bar(range(len(share)), share, width=1, color="tab:blue")
+            axis.bar(range(len(share)), share, width=1, color=OURS)
             axis.set_ylim(0, shares.max().item() * 1.05)
     for axis in axes.flat:
         axis.set_xticks([])

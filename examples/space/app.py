@@ -1,0 +1,182 @@
+"""Prompt Generation Networks to try in a browser: classify, look inside, train, adapt through the input alone.
+
+    python examples/space/app.py  # or: make space
+
+The folder is a Hugging Face Space as it is. It starts offline with the demo's tiny models, which are made on the first
+start. On a Space (SPACE_ID is set there) visitors name ids on the Hub; on your own machine also folders and servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+from actions import DEMO_BASE, ON_A_SPACE, SOURCES, App, said, said_of_steps, sessions
+from adapter_training import KINDS, MOST_EPOCHS
+from demo_models import PIXELS, TOKENS, DemoModels
+from uploads import MOST_UPLOADED
+
+FOLDER = Path(__file__).parent
+# Images of few pixels are shown as large as others, and their pixels as squares.
+CSS = """
+.image-frame img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
+.grid-wrap img {image-rendering: pixelated}
+"""
+PICTURE = {"height": 260, "interactive": False, "format": "png"}
+
+
+def leave(request: gr.Request) -> None:
+    """Close the session of a visitor who closes the page."""
+    sessions.close(request.session_hash or "")
+
+
+def build(app: App) -> gr.Blocks:
+    """Build the page."""
+    with gr.Blocks(title="Prompt Generation Networks", delete_cache=(600, 3600)) as page:
+        gr.Markdown(
+            "# Prompt Generation Networks\nA small CNN looks at each image and mixes prompts for it out of a learned "
+            "library. With them a **frozen** Vision Transformer does a task that it was not trained for. The demo's "
+            "model knows digits; its adapters, the same digits turned, inverted and on noise."
+        )
+        with gr.Row(equal_height=True):
+            where = "the id of one on the Hub" + ("" if ON_A_SPACE else ", or a folder")
+            adapter = gr.Dropdown(
+                [TOKENS, PIXELS],
+                value=TOKENS,
+                allow_custom_value=True,
+                label="Adapter",
+                info=f"From the list, or {where}",
+                scale=4,
+            )
+            upload = gr.UploadButton("Upload an adapter (zip)", file_types=[".zip"], scale=1)
+        about = gr.Markdown(elem_id="about")
+        with gr.Tab("Classify"):
+            images = gr.Gallery(
+                label="Images", type="filepath", interactive=True, columns=10, height=160, object_fit="contain"
+            )
+            with gr.Row():
+                digits = gr.Button("Take ten digits")
+                classify = gr.Button("Classify", variant="primary")
+            with gr.Row():
+                alone = gr.Label(label="First image: the frozen model alone", num_top_classes=3)
+                ours = gr.Label(label="First image: with prompts", num_top_classes=3)
+            table = gr.Markdown(elem_id="answers")
+        with gr.Tab("Look inside"):
+            with gr.Row():
+                with gr.Column(scale=1):
+                    inside = gr.Image(label="Image", type="filepath", height=260, sources=["upload", "clipboard"])
+                    with gr.Row():
+                        digit = gr.Button("Take a digit")
+                        look = gr.Button("Look inside", variant="primary")
+                    text = gr.Markdown(elem_id="inside")
+                with gr.Column(scale=2):
+                    coefficients = gr.Plot(show_label=False)
+                    attention = gr.Plot(show_label=False)
+            with gr.Row(visible=False) as pictures:
+                before = gr.Image(label="Before", **PICTURE)
+                sent = gr.Image(label="After, as it is sent", **PICTURE)
+                change = gr.Image(label="Change, amplified, on grey", **PICTURE)
+        with gr.Tab("Train"), gr.Row():
+            with gr.Column(scale=1):
+                source = gr.Radio(SOURCES, value=SOURCES[0], label="Images")
+                archive = gr.File(
+                    label="Zip with a subfolder for each class",
+                    file_types=[".zip"],
+                    visible=False,
+                    height=120,
+                    elem_id="images-zip",
+                )
+                folder = gr.Textbox(label="Folder with a subfolder for each class", visible=False)
+                base = gr.Textbox(
+                    DEMO_BASE,
+                    label="Frozen model",
+                    info=f"An id on the Hub{'' if ON_A_SPACE else ' or a folder'}, or '{DEMO_BASE}'",
+                )
+                kind = gr.Radio(list(KINDS), value=KINDS[0], label="Prompts")
+                epochs = gr.Slider(1, MOST_EPOCHS, value=8, step=1, label="Epochs")
+                with gr.Row():
+                    start = gr.Button("Train", variant="primary")
+                    stop = gr.Button("Stop", variant="stop")
+            with gr.Column(scale=2):
+                status = gr.Textbox(label="Progress", interactive=False, elem_id="progress")
+                curve = gr.Plot(show_label=False)
+                download = gr.DownloadButton("Download the adapter (zip)", interactive=False)
+                with gr.Accordion("Publish it on the Hub", open=False):
+                    repo_id = gr.Textbox(label="Repository", placeholder="owner/name")
+                    token = gr.Textbox(label="Token with write access", type="password")
+                    push = gr.Button("Publish")
+                    published = gr.Markdown()
+        with gr.Tab("Input only"):
+            gr.Markdown(
+                "The model is out of reach, behind an interface that takes images and returns scores. Prompts that "
+                f"are part of the image adapt it all the same: choose the adapter *{PIXELS}*."
+            )
+            with gr.Row():
+                with gr.Column():
+                    given = gr.Image(label="Image", type="filepath", height=260, sources=["upload", "clipboard"])
+                    url = gr.Textbox(
+                        label="Server", placeholder="empty: the frozen model in this process", visible=not ON_A_SPACE
+                    )
+                    with gr.Row():
+                        one = gr.Button("Take a digit")
+                        send = gr.Button("Send", variant="primary")
+                    said_of = gr.Markdown(elem_id="sent")
+                with gr.Column():
+                    plain = gr.Image(label="As it is", **PICTURE)
+                    plain_answer = gr.Label(label="The server's answer to it", num_top_classes=3)
+                with gr.Column():
+                    prompted = gr.Image(label="As it is sent", **PICTURE)
+                    raw = gr.JSON(label="The server's raw answer", height=180)
+                    read = gr.Label(label="What we read in it", num_top_classes=3)
+
+        chosen = [about]
+        page.load(said(app.describe), adapter, chosen)
+        adapter.change(said(app.describe), adapter, chosen)
+        upload.upload(said(app.upload_adapter), upload, adapter)
+        digits.click(app.sample_digits, None, images)
+        classify.click(said(app.classify), [images, adapter], [table, alone, ours])
+        digit.click(app.sample_digit, None, inside)
+        look.click(said(app.look), [inside, adapter], [text, coefficients, attention, pictures, before, sent, change])
+        source.change(
+            lambda value: [gr.update(visible=value == SOURCES[1]), gr.update(visible=value not in SOURCES[:2])],
+            source,
+            [archive, folder],
+        )
+        start.click(
+            said_of_steps(app.train),
+            [source, archive, folder, base, kind, epochs],
+            [status, curve, download, adapter],
+            concurrency_limit=1,
+        )
+        stop.click(app.stop, None, status, queue=False)
+        push.click(said(app.push), [repo_id, token], published, api_visibility="private")
+        one.click(app.sample_digit, None, given)
+        send.click(said(app.send), [given, adapter, url], [said_of, plain, plain_answer, prompted, raw, read])
+        page.unload(leave)
+    return page
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, help="by default the first free one from 7860 on")
+    options = parser.parse_args(command_line)
+    folder = FOLDER / "demo-models"
+    demo = DemoModels(folder if os.access(FOLDER, os.W_OK) else None)
+    threading.Thread(target=demo.make, daemon=True).start()  # the page is there meanwhile
+    build(App(demo)).queue().launch(
+        server_port=options.port,
+        max_file_size=MOST_UPLOADED,
+        show_error=True,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+        footer_links=["settings"],
+    )
+
+
+if __name__ == "__main__":
+    main()

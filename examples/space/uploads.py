@@ -1,0 +1,184 @@
+"""What people upload: images, zips of images with a subfolder for each class, zips of adapters. Nothing is trusted.
+
+Names inside a zip are read as names of classes only, and never as paths: every file that is unpacked gets a name of
+our own. Sizes are counted while unpacking, because a zip can lie about them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from pgn_peft.nn.image_files import is_image_file, list_files, open_image
+
+MOST_UPLOADED = 50 * 2**20  # bytes
+MOST_UNPACKED = 250 * 2**20  # bytes
+MOST_FILES = 4000  # in a zip
+MOST_IMAGES = 2000
+MOST_CLASSES = 200
+FEWEST_OF_A_CLASS = 2  # one to train on, one to measure with
+SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", "README.md")
+
+Labelled = list[tuple[Path, str]]  # images with the names of their classes
+
+
+def read_folder(folder: Path) -> Labelled:
+    """List the images of a folder with a subfolder for each class.
+
+    Raises:
+        ValueError: it is no such folder, or an image cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"`folder` must be a folder on this machine, but got {str(folder)!r}. Look for a misspelt path."
+        )
+    files = [file for file in list_files(folder) if is_image_file(file)]
+    classes = _classes([PurePosixPath(file.relative_to(folder).as_posix()) for file in files])
+    images = list(zip(files, classes, strict=True))
+    _check(images)
+    return images
+
+
+def read_zip(file: Path, folder: Path) -> Labelled:
+    """Unpack the images of a zip into a folder, which is removed again if there is an error.
+
+    Args:
+        file: the zip: a subfolder for each class, perhaps within one more folder, or within folders called train and
+            test, which are put together.
+        folder: is made.
+
+    Raises:
+        ValueError: it is no zip, is too large, has no classes, or holds an image that cannot be read.
+    """
+    with _opened(file) as archive, _removed_after_errors(folder):
+        members = [member for member in archive.infolist() if _may_be_image(member)]
+        classes = _classes([PurePosixPath(member.filename) for member in members])
+        room, images = MOST_UNPACKED, []
+        for index, (member, name) in enumerate(zip(members, classes, strict=True)):
+            content = _read(archive, member, room)
+            room -= len(content)
+            target = folder / f"{index}{PurePosixPath(member.filename).suffix.lower()}"
+            target.write_bytes(content)
+            images.append((target, name))
+        _check(images, [member.filename for member in members])
+        return images
+
+
+def read_adapter(file: Path, folder: Path) -> Path:
+    """Unpack an adapter's files out of a zip into a folder, which is removed again if there is an error.
+
+    Raises:
+        ValueError: it is no zip, is too large, or holds no adapter.
+    """
+    with _opened(file) as archive, _removed_after_errors(folder):
+        found = {PurePosixPath(member.filename).name: member for member in archive.infolist() if not member.is_dir()}
+        if not found.keys() >= set(ADAPTER_FILES[:2]):
+            raise ValueError(
+                f"`adapter` must be a zip with {' and '.join(ADAPTER_FILES[:2])}, but got {len(found)} other files. "
+                "Zip what `Classifier.save_pretrained` has written."
+            )
+        room = MOST_UNPACKED
+        for name in found.keys() & set(ADAPTER_FILES):
+            content = _read(archive, found[name], room)
+            room -= len(content)
+            folder.joinpath(name).write_bytes(content)
+    return folder
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
+    size = file.stat().st_size
+    if size > MOST_UPLOADED:
+        raise ValueError(
+            f"`zip` must have at most {_megabytes(MOST_UPLOADED)}, but got {_megabytes(size)}. Use fewer images."
+        )
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if len(members) > MOST_FILES:
+                raise ValueError(
+                    f"`zip` must hold at most {MOST_FILES:,} files, but got {len(members):,}. Use fewer images."
+                )
+            for member in members:
+                path = PurePosixPath(member.filename.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts or ":" in path.parts[:1]:
+                    raise ValueError(
+                        f"`zip` must hold files of its own, but got {member.filename!r}, which lies outside of it. "
+                        "Make the zip again."
+                    )
+            yield archive
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"`zip` must be a whole zip without a password, but got {error}. Make it again.") from error
+
+
+@contextmanager
+def _removed_after_errors(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, room: int) -> bytes:
+    """Unpack one file of at most so many bytes, whatever the zip says of its size."""
+    with archive.open(member) as file:
+        content = file.read(room + 1)
+    if len(content) > room:
+        raise ValueError(
+            f"`zip` must unpack to at most {_megabytes(MOST_UNPACKED)}, but got more. Use smaller images."
+        )
+    return content
+
+
+def _may_be_image(member: zipfile.ZipInfo) -> bool:
+    path = PurePosixPath(member.filename)
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return not member.is_dir() and not hidden and is_image_file(Path(path.name))
+
+
+def _classes(paths: list[PurePosixPath]) -> list[str]:
+    """Return the class of each image: its folder below what all share, and below train, validation and test."""
+    parts = [path.parts for path in paths]
+    while parts and all(len(names) > 2 for names in parts) and len({names[0] for names in parts}) == 1:
+        parts = [names[1:] for names in parts]
+    if parts and all(len(names) > 2 and names[0].lower() in SPLITS for names in parts):
+        parts = [names[1:] for names in parts]
+    if loose := [str(path) for path, names in zip(paths, parts, strict=True) if len(names) < 2]:
+        raise ValueError(
+            f"`images` must lie in subfolders, one for each class, but got {loose[0]!r} and {len(loose) - 1} more "
+            "outside of any. Put the images of each class into a folder with its name."
+        )
+    return [names[0] for names in parts]
+
+
+def _check(images: Labelled, names: list[str] | None = None) -> None:
+    """Check that there are classes, and images that can be read; `names` are the files' own ones."""
+    if len(images) > MOST_IMAGES:
+        raise ValueError(f"`images` must be at most {MOST_IMAGES:,}, but got {len(images):,}. Use fewer.")
+    counts = Counter(name for _, name in images)
+    if len(counts) < 2:
+        found = f"{len(images)} images of {', '.join(counts) or 'no class'}"
+        raise ValueError(
+            f"`images` must be of two classes at least, but got {found}. Make a subfolder with images for each class."
+        )
+    if len(counts) > MOST_CLASSES:
+        raise ValueError(f"`images` must be of at most {MOST_CLASSES} classes, but got {len(counts)}. Use fewer.")
+    name, fewest = counts.most_common()[-1]
+    if fewest < FEWEST_OF_A_CLASS:
+        raise ValueError(
+            f"`images` must be {FEWEST_OF_A_CLASS} at least of each class, but got {fewest} of {name!r}: one is kept "
+            "to measure with. Add images of it."
+        )
+    for index, (file, _) in enumerate(images):
+        open_image(file, name=None if names is None else names[index])
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.0f} MB"

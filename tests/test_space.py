@@ -1,0 +1,351 @@
+"""The Space, without a browser: what it does with uploads, with several visitors, and while it trains."""
+
+import re
+import struct
+import threading
+import zipfile
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import actions
+import adapter_training
+import gradio as gr
+import pytest
+import sessions
+import torch
+import uploads
+import yaml
+from actions import DEMO_BASE, SOURCES, TRAINED, UPLOADED, App
+from adapter_training import KINDS, Task, divide, train
+from conftest import ROOT
+from demo_models import PIXELS, TOKENS, DemoModels
+from PIL import Image
+
+from pgn_peft import load_classifier
+
+SPACE = ROOT / "examples" / "space"
+ALICE, BOB = SimpleNamespace(session_hash="alice"), SimpleNamespace(session_hash="bob")
+
+
+def png(colour="red", side=20):
+    file = BytesIO()
+    Image.new("RGB", (side, side), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def zip_of(path, files):
+    """Write a zip of files, contents by name."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def colours(prefix="", number=4):
+    """Images of two classes."""
+    return {f"{prefix}{name}/{index}.png": png(name) for name in ("red", "blue") for index in range(number)}
+
+
+@pytest.mark.parametrize(
+    ("files", "classes"),
+    [
+        (colours(), ["blue", "red"]),
+        (colours("pets/"), ["blue", "red"]),
+        ({**colours("data/train/"), **colours("data/test/")}, ["blue", "red"]),
+        ({**colours("a/b/"), "__MACOSX/a/._x.png": b"", "a/notes.txt": b"text"}, ["blue", "red"]),
+    ],
+    ids=["classes", "in a folder", "splits", "in folders, with other files"],
+)
+def test_a_zip_of_images_has_the_classes_of_its_folders(files, classes, tmp_path):
+    images = uploads.read_zip(zip_of(tmp_path / "images.zip", files), tmp_path / "read")
+    assert sorted({name for _, name in images}) == classes
+    assert len(images) == sum(name.endswith("0.png") or name[-5].isdigit() for name in files if "MACOSX" not in name)
+    for file, name in images:
+        assert file.parent == tmp_path / "read"
+        assert Image.open(file).getpixel((0, 0)) == {"red": (255, 0, 0), "blue": (0, 0, 255)}[name]
+
+
+def truncated(path):
+    zip_of(path, colours())
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def bomb(path):
+    zip_of(path, {**colours(), "red/bomb.png": bytes(uploads.MOST_UNPACKED + 1)})
+
+
+def lying_bomb(path):
+    """Write a bomb whose directory claims that the file is small."""
+    bomb(path)
+    size = struct.pack("<L", uploads.MOST_UNPACKED + 1)
+    path.write_bytes(path.read_bytes().replace(size, struct.pack("<L", 100)))
+
+
+def encrypted(path):
+    zip_of(path, colours())
+    content = bytearray(path.read_bytes())
+    for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        for match in re.finditer(re.escape(signature), bytes(content)):
+            content[match.start() + place] |= 1
+    path.write_bytes(bytes(content))
+
+
+BAD_ZIPS = {
+    "text": (lambda path: path.write_text("no zip"), "must be a whole zip"),
+    "empty": (lambda path: path.write_bytes(b""), "must be a whole zip"),
+    "truncated": (truncated, "must be a whole zip"),
+    "encrypted": (encrypted, "without a password"),
+    "climbing": (lambda path: zip_of(path, {**colours(), "../../red/x.png": png()}), "lies outside of it"),
+    "absolute": (lambda path: zip_of(path, {**colours(), "/etc/red/x.png": png()}), "lies outside of it"),
+    "many files": (lambda path: zip_of(path, {f"a/{n}.txt": "" for n in range(10_000)}), "at most 4,000 files"),
+    "bomb": (bomb, "at most 250 MB"),
+    "lying bomb": (lying_bomb, "must be a whole zip|at most 250 MB"),
+    "50 MB": (lambda path: path.open("wb").truncate(uploads.MOST_UPLOADED + 1), "at most 50 MB"),
+    "no images": (lambda path: zip_of(path, {"a/notes.txt": "text"}), "two classes at least, but got 0 images"),
+    "one class": (lambda path: zip_of(path, {"a/1.png": png(), "a/2.png": png()}), "two classes at least"),
+    "no classes": (lambda path: zip_of(path, {"1.png": png(), "2.png": png()}), "must lie in subfolders"),
+    "one image": (lambda path: zip_of(path, {**colours(), "green/0.png": png("green")}), "but got 1 of 'green'"),
+    "text as image": (lambda path: zip_of(path, {**colours(), "red/x.png": b"text"}), "'red/x.png'.*no image"),
+    "damaged image": (lambda path: zip_of(path, {**colours(), "red/x.png": png()[:60]}), "'red/x.png'"),
+    "many classes": (
+        lambda path: zip_of(path, {f"{n}/{i}.png": png(side=1) for n in range(201) for i in (0, 1)}),
+        "200",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ZIPS)
+def test_a_bad_zip_is_refused_with_the_reason_and_leaves_nothing(name, tmp_path):
+    make, message = BAD_ZIPS[name]
+    make(tmp_path / "images.zip")
+    with pytest.raises(ValueError, match=message):
+        uploads.read_zip(tmp_path / "images.zip", tmp_path / "read")
+    assert [path.name for path in tmp_path.rglob("*")] == ["images.zip"]
+
+
+def test_an_adapter_is_taken_out_of_a_zip_by_the_names_of_its_files(tmp_path):
+    files = dict.fromkeys(uploads.ADAPTER_FILES, b"content") | {"training_args.bin": b"a pickle"}
+    folder = uploads.read_adapter(zip_of(tmp_path / "a.zip", files), tmp_path / "read")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(uploads.ADAPTER_FILES)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors.*but got 1 other files"):
+        uploads.read_adapter(zip_of(tmp_path / "b.zip", {"x.txt": b""}), tmp_path / "other")
+    with pytest.raises(ValueError, match="lies outside"):
+        uploads.read_adapter(zip_of(tmp_path / "c.zip", {f"../{name}": b"" for name in files}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_of_images_is_read_as_a_zip_is(tmp_path):
+    for name, content in colours().items():
+        tmp_path.joinpath(name).parent.mkdir(exist_ok=True)
+        tmp_path.joinpath(name).write_bytes(content)
+    assert {(file.parent.name, name) for file, name in uploads.read_folder(tmp_path)} == {
+        ("red", "red"),
+        ("blue", "blue"),
+    }
+    with pytest.raises(ValueError, match="must be a folder"):
+        uploads.read_folder(tmp_path / "missing")
+
+
+def test_each_visitor_has_a_session_and_a_closed_one_leaves_nothing(monkeypatch):
+    everyone = sessions.Sessions()
+    alice, bob = everyone.get("alice"), everyone.get("bob")
+    assert everyone.get("alice") is alice is not bob
+    assert alice.folder != bob.folder
+    alice.keep("mine", object())
+    assert bob.find("mine") is None
+    everyone.close("alice")
+    assert alice.stop.is_set()
+    assert not alice.folder.exists()
+    assert bob.folder.exists()
+    bob.used -= 3600 * sessions.HOURS + 1  # nobody has used it for an hour
+    everyone.get("carol")
+    assert not bob.folder.exists()
+    everyone.close("carol")
+
+
+def test_of_many_adapters_the_oldest_is_dropped():
+    session = sessions.Session()
+    for index in range(sessions.MOST_ADAPTERS + 1):
+        session.keep(str(index), object())
+    assert session.find("0") is None
+    assert session.find(str(sessions.MOST_ADAPTERS)) is not None
+    session.close()
+
+
+def test_images_of_each_class_are_held_out():
+    labels = [0] * 2 + [1] * 2 + [2] * 30
+    train_rows, held_out = divide(labels)
+    assert sorted(train_rows + held_out) == list(range(len(labels)))
+    assert {labels[index] for index in train_rows} == {labels[index] for index in held_out} == {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo's models, hardly trained."""
+    models = DemoModels(tmp_path_factory.mktemp("demo"), epochs=1)
+    models.make(lambda text: None)
+    return models
+
+
+@pytest.fixture
+def app(demo):
+    yield App(demo)
+    actions.sessions.close("alice")
+    actions.sessions.close("bob")
+
+
+@pytest.fixture
+def task(demo):
+    images, labels = zip(*demo.digits.files("train")[:100], strict=True)
+    return Task(list(images), list(labels), [str(digit) for digit in range(10)], str(demo.base), epochs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_reports_each_step_and_ends_with_a_classifier(kind, task, tmp_path):
+    task.kind = kind
+    reports = list(train(task, tmp_path, threading.Event()))
+    steps = [report.text for report in reports if report.text.startswith("step")]
+    assert steps == [f"step {step} of 10" for step in range(1, 11)]
+    assert len(reports[-1].curve) == 2
+    assert reports[-1].facts.metrics == {"accuracy": reports[-1].curve[-1]}
+    config = reports[-1].classifier.model.peft_config["default"]
+    assert (config.prompt_space, config.prompt_depth) == {
+        KINDS[0]: ("latent", 1),
+        KINDS[1]: ("latent", 4),
+        KINDS[2]: ("pixel", 1),
+    }[kind]
+
+
+@pytest.mark.slow
+def test_training_stops_after_the_step_and_is_evaluated(task, tmp_path):
+    stop, texts = threading.Event(), []
+    for report in train(task, tmp_path, stop):
+        texts.append(report.text)
+        if report.text == "step 2 of 10":
+            stop.set()
+    assert not any(text.startswith("step 5") for text in texts)
+    assert report.classifier is not None
+    assert len(report.curve) == 1
+
+
+@pytest.mark.slow
+def test_training_stops_when_its_time_is_over_or_nobody_watches(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_training, "SECONDS", 0)
+    *_, report = train(task, tmp_path, threading.Event())
+    assert len(report.curve) == 1
+    monkeypatch.undo()
+    stop = threading.Event()
+    running = train(task, tmp_path, stop)
+    while not next(running).text.startswith("step"):
+        pass
+    running.close()
+    assert stop.is_set()
+    assert adapter_training.THREAD not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.slow
+def test_a_visitor_classifies_looks_inside_trains_and_loads_the_download(app, demo):
+    digits = app.sample_digits(ALICE)
+    table, alone, ours = app.classify([(file, None) for file in digits], TOKENS, ALICE)
+    assert len(table.splitlines()) == 2 + 10
+    assert set(alone) | set(ours) <= {str(digit) for digit in range(10)}
+
+    text, coefficients, attention, row, *pictures = app.look(digits[0], TOKENS, ALICE)
+    assert "Most used of 32 library entries" in text
+    assert (coefficients.visible, attention.visible, row.visible) == (True, True, False)
+    assert pictures == [None] * 3
+    text, coefficients, attention, row, before, sent, change = app.look(digits[0], PIXELS, ALICE)
+    assert (coefficients.visible, attention.visible, row.visible) == (True, False, True)
+    assert before.size == sent.size == change.size == (256, 256)
+
+    *_, (summary, _, download, adapters) = app.train(SOURCES[0], None, "", DEMO_BASE, KINDS[0], 1, ALICE)
+    assert re.match(r"accuracy 0\.\d+ on 216 images", summary)
+    assert adapters.value == TRAINED
+    trained = app.classify(digits, TRAINED, ALICE)
+    assert app.upload_adapter(download.value["path"], BOB).value == UPLOADED
+    assert app.classify(digits, UPLOADED, BOB) == trained
+    with pytest.raises(ValueError, match="Train or upload it again"):
+        app.classify(digits, TRAINED, BOB)  # it is Alice's
+    with pytest.raises(ValueError, match="must be the id of a model on the Hub"):
+        app.push("alice/digits", "", ALICE)
+    with pytest.raises(ValueError, match="must be trained first"):
+        app.push("bob/digits", "", BOB)
+
+
+@pytest.mark.slow
+def test_the_input_alone_is_sent_and_the_answer_read(app, demo):
+    digit = app.sample_digit(ALICE)
+    text, _, before, _, raw, read = app.send(digit, PIXELS, "", ALICE)
+    assert "16 x 16 pixels" in text
+    assert sum(before.values()) > 0.5
+    # The same answer as with the prompts inside the model.
+    inside = load_classifier(demo.adapter(PIXELS), base_model_name_or_path=demo.base).pipeline()(
+        Image.open(digit).convert("RGB")
+    )
+    assert read == pytest.approx({entry["label"]: entry["score"] for entry in inside}, abs=1e-3)
+    assert raw[0]["label"] == next(iter(read))
+    with pytest.raises(ValueError, match="whose prompts are tokens"):
+        app.send(digit, TOKENS, "", ALICE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [(None, "uploaded first"), (["text"], "no image that Pillow"), (["x"] * 51, "at most 50")],
+    ids=["none", "text", "many"],
+)
+def test_bad_images_are_refused_on_the_page(files, message, app, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_text("text", encoding="utf-8")
+    with pytest.raises(gr.Error, match=message):
+        actions.said(app.classify)(files and [str(path)] * len(files), TOKENS, ALICE)
+
+
+@pytest.mark.slow
+def test_on_a_space_visitors_name_ids_only(app, monkeypatch, tmp_path):
+    monkeypatch.setattr(actions, "ON_A_SPACE", True)
+    for name in (str(tmp_path), "../x", "~/x", "name", "examples/space"):
+        with pytest.raises(ValueError, match="must be the id of one on the Hub"):
+            app.classify([app.sample_digit(ALICE)], name, ALICE)
+        with pytest.raises(ValueError, match="must be the id of one on the Hub"):
+            list(app.train(SOURCES[0], None, "", name, KINDS[0], 1, ALICE))
+    with pytest.raises(ValueError, match="Upload a zip"):
+        list(app.train("a folder on this machine", None, str(tmp_path), DEMO_BASE, KINDS[0], 1, ALICE))
+
+
+@pytest.mark.slow
+def test_an_empty_folder_or_model_is_refused_before_training(app):
+    for values in (
+        (SOURCES[1], None, "", DEMO_BASE),
+        (SOURCES[2], None, "/nowhere", DEMO_BASE),
+        (SOURCES[0], None, "", " "),
+    ):
+        with pytest.raises(gr.Error, match=r"must be .*but got"):
+            list(actions.said_of_steps(app.train)(*values, KINDS[0], 1, ALICE))
+
+
+def test_the_page_has_four_tabs_and_the_folder_the_metadata_of_a_space(demo):
+    import app as page
+
+    blocks = page.build(App(demo))
+    tabs = [block.label for block in blocks.blocks.values() if isinstance(block, gr.Tab)]
+    assert tabs == ["Classify", "Look inside", "Train", "Input only"]
+    _, metadata, _ = SPACE.joinpath("README.md").read_text(encoding="utf-8").split("---\n", 2)
+    facts = yaml.safe_load(metadata)
+    assert facts["sdk"] == "gradio"
+    assert Path(SPACE, facts["app_file"]).is_file()
+    assert len(facts["short_description"]) <= 60  # the Hub refuses longer ones
+    requirements = SPACE.joinpath("requirements.txt").read_text(encoding="utf-8")
+    assert f"gradio=={facts['sdk_version']}" in requirements
+
+
+def test_the_change_is_drawn_on_grey():
+    before, after = Image.new("RGB", (2, 1), (100, 100, 100)), Image.new("RGB", (2, 1), (100, 100, 100))
+    after.putpixel((1, 0), (110, 90, 100))
+    drawn, largest = actions.amplified(before, after)
+    assert largest == 10
+    assert drawn.getpixel((0, 0)) == (128, 128, 128)
+    assert drawn.getpixel((drawn.width - 1, 0)) == (255, 0, 128)
+    assert torch.tensor(drawn.size).max() == actions.SHOWN_SIDE
