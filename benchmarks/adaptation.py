@@ -52,7 +52,7 @@ import methods
 import report
 from smoke_material import smoke_arguments
 
-from pgn_peft.tuner.adapters import prompt_layer
+from pgn_peft.inspection import prompts_of_other_images
 
 
 @dataclass(frozen=True)
@@ -257,13 +257,11 @@ def shuffled(model: nn.Module, cell: Cell) -> dict[str, float]:
     """Return the validation accuracy when every image gets the prompts of another one."""
     if cell.method not in ("pgn", "pgn-lean", "pgn-deep"):
         return {}
-    generator = prompt_layer(model).pgn_generator["default"]
-    hook = generator.register_forward_hook(lambda module, inputs, coefficients: coefficients.roll(1, dims=0))
-    # Splits are sorted by class, and the next image would be one of the same class.
+    # Splits are sorted by class, and the image before would be one of the same class.
     images = material_of(cell).splits["validation"]
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(0)).to(bench.DEVICE)
-    logits = bench.predict(model, images.pixels[order], cell.common.precision)
-    hook.remove()
+    with prompts_of_other_images(model):
+        logits = bench.predict(model, images.pixels[order], cell.common.precision)
     return {"validation_accuracy_shuffled_prompts": bench.accuracy(logits, images.labels[order])}
 
 

@@ -24,6 +24,8 @@ from pgn_peft.tuner.backbones import SUPPORTED
 
 # Images that the library of an adapter in pixel space starts from.
 LIBRARY_IMAGES = 256
+# With fewer images of each of more classes, 100 steps are too few for prompts in every layer (docs/evidence.md).
+FEW_IMAGES, MANY_CLASSES = 4, 20
 
 
 # Fields of `PGNConfig` that are arguments of the script as they are.
@@ -71,9 +73,38 @@ class ModelArguments:
             "embedding for each class in the order of the data set's labels."
         },
     )
-    prompt_depth: int = field(
-        default=1, metadata={"help": "Number of encoder layers with prompts of their own; 0: all of them."}
+    prompt_depth: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of encoder layers with prompts of their own; 0: all of them. By default all, but 1 for "
+            "prompts that are or become pixels, for texts, and for few images of each of many classes."
+        },
     )
+
+    def choose(self, images: int, classes: int) -> str:
+        """Settle what was left open, by the rule that the README gives, and say what applies.
+
+        Args:
+            images: to train on.
+            classes: of the task.
+
+        Returns:
+            One line to print.
+        """
+        each = f"{images / classes:.3g} images of each of {classes} classes"
+        if self.prompt_space == "pixel":
+            rule, depth = "prompts in pixels, for a model that can only be called", 1
+        elif self.prompt_layout is not None or self.head == "text":
+            rule, depth = "prompts for the first layer", 1
+        elif images < FEW_IMAGES * classes and classes > MANY_CLASSES:
+            rule, depth = "few images of many classes: prompts for the first layer, which learn in fewer steps", 1
+        else:
+            rule, depth = "prompts in every layer", 0
+        if self.prompt_depth is None:
+            self.prompt_depth = depth
+        elif self.prompt_depth != depth:
+            rule = f"--prompt_depth {self.prompt_depth}, as asked for; the rule is: {rule}"
+        return f"{each}: {rule} (README, 'Which method')"
 
     def config(self, labels: list[str], processor, image_size: int | None, mapping: list[int] | None) -> PGNConfig:
         """Return the adapter's configuration for these classes."""

@@ -27,10 +27,12 @@ Several processes, on GPUs or (with --use_cpu) on a CPU; `docs/train.md`:
 
     accelerate launch --config_file examples/accelerate/one_machine_gpus.yaml examples/train_image_classifier.py ...
 
-It needs `image_*.py`, `recipes.py`, `adapter_arguments.py` and `card_facts.py` beside it. After an interruption, the
-same command with --resume_from_checkpoint true resumes from the last complete checkpoint. With --push_to_hub true
---hub_model_id user/name the adapter is published after each epoch and at the end; `share_on_hub.py` publishes an
-existing one. `--smoke` runs the script offline on a tiny model and a few generated images, in seconds; it ends with
+It needs `image_*.py`, `recipes.py`, `adapter_arguments.py`, `card_facts.py` and `comparisons.py` beside it. After an
+interruption, the same command with --resume_from_checkpoint true resumes from the last complete checkpoint. With
+--push_to_hub true --hub_model_id user/name the adapter is published after each epoch and at the end; `share_on_hub.py`
+publishes an existing one. In the end it says what prompts add to a linear head without them, and what prompts for each
+image add to the prompts of other images. `--smoke` runs the script offline on a tiny model and a few generated images,
+in seconds; it ends with
 
     test accuracy 1.000
 
@@ -57,6 +59,7 @@ from pathlib import Path
 import torch
 from adapter_arguments import AdapterArguments, add_texts, find_label_mapping, load_backbone, start_library
 from card_facts import add_results, describe_data
+from comparisons import compare, measure_head_alone, measure_with_other_prompts
 from datasets import DatasetDict
 from filelock import FileLock, Timeout
 from image_data import DataArguments, load_processor, load_splits, made_side
@@ -64,12 +67,11 @@ from image_loading import LoaderArguments
 from image_transforms import add_transforms, cache_images
 from peft import PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score
-from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_prompter
-from pgn_peft.training import HeadAlone, head_alone, last_complete_checkpoint, parameter_groups
+from pgn_peft.training import last_complete_checkpoint, parameter_groups
 from pgn_peft.training.distributed import EqualStatistics, SameSteps
 from pgn_peft.tuner.backbones import find_backbone
 from pgn_peft.tuner.embeddings import own_image_size
@@ -296,6 +298,9 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
             "predict a number. Add images of another class."
         )
     arguments.settle_epochs(len(splits["train"]))
+    rule = adapter.choose(len(splits["train"]), len(labels))
+    if arguments.process_index == 0:
+        print(rule)
     processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
     side = made_side(processor)
     adapter.config(labels, processor, side, [*range(len(labels))] if adapter.head == "frozen" else None)
@@ -327,10 +332,12 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
     alone = measure_head_alone(trainer, without_augmentation, splits["validation"])
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
+    with_other_prompts = measure_with_other_prompts(trainer, splits["validation"])
     results = {
         "trainable_parameters": trainable,
         "train_images": len(splits["train"]),
         "head_alone_accuracy": alone.linear,
+        "accuracy_with_other_prompts": with_other_prompts,
         "validation_accuracy": trainer.evaluate(splits["validation"])["eval_accuracy"],
         "test_accuracy": (
             trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"] if "test" in splits else None
@@ -350,45 +357,13 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
             staged.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         model.print_trainable_parameters()
         print(f"validation accuracy {results['validation_accuracy']:.3f}")
-        print(compare_with_head_alone(results["validation_accuracy"], alone, len(splits["validation"])))
+        print(compare(results["validation_accuracy"], alone, with_other_prompts, len(splits["validation"])))
         print(f"training images per second {results['train_images_per_second']:.1f}")
         print(f"saved to {folder}")
         if arguments.push_to_hub:
             print(f"published: {trainer.push_to_hub().commit_url}")
         print("test accuracy", "-" if results["test_accuracy"] is None else f"{results['test_accuracy']:.3f}")
     return results
-
-
-def measure_head_alone(trainer: AdapterTrainer, train: Dataset, validation: Dataset) -> HeadAlone:
-    """Measure what a linear head on the frozen model reaches on validation, before anything is trained."""
-    arguments = trainer.args
-    loaders = (
-        DataLoader(
-            rows,
-            batch_size=arguments.per_device_eval_batch_size,
-            collate_fn=trainer.data_collator,
-            num_workers=arguments.dataloader_num_workers,
-        )
-        for rows in (train, validation)
-    )
-    alone = head_alone(trainer.accelerator.unwrap_model(trainer.model), *loaders)
-    if trainer.is_world_process_zero():
-        print(f"without prompts: a linear head on the frozen model has a validation accuracy of {alone.linear:.3f}")
-        if alone.own is not None:
-            config = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
-            own = "zero-shot classification" if config.head == "text" else "the model's own head"
-            print(f"without prompts: {own} has {alone.own:.3f}")
-    return alone
-
-
-def compare_with_head_alone(accuracy: float, alone: HeadAlone, images: int) -> str:
-    """Say what prompts add to a linear head on the frozen model, and whether that is more than chance."""
-    gain = accuracy - alone.linear
-    chance = (accuracy * (1 - accuracy) / images) ** 0.5  # one standard error
-    says = f"{gain:+.3f} compared with a linear head without prompts"
-    if gain > chance:
-        return says
-    return f"{says}: prompts add nothing here (differences up to {chance:.3f} are chance)"
 
 
 def main(command_line: list[str] | None = None) -> dict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from pgn_peft.nn.modes import evaluating
 from pgn_peft.tuner.adapters import find_layer, image_function, own_logits, prompt_layer
 from pgn_peft.tuner.embeddings import has_class_token
 from pgn_peft.tuner.head import find_head
+from pgn_peft.tuner.layer import PGNLayer
 from pgn_peft.utils.values import filled
 
 
@@ -34,16 +37,50 @@ def mixing_coefficients(
         ValueError: no adapter has this name, or its prompts are static.
     """
     layer = find_layer(model, adapter_name)
+    generator = _generator(layer, adapter_name)
+    device = next(generator.parameters()).device
+    with evaluating(generator):
+        parts = [generator(part.to(device)).float().cpu() for part in pixel_values.split(batch_size)]
+    return torch.cat(parts)
+
+
+def _generator(layer: PGNLayer, adapter_name: str) -> nn.Module:
     generator = layer.generator(adapter_name)
     if generator is None:
         raise ValueError(
             f"`adapter_name` must be an adapter with a generator, but got {adapter_name!r}, whose prompts are static. "
             "There is nothing mixed in it."
         )
-    device = next(generator.parameters()).device
-    with evaluating(generator):
-        parts = [generator(part.to(device)).float().cpu() for part in pixel_values.split(batch_size)]
-    return torch.cat(parts)
+    return generator
+
+
+@contextmanager
+def prompts_of_other_images(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
+    """Give each image the prompts that the generator has made for the image before it.
+
+    What this costs in accuracy is what prompts for each image are worth. Evaluate in random order: in a data set that
+    is sorted by class, the image before is one of the same class. (The first of all gets those of its batch's last.)
+
+    Args:
+        model: a model with the adapter.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: no adapter has this name, or its prompts are static.
+    """
+    generator = _generator(find_layer(model, adapter_name), adapter_name)
+    last: list[Tensor] = []
+
+    def shift(_: nn.Module, inputs: Any, coefficients: Tensor) -> Tensor:
+        before = last.pop() if last else coefficients[-1:]
+        last.append(coefficients[-1:])
+        return torch.cat([before, coefficients[:-1]])
+
+    hook = generator.register_forward_hook(shift)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from comparisons import compare
 from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
-from train_image_classifier import compare_with_head_alone
 
 from pgn_peft.training import HeadAlone, head_alone
 
@@ -52,6 +52,12 @@ def test_no_images_and_no_head_are_refused():
 
 
 def test_a_gain_within_chance_is_said_to_be_nothing():
-    assert "prompts add nothing here" in compare_with_head_alone(0.81, HeadAlone(0.80), 400)
-    assert compare_with_head_alone(0.90, HeadAlone(0.80), 400) == "+0.100 compared with a linear head without prompts"
-    assert "-0.100" in compare_with_head_alone(0.70, HeadAlone(0.80), 400)
+    assert "prompts add nothing here" in compare(0.81, HeadAlone(0.80), None, 400)
+    assert compare(0.90, HeadAlone(0.80), None, 400) == "+0.100 compared with a linear head without prompts"
+    assert "-0.100" in compare(0.70, HeadAlone(0.80), None, 400)
+
+
+def test_the_script_says_whether_prompts_need_to_depend_on_the_image():
+    needed = compare(0.90, HeadAlone(0.80), 0.85, 400).splitlines()
+    assert needed[1] == "+0.050 compared with the prompts of other images"
+    assert "--generator static is smaller" in compare(0.90, HeadAlone(0.80), 0.895, 400)

@@ -11,6 +11,7 @@ from pgn_peft.inspection import (
     library_tokens,
     mixing_coefficients,
     own_answer,
+    prompts_of_other_images,
     usage_by_class,
 )
 from pgn_peft.tuner.adapters import find_layer
@@ -168,3 +169,21 @@ def test_a_model_without_classes_of_its_own_has_no_answer(pixel_values):
         own_answer(get_peft_model(two_towers(), tiny_config()), pixel_values)
     with pytest.raises(TypeError, match="must carry a PGN adapter"):
         own_answer(tiny_vit(), pixel_values)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"prompt_depth": None}, {"prompt_space": "pixel", **SCALE}])
+def test_each_image_gets_the_prompts_of_the_one_before_it(overrides, pixel_values):
+    model = adapted(**({"num_virtual_tokens": None if overrides.get("prompt_space") else 3} | overrides)).eval()
+    own = answer(model, pixel_values)
+    with prompts_of_other_images(model):
+        found = torch.cat([answer(model, pixel_values[:3]), answer(model, pixel_values[3:])])  # batches do not matter
+        generator, before = find_layer(model).generator("default"), pixel_values[[2, 0, 1]]
+    assert torch.equal(answer(model, pixel_values), own)
+    # The same by hand: the generator is shown other images than the backbone.
+    hook = generator.register_forward_pre_hook(lambda module, inputs: (before,))
+    torch.testing.assert_close(found[:3], answer(model, pixel_values[:3]))
+    before = pixel_values[2:3]
+    torch.testing.assert_close(found[3:], answer(model, pixel_values[3:]))
+    hook.remove()
+    with pytest.raises(ValueError, match="prompts are static"), prompts_of_other_images(adapted(generator="static")):
+        pass

@@ -1,5 +1,6 @@
 """The Space, without a browser: what it does with uploads, with several visitors, and while it trains."""
 
+import dataclasses
 import re
 import struct
 import threading
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import actions
 import adapter_training
 import gradio as gr
+import limits
 import pytest
 import sessions
 import torch
@@ -23,6 +25,8 @@ from demo_models import PIXELS, TOKENS, DemoModels
 from PIL import Image
 
 from pgn_peft import load_classifier
+from pgn_peft.tuner.head import find_head
+from pgn_peft.utils.labels import number_labels
 
 SPACE = ROOT / "examples" / "space"
 ALICE, BOB = SimpleNamespace(session_hash="alice"), SimpleNamespace(session_hash="bob")
@@ -60,7 +64,7 @@ def colours(prefix="", number=4):
 def test_a_zip_of_images_has_the_classes_of_its_folders(files, classes, tmp_path):
     images = uploads.read_zip(zip_of(tmp_path / "images.zip", files), tmp_path / "read")
     assert sorted({name for _, name in images}) == classes
-    assert len(images) == sum(name.endswith("0.png") or name[-5].isdigit() for name in files if "MACOSX" not in name)
+    assert len(images) == sum(name[-5].isdigit() for name in files)
     for file, name in images:
         assert file.parent == tmp_path / "read"
         assert Image.open(file).getpixel((0, 0)) == {"red": (255, 0, 0), "blue": (0, 0, 255)}[name]
@@ -91,11 +95,39 @@ def encrypted(path):
     path.write_bytes(bytes(content))
 
 
+def lzma_zip(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        for name, content in colours().items():
+            archive.writestr(name, content)
+
+
+def damaged(path):
+    """Write a zip with a file whose packed content is damaged."""
+    zip_of(path, {**colours(), "red/x.png": bytes(10_000)})
+    content = bytearray(path.read_bytes())
+    start = content.rindex(b"red/x.png", 0, content.index(b"PK\x01\x02")) + len("red/x.png")
+    content[start : start + 4] = b"\xff" * 4
+    path.write_bytes(bytes(content))
+
+
 BAD_ZIPS = {
     "text": (lambda path: path.write_text("no zip"), "must be a whole zip"),
     "empty": (lambda path: path.write_bytes(b""), "must be a whole zip"),
     "truncated": (truncated, "must be a whole zip"),
     "encrypted": (encrypted, "without a password"),
+    "climbing, backslashes": (lambda path: zip_of(path, {**colours(), "..\\red\\x.png": png()}), "lies outside of it"),
+    "drive": (lambda path: zip_of(path, {**colours(), "C:/red/x.png": png()}), "lies outside of it"),
+    "another packing": (lzma_zip, "must be packed as usual"),
+    "damaged packing": (damaged, "must be a whole zip"),
+    "loose beside splits": (
+        lambda path: zip_of(path, {**colours("train/"), "test/0.png": png()}),
+        "'test/0.png' and 0 more outside of any",
+    ),
+    "many pixels": (lambda path: zip_of(path, {**colours(), "red/x.png": png(side=7100)}), "too many pixels"),
+    "another program's": (
+        lambda path: zip_of(path, {**colours(), "red/x.png": b"%!PS-Adobe-3.0 EPSF-3.0\n"}),
+        "kinds PNG",
+    ),
     "climbing": (lambda path: zip_of(path, {**colours(), "../../red/x.png": png()}), "lies outside of it"),
     "absolute": (lambda path: zip_of(path, {**colours(), "/etc/red/x.png": png()}), "lies outside of it"),
     "many files": (lambda path: zip_of(path, {f"a/{n}.txt": "" for n in range(10_000)}), "at most 4,000 files"),
@@ -106,7 +138,10 @@ BAD_ZIPS = {
     "one class": (lambda path: zip_of(path, {"a/1.png": png(), "a/2.png": png()}), "two classes at least"),
     "no classes": (lambda path: zip_of(path, {"1.png": png(), "2.png": png()}), "must lie in subfolders"),
     "one image": (lambda path: zip_of(path, {**colours(), "green/0.png": png("green")}), "but got 1 of 'green'"),
-    "text as image": (lambda path: zip_of(path, {**colours(), "red/x.png": b"text"}), "'red/x.png'.*no image"),
+    "text as image": (
+        lambda path: zip_of(path, {**colours(), "red/x.png": b"text"}),
+        "'red/x.png': it cannot be read",
+    ),
     "damaged image": (lambda path: zip_of(path, {**colours(), "red/x.png": png()[:60]}), "'red/x.png'"),
     "many classes": (
         lambda path: zip_of(path, {f"{n}/{i}.png": png(side=1) for n in range(201) for i in (0, 1)}),
@@ -128,11 +163,38 @@ def test_an_adapter_is_taken_out_of_a_zip_by_the_names_of_its_files(tmp_path):
     files = dict.fromkeys(uploads.ADAPTER_FILES, b"content") | {"training_args.bin": b"a pickle"}
     folder = uploads.read_adapter(zip_of(tmp_path / "a.zip", files), tmp_path / "read")
     assert sorted(path.name for path in folder.iterdir()) == sorted(uploads.ADAPTER_FILES)
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors.*but got 1 other files"):
+    nested = {f"a/{name}": b"own" for name in files} | {f"a/checkpoint-1/{name}": b"other" for name in files}
+    folder = uploads.read_adapter(zip_of(tmp_path / "nested.zip", nested), tmp_path / "nested")
+    assert {path.read_bytes() for path in folder.iterdir()} == {b"own"}
+    with pytest.raises(ValueError, match="with adapter_config.json, but got 1 files without"):
         uploads.read_adapter(zip_of(tmp_path / "b.zip", {"x.txt": b""}), tmp_path / "other")
     with pytest.raises(ValueError, match="lies outside"):
         uploads.read_adapter(zip_of(tmp_path / "c.zip", {f"../{name}": b"" for name in files}), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_large_images_are_made_smaller_and_names_are_compared_as_people_do(tmp_path):
+    large = {"cafe\u0301/0.png": png(side=2000), "caf\u00e9/1.png": png(), "red/0.png": png(), "red/1.png": png()}
+    images = uploads.read_zip(zip_of(tmp_path / "images.zip", large), tmp_path / "read")
+    assert {name for _, name in images} == {"caf\u00e9", "red"}
+    assert Image.open(images[0][0]).size == (1024, 1024)
+
+
+def test_what_an_adapter_asks_for_is_limited(tmp_path):
+    config, processor = tmp_path / "adapter_config.json", tmp_path / "preprocessor_config.json"
+    config.write_text('{"base_model_name_or_path": "owner/model", "num_virtual_tokens": 16}', encoding="utf-8")
+    processor.write_text('{"size": {"height": 224, "width": 224}}', encoding="utf-8")
+    assert limits.check_adapter(tmp_path) == "owner/model"
+    processor.write_text('{"size": {"height": 4096, "width": 4096}}', encoding="utf-8")
+    with pytest.raises(ValueError, match="at most 1024 pixels here, but got 4096"):
+        limits.check_adapter(tmp_path)
+    config.write_text('{"base_model_name_or_path": "owner/model", "num_virtual_tokens": 65536}', encoding="utf-8")
+    with pytest.raises(ValueError, match="at most 1024 here, but got 65536"):
+        limits.check_adapter(tmp_path)
+    for text in ("[]", "{}", "[" * 10_000):
+        config.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="must"):
+            limits.check_adapter(tmp_path)
 
 
 def test_a_folder_of_images_is_read_as_a_zip_is(tmp_path):
@@ -159,17 +221,34 @@ def test_each_visitor_has_a_session_and_a_closed_one_leaves_nothing(monkeypatch)
     assert not alice.folder.exists()
     assert bob.folder.exists()
     bob.used -= 3600 * sessions.HOURS + 1  # nobody has used it for an hour
-    everyone.get("carol")
+    bob.training = True
+    everyone.close_expired()
+    assert bob.folder.exists()
+    bob.training = False
+    everyone.close_expired()
     assert not bob.folder.exists()
-    everyone.close("carol")
+    assert len(everyone) == 0
 
 
-def test_of_many_adapters_the_oldest_is_dropped():
+def test_of_too_many_sessions_the_one_that_was_not_used_longest_is_closed(monkeypatch):
+    monkeypatch.setattr(sessions, "MOST_SESSIONS", 2)
+    everyone = sessions.Sessions()
+    first, second = everyone.get("first"), everyone.get("second")
+    everyone.get("first")
+    third = everyone.get("third")
+    assert (first.closed, second.closed, third.closed) == (False, True, False)
+    for name in ("first", "third"):
+        everyone.close(name)
+
+
+def test_of_many_adapters_the_oldest_is_dropped_but_none_of_the_visitors_own():
     session = sessions.Session()
-    for index in range(sessions.MOST_ADAPTERS + 1):
+    session.own[TRAINED] = object()
+    for index in range(sessions.MOST_LOADED + 1):
         session.keep(str(index), object())
     assert session.find("0") is None
-    assert session.find(str(sessions.MOST_ADAPTERS)) is not None
+    assert session.find(str(sessions.MOST_LOADED)) is not None
+    assert session.find(TRAINED) is not None
     session.close()
 
 
@@ -209,7 +288,7 @@ def test_training_reports_each_step_and_ends_with_a_classifier(kind, task, tmp_p
     steps = [report.text for report in reports if report.text.startswith("step")]
     assert steps == [f"step {step} of 10" for step in range(1, 11)]
     assert len(reports[-1].curve) == 2
-    assert reports[-1].facts.metrics == {"accuracy": reports[-1].curve[-1]}
+    assert reports[-1].facts.metrics == {"accuracy": reports[-1].curve[-1][1]}
     config = reports[-1].classifier.model.peft_config["default"]
     assert (config.prompt_space, config.prompt_depth) == {
         KINDS[0]: ("latent", 1),
@@ -233,8 +312,8 @@ def test_training_stops_after_the_step_and_is_evaluated(task, tmp_path):
 @pytest.mark.slow
 def test_training_stops_when_its_time_is_over_or_nobody_watches(task, tmp_path, monkeypatch):
     monkeypatch.setattr(adapter_training, "SECONDS", 0)
-    *_, report = train(task, tmp_path, threading.Event())
-    assert len(report.curve) == 1
+    with pytest.raises(ValueError, match="within 0 seconds"):
+        list(train(task, tmp_path, threading.Event()))
     monkeypatch.undo()
     stop = threading.Event()
     running = train(task, tmp_path, stop)
@@ -242,7 +321,24 @@ def test_training_stops_when_its_time_is_over_or_nobody_watches(task, tmp_path, 
         pass
     running.close()
     assert stop.is_set()
+    for thread in threading.enumerate():
+        if thread.name == adapter_training.THREAD:
+            thread.join(timeout=30)  # it ends by itself
     assert adapter_training.THREAD not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.slow
+def test_stopping_before_the_first_step_is_said(task, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(ValueError, match="before the first step"):
+        list(train(task, tmp_path, stop))
+
+
+def test_a_difference_that_few_images_cannot_show_is_said_to_be_none():
+    assert "too few images" in adapter_training.summarize(1.0, 0.99, 8)
+    assert "too few images" in adapter_training.summarize(0.5, 0.6, 8)
+    assert "too few" not in adapter_training.summarize(0.9, 0.5, 100)
 
 
 @pytest.mark.slow
@@ -285,7 +381,7 @@ def test_the_input_alone_is_sent_and_the_answer_read(app, demo):
         Image.open(digit).convert("RGB")
     )
     assert read == pytest.approx({entry["label"]: entry["score"] for entry in inside}, abs=1e-3)
-    assert raw[0]["label"] == next(iter(read))
+    assert raw[0]["label"] == max(read, key=read.get)
     with pytest.raises(ValueError, match="whose prompts are tokens"):
         app.send(digit, TOKENS, "", ALICE)
 
@@ -293,24 +389,34 @@ def test_the_input_alone_is_sent_and_the_answer_read(app, demo):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "message"),
-    [(None, "uploaded first"), (["text"], "no image that Pillow"), (["x"] * 51, "at most 50")],
+    [(None, "uploaded first"), (["text"], "it cannot be read"), (["x"] * 51, "at most 50")],
     ids=["none", "text", "many"],
 )
 def test_bad_images_are_refused_on_the_page(files, message, app, tmp_path):
     path = tmp_path / "image.png"
     path.write_text("text", encoding="utf-8")
     with pytest.raises(gr.Error, match=message):
-        actions.said(app.classify)(files and [str(path)] * len(files), TOKENS, ALICE)
+        actions.with_messages(app.classify)(files and [str(path)] * len(files), TOKENS, ALICE)
 
 
 @pytest.mark.slow
-def test_on_a_space_visitors_name_ids_only(app, monkeypatch, tmp_path):
+def test_on_a_space_visitors_name_ids_only(app, demo, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(actions, "ON_A_SPACE", True)
     for name in (str(tmp_path), "../x", "~/x", "name", "examples/space"):
         with pytest.raises(ValueError, match="must be the id of one on the Hub"):
             app.classify([app.sample_digit(ALICE)], name, ALICE)
         with pytest.raises(ValueError, match="must be the id of one on the Hub"):
             list(app.train(SOURCES[0], None, "", name, KINDS[0], 1, ALICE))
+    # Not even by the adapter in a zip.
+    foreign = demo.adapter(TOKENS)
+    copy = {name: foreign.joinpath(name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")}
+    copy["adapter_config.json"] = copy["adapter_config.json"].replace(str(demo.base).encode(), str(tmp_path).encode())
+    with pytest.raises(ValueError, match=f"must be the id of one on the Hub, but got {str(tmp_path)!r}"):
+        app.upload_adapter(str(zip_of(tmp_path / "a.zip", copy)), ALICE)
+    actions.session_of(ALICE).own[TRAINED] = object()
+    with pytest.raises(ValueError, match="`token` must be given"):
+        app.push("alice/digits", " ", ALICE)
     with pytest.raises(ValueError, match="Upload a zip"):
         list(app.train("a folder on this machine", None, str(tmp_path), DEMO_BASE, KINDS[0], 1, ALICE))
 
@@ -323,7 +429,59 @@ def test_an_empty_folder_or_model_is_refused_before_training(app):
         (SOURCES[0], None, "", " "),
     ):
         with pytest.raises(gr.Error, match=r"must be .*but got"):
-            list(actions.said_of_steps(app.train)(*values, KINDS[0], 1, ALICE))
+            list(actions.steps_with_messages(app.train)(*values, KINDS[0], 1, ALICE))
+
+
+@pytest.mark.slow
+def test_a_session_that_is_closed_during_a_training_leaves_nothing(app):
+    running = app.train(SOURCES[0], None, "", DEMO_BASE, KINDS[0], 1, ALICE)
+    session = actions.session_of(ALICE)
+    for text, *_ in running:
+        if text.startswith("step 3"):
+            actions.sessions.close("alice")
+    assert session.closed
+    assert not session.training
+    assert not session.folder.exists()
+    assert app.stop(ALICE) == "nothing is being trained"
+
+
+@pytest.mark.slow
+def test_one_visitor_trains_one_adapter_at_a_time(app):
+    running = app.train(SOURCES[0], None, "", DEMO_BASE, KINDS[0], 1, ALICE)
+    next(running)
+    with pytest.raises(ValueError, match="still runs"):
+        next(app.train(SOURCES[0], None, "", DEMO_BASE, KINDS[0], 1, ALICE))
+    running.close()
+    assert not actions.session_of(ALICE).training
+
+
+@pytest.mark.slow
+def test_a_head_that_the_servers_scores_do_not_determine_is_refused_before_sending(app, tmp_path):
+    archive = str(zip_of(tmp_path / "images.zip", colours()))
+    list(app.train(SOURCES[1], archive, "", DEMO_BASE, KINDS[2], 1, ALICE))
+    with pytest.raises(ValueError, match="but got too few of them, 10"):
+        app.send(app.sample_digit(ALICE), TRAINED, "", ALICE)
+
+
+def test_of_classes_with_the_same_name_the_best_is_shown():
+    answer = [{"label": "crane", "score": 0.6}, {"label": "heron", "score": 0.2}, {"label": "crane", "score": 0.1}]
+    assert actions.for_label(answer) == {"crane": 0.6, "heron": 0.2}
+
+
+@pytest.mark.slow
+def test_a_model_without_classes_has_no_answer_of_its_own(app, tmp_path):
+    classifier = load_classifier(app.demo.adapter(TOKENS), base_model_name_or_path=app.demo.base)
+    head = find_head(classifier.model)
+    head.base_labels = dataclasses.replace(head.base_labels, id2label=number_labels(10))  # as a new head's
+    assert actions.own_answers(classifier, [Image.new("RGB", (16, 16))]) == [[]]
+
+
+def test_unexpected_errors_are_shown_by_their_kind_only():
+    def fail():
+        raise RuntimeError("/a/path/of/the/server")
+
+    with pytest.raises(gr.Error, match=r"failed unexpectedly \(RuntimeError\)"):
+        actions.with_messages(fail)()
 
 
 def test_the_page_has_four_tabs_and_the_folder_the_metadata_of_a_space(demo):

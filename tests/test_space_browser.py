@@ -209,7 +209,7 @@ def test_bad_uploads_get_a_message_and_the_page_goes_on(visit, server, tmp_path)
     page.locator("input[type=file][multiple]").first.set_input_files(text)
     page.locator(".thumbnail-item").or_(page.get_by_text("image.png")).first.wait_for()
     press(page, "Classify")
-    page.get_by_text("it is no image that Pillow can open").wait_for()
+    page.get_by_text("it cannot be read").wait_for()
     picture(page, "message-light-1280")
 
     broken = tmp_path / "broken.zip"

@@ -3,49 +3,83 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import httpx
+import limits
 import torch
 from adapter_training import KINDS, Task, train
 from demo_models import PIXELS, TOKENS, DemoModels
 from digits import NAMES
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import OfflineModeIsEnabled
+from limits import ON_A_SPACE, TOKEN
 from matplotlib.figure import Figure
 from PIL import Image
 from sessions import Session, Sessions
-from uploads import read_adapter, read_folder, read_zip
+from uploads import read_adapter, read_folder, read_image, read_zip
 
 from pgn_peft import Classifier, load_classifier, make_prompter
 from pgn_peft.inspection import attention_to_prompts, mixing_coefficients, own_answer
-from pgn_peft.nn.image_files import open_image
 from pgn_peft.plotting import OURS, THEIRS, plot_attention, plot_coefficients
 from pgn_peft.tuner.adapters import active_adapter
+from pgn_peft.tuner.head import find_head
+from pgn_peft.utils.labels import number_labels
+from pgn_peft.utils.markdown import cell, list_names
+from pgn_peft.utils.sources import is_repo_id
 
-ON_A_SPACE = "SPACE_ID" in os.environ
 TRAINED, UPLOADED = "trained here", "uploaded"
 DEMO_BASE = "the demo's tiny ViT"
 SOURCES = ["digits, turned and inverted", "a zip of images", *([] if ON_A_SPACE else ["a folder on this machine"])]
 MOST_IMAGES = 50
 SHOWN_SIDE = 256  # of small images, in pixels
 
+logger = logging.getLogger(__name__)
 sessions = Sessions()
 
 
-def said(function: Callable) -> Callable:
-    """Show errors that say what to do as messages on the page."""
+@contextmanager
+def messages() -> Iterator[None]:
+    """Show errors on the page: those that say what to do as they are, others by their kind."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except (ValueError, OSError, TypeError) as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from error
+    except Exception as error:
+        logger.exception("unexpected")
+        raise gr.Error(f"This failed unexpectedly ({type(error).__name__}). Try another file or model.") from error
+
+
+def with_messages(function: Callable) -> Callable:
+    """Show a function's errors on the page."""
 
     @wraps(function)
     def call(*values: Any) -> Any:
-        try:
+        with messages():
             return function(*values)
-        except (ValueError, OSError, TypeError, KeyError) as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+
+    return call
+
+
+def steps_with_messages(function: Callable) -> Callable:
+    """Show the errors of a function that yields on the page."""
+
+    @wraps(function)
+    def call(*values: Any) -> Iterator[Any]:
+        with messages():
+            yield from function(*values)
 
     return call
 
@@ -53,19 +87,6 @@ def said(function: Callable) -> Callable:
 def session_of(request: gr.Request) -> Session:
     """Return the visitor's session."""
     return sessions.get(request.session_hash or "")
-
-
-def said_of_steps(function: Callable) -> Callable:
-    """Do as `said`, for a function that yields."""
-
-    @wraps(function)
-    def call(*values: Any) -> Iterator[Any]:
-        try:
-            yield from function(*values)
-        except (ValueError, OSError, TypeError, KeyError) as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
-
-    return call
 
 
 class App:
@@ -94,22 +115,31 @@ class App:
         elif name in (TRAINED, UPLOADED):
             raise ValueError(f"`adapter` must be one that is still there, but got {name!r}. Train or upload it again.")
         else:
-            if ON_A_SPACE and not is_id(name):
-                raise ValueError(f"`adapter` must be the id of one on the Hub, but got {name!r}. Write owner/name.")
-            found = load_classifier(name)
+            found = self.load_checked(limits.fetch_adapter(name)) if ON_A_SPACE else load_classifier(name)
         session.keep(name, found)
         return found
+
+    def load_checked(self, folder: Path) -> Classifier:
+        """Load an adapter that may be anybody's from a folder."""
+        base = limits.check_adapter(folder)
+        if DemoModels.is_base(base):
+            self.demo.make()
+            return load_classifier(folder, base_model_name_or_path=self.demo.base)
+        if ON_A_SPACE:
+            limits.check_model(base)
+        elif not (is_repo_id(base) or Path(base).is_dir()):
+            raise ValueError(
+                f"`base_model_name_or_path` must be the id of a model on the Hub, but got {base!r}, a folder of "
+                "another machine. Train the adapter on a model from the Hub."
+            )
+        return load_classifier(folder, token=TOKEN)
 
     def upload_adapter(self, file: str, request: gr.Request) -> Any:
         """Load the adapter in a zip."""
         session = session_of(request)
-        folder = read_adapter(Path(file), session.new_folder())
-        base = None
-        if DemoModels.is_base(folder):
-            self.demo.make()
-            base = self.demo.base
-        session.keep(UPLOADED, load_classifier(folder, base_model_name_or_path=base))
-        return gr.Dropdown(choices=[TOKENS, PIXELS, UPLOADED], value=UPLOADED)
+        with session.temporary_folder() as folder:
+            session.own[UPLOADED] = self.load_checked(read_adapter(Path(file), Path(folder, "adapter")))
+        return choices(session, UPLOADED)
 
     def describe(self, name: str, request: gr.Request) -> str:
         """Say what an adapter is."""
@@ -117,7 +147,7 @@ class App:
         _, config = active_adapter(model)
         labels = list((config.id2label or {}).values())
         where = "part of the image" if config.prompt_space == "pixel" else "tokens"
-        listed = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
+        listed = list_names(dict(enumerate(labels)))
         count = (
             "a static prompt"
             if config.generator == "static"
@@ -204,7 +234,7 @@ class App:
     # Tab "train".
 
     def read_images(
-        self, source: str, file: str | None, folder: str, session: Session
+        self, source: str, file: str | None, folder: str, unpacked: Path
     ) -> tuple[list, list[str], list[str]]:
         """Return images, their classes and the names of all classes."""
         if source == SOURCES[0]:
@@ -215,11 +245,13 @@ class App:
                 raise ValueError(
                     "`zip` must be uploaded first, but got nothing. Upload images, a folder for each class."
                 )
-            found = read_zip(Path(file), session.new_folder())
+            found = read_zip(Path(file), unpacked)
         elif ON_A_SPACE:
             raise ValueError(f"`source` must be one of {', '.join(SOURCES)}, but got {source!r}. Upload a zip.")
+        elif not folder.strip():
+            raise ValueError("`folder` must be named, but got nothing. Name one with a subfolder for each class.")
         else:
-            found = read_folder(Path(folder).expanduser())
+            found = read_folder(Path(os.path.expanduser(folder)))
         images, labels = zip(*found, strict=True)
         return list(images), list(labels), sorted(set(labels))
 
@@ -228,46 +260,70 @@ class App:
     ) -> Iterator[tuple[Any, ...]]:
         """Train, and yield how it stands: text, curve, the adapter's zip, and the list of adapters."""
         session = session_of(request)
-        session.stop.clear()
-        yield "reading the images", draw_curve([], None), gr.DownloadButton(interactive=False), gr.skip()
-        images, labels, names = self.read_images(source, file, folder, session)
-        base = base.strip()
+        if session.training:
+            raise ValueError("`Train` must be pressed once, but a training of yours still runs. Stop it, or wait.")
+        session.training, session.stop = True, threading.Event()
+        try:
+            with session.temporary_folder() as folder_of_run:
+                yield from self._train(session, Path(folder_of_run), source, file, folder, base.strip(), kind, epochs)
+        finally:
+            session.training = False
+            if session.closed:
+                session.close()  # what was written meanwhile
+
+    def _train(
+        self,
+        session: Session,
+        run: Path,
+        source: str,
+        file: str | None,
+        folder: str,
+        base: str,
+        kind: str,
+        epochs: float | None,
+    ) -> Iterator[tuple[Any, ...]]:
+        yield "reading the images", draw_curve((), None), gr.DownloadButton(interactive=False), gr.skip()
+        images, labels, names = self.read_images(source, file, folder, run / "images")
         if base == DEMO_BASE:
             self.demo.make()
             base = str(self.demo.base)
-        elif ON_A_SPACE and not is_id(base):
-            raise ValueError(f"`model` must be the id of one on the Hub, but got {base!r}. Write owner/name.")
-        task = Task(images, [names.index(label) for label in labels], names, base, kind, int(epochs), name=source)
+        elif ON_A_SPACE:
+            limits.check_model(base)
+        task = Task(images, [names.index(label) for label in labels], names, base, kind, int(epochs or 0), name=source)
         report, drawn = None, -1
-        for report in train(task, session.new_folder(), session.stop):
+        for report in train(task, run / "trainer", session.stop, {"token": TOKEN}):
+            session.used = time.monotonic()
             curve = gr.skip()
             if report.alone is not None and len(report.curve) > drawn:
                 curve, drawn = draw_curve(report.curve, report.alone), len(report.curve)
             yield report.text, curve, gr.skip(), gr.skip()
-        target = session.folder / "adapter"
-        report.classifier.save_pretrained(target, report.facts)
-        session.facts = report.facts
-        session.keep(TRAINED, Classifier(report.classifier.model.eval(), report.classifier.image_processor))
-        archive = shutil.make_archive(str(session.folder / "pgn-adapter"), "zip", target)
-        yield (
-            report.text,
-            gr.skip(),
-            gr.DownloadButton(value=archive, interactive=True),
-            gr.Dropdown(choices=[TOKENS, PIXELS, TRAINED], value=TRAINED),
-        )
+        if session.closed or report is None or report.classifier is None:
+            return
+        session.facts, session.own[TRAINED] = report.facts, report.classifier
+        report.classifier.save_pretrained(run / "adapter", report.facts)
+        archive = shutil.make_archive(str(session.folder / "pgn-adapter"), "zip", run / "adapter")
+        yield report.text, gr.skip(), gr.DownloadButton(value=archive, interactive=True), choices(session, TRAINED)
 
     def stop(self, request: gr.Request) -> str:
         """Stop training after this step."""
-        session_of(request).stop.set()
+        session = session_of(request)
+        if not session.training:
+            return "nothing is being trained"
+        session.stop.set()
         return "stopping after this step"
 
     def push(self, repo_id: str, token: str, request: gr.Request) -> str:
         """Publish the adapter that was trained here."""
         session = session_of(request)
-        classifier = session.find(TRAINED)
+        classifier = session.own.get(TRAINED)
         if classifier is None:
             raise ValueError("`adapter` must be trained first, but got none. Train one above.")
-        commit = classifier.push_to_hub(repo_id.strip(), session.facts, token=token.strip() or None)
+        if ON_A_SPACE and not token.strip():
+            raise ValueError("`token` must be given, but got nothing. Make one with write access in your settings.")
+        with session.temporary_folder() as folder:
+            commit = classifier.push_to_hub(
+                repo_id.strip(), session.facts, token=token.strip() or None, save_directory=Path(folder, "adapter")
+            )
         return f"published: {commit.commit_url}"
 
     # Tab "input only".
@@ -285,18 +341,24 @@ class App:
             )
         with session.lock:
             prompter = make_prompter(classifier.model, classifier.image_processor)
+            if prompter.head is not None and prompter.score_head is None:
+                raise ValueError(
+                    "`adapter` must have a head that can be computed from the server's scores, but got too few of "
+                    f"them, {len(prompter.server_labels or {})}. Train on classes that the model has, or take a model "
+                    "with as many classes as features."
+                )
             plain, prompted = prompter.unprompted(image), prompter(image)
             answers = [ask(url, classifier, shown, prompter.server_labels) for shown in (plain, prompted)]
-        own = prompter.read_answer(answers[1])
+        read = prompter.read_answer(answers[1])
         size = len(as_png(prompted))
         pixels = f"{prompted.width} x {prompted.height} pixels"
         text = f"Sent: a PNG of {pixels}, {size:,} bytes. The server's model is unchanged."
-        return text, enlarged(plain), for_label(answers[0]), enlarged(prompted), answers[1][:5], for_label(own)
+        return text, enlarged(plain), for_label(answers[0]), enlarged(prompted), answers[1][:5], for_label(read)
 
 
-def is_id(name: str) -> bool:
-    """Whether a name is the id of a repository, and no folder on this machine."""
-    return name.count("/") == 1 and name[0] not in "/.~" and not Path(name).exists()
+def choices(session: Session, chosen: str) -> gr.Dropdown:
+    """Return the list of adapters with one of them chosen."""
+    return gr.Dropdown(choices=[TOKENS, PIXELS, *session.own], value=chosen)
 
 
 def open_all(files: list | None) -> list[Image.Image]:
@@ -306,21 +368,22 @@ def open_all(files: list | None) -> list[Image.Image]:
     if len(files) > MOST_IMAGES:
         raise ValueError(f"`images` must be at most {MOST_IMAGES}, but got {len(files)}. Choose fewer.")
     paths = [Path(file if isinstance(file, str) else file[0]) for file in files]
-    return [open_image(path, name=path.name) for path in paths]
+    return [read_image(path, path.name) for path in paths]
 
 
 def to_pixel_values(classifier: Classifier, images: list[Image.Image]) -> torch.Tensor:
-    """Run the image processor: (B, C, H, W)."""
+    """Run the image processor: (B, C, H, W), on the model's device."""
     pixel_values: torch.Tensor = classifier.image_processor(images=images, return_tensors="pt")["pixel_values"]
-    return pixel_values
+    return pixel_values.to(next(classifier.model.parameters()).device)
 
 
 def own_answers(classifier: Classifier, images: list[Image.Image]) -> list[list[dict[str, Any]]]:
     """Return the frozen model's own answers, as its server would give them; empty ones if it has no classes."""
-    try:
-        scores, names = own_answer(classifier.model, to_pixel_values(classifier, images))
-    except ValueError:
+    head = find_head(classifier.model)
+    names = {} if head is None else head.base_labels.id2label
+    if not names or names == number_labels(len(names)):  # a new head, of random numbers
         return [[] for _ in images]
+    scores, _ = own_answer(classifier.model, to_pixel_values(classifier, images))
     return [
         [{"label": names[index], "score": row[index].item()} for index in row.argsort(descending=True).tolist()]
         for row in scores
@@ -331,7 +394,14 @@ def ask(url: str, classifier: Classifier, image: Image.Image, labels: dict[int, 
     """Ask a server, or the frozen model itself, for the scores of all its classes."""
     if ON_A_SPACE or not url.strip():
         return own_answers(classifier, [image])[0]
-    answer = InferenceClient(model=url.strip()).image_classification(as_png(image), top_k=len(labels or {}) or None)
+    try:
+        client = InferenceClient(model=url.strip())
+        answer = client.image_classification(as_png(image), top_k=len(labels or {}) or None)
+    except (httpx.HTTPError, OfflineModeIsEnabled) as error:
+        raise ValueError(
+            f"`server` must be one that answers images with scores, but got {url!r}: {error}. Look at its address; "
+            "with HF_HUB_OFFLINE=1 none is called."
+        ) from error
     return [{"label": entry.label, "score": entry.score} for entry in answer]
 
 
@@ -344,12 +414,12 @@ def as_png(image: Image.Image) -> bytes:
 
 def best(answer: list[dict[str, Any]]) -> str:
     """Write the best label and its score."""
-    return f"{answer[0]['label']} ({answer[0]['score']:.2f})" if answer else "- (it has no classes)"
+    return f"{cell(answer[0]['label'])} ({answer[0]['score']:.2f})" if answer else "- (it has no classes)"
 
 
 def for_label(answer: list[dict[str, Any]]) -> dict[str, float] | None:
-    """Return an answer as a label component takes it."""
-    return {entry["label"]: entry["score"] for entry in answer[:5]} or None
+    """Return an answer as a label component takes it; of classes with the same name, the best."""
+    return {entry["label"]: entry["score"] for entry in reversed(answer[:5])} or None
 
 
 def enlarged(image: Image.Image) -> Image.Image:
@@ -374,22 +444,21 @@ def draw(plot: Callable, values: torch.Tensor, title: str) -> Figure:
     return figure
 
 
-def draw_curve(accuracies: list[float], alone: float | None) -> Figure:
+def draw_curve(curve: tuple[tuple[float, float], ...], alone: float | None) -> Figure:
     """Draw accuracy by epoch, and that of a linear head alone as a line across."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
-    epochs = range(1, len(accuracies) + 1)
-    if accuracies:
+    last = 0.0
+    if curve:
+        epochs, accuracies = zip(*curve, strict=True)
+        last = epochs[-1]
         axes.plot(epochs, accuracies, "o-", color=OURS)
-        axes.annotate(" with prompts", (epochs[-1], accuracies[-1]), color=OURS, va="center")
+        axes.annotate("with prompts", curve[-1], (8, -3), textcoords="offset points", color=OURS)
     if alone is not None:
         axes.axhline(alone, color=THEIRS, linestyle="--")
-        axes.annotate("linear head alone ", (0, alone), color=THEIRS, va="bottom")
+        axes.annotate("linear head alone", (0, alone), (4, 3), textcoords="offset points", color=THEIRS)
     axes.set(
-        xlabel="epoch",
-        ylim=(0, 1.05),
-        xlim=(0, 1.25 * max(4, len(accuracies))),
-        title="Accuracy on images that are held out",
+        xlabel="epoch", ylim=(0, 1.05), xlim=(0, 1.25 * max(4, last)), title="Accuracy on images that are held out"
     )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)

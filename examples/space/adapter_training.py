@@ -6,8 +6,8 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,18 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from uploads import read_image
 
 from pgn_peft import AdapterTrainer, CardFacts, Classifier, ImageCollator, PGNConfig
 from pgn_peft.hub import plain_processor
-from pgn_peft.nn.image_files import open_image
+from pgn_peft.hub.image_size import makes_another_size
 from pgn_peft.nn.preprocessing import Preprocessing
 from pgn_peft.training import head_alone, parameter_groups
+from pgn_peft.tuner.adapters import prompt_layer
 
 KINDS = ("tokens", "tokens in every layer", "pixels of the image")
 THREAD = "adapter-training"
+ONE_AT_A_TIME = threading.Lock()
 BATCH = 16
 SECONDS = 600
 MOST_EPOCHS = 30
@@ -53,14 +56,14 @@ class Report:
 
     Args:
         text: in words.
-        curve: accuracy on the images that are held out, by epoch.
+        curve: epochs, and accuracy on the images that are held out.
         alone: that of a linear head on the frozen model.
         classifier: the model as it is; None until the end.
         facts: for its card.
     """
 
     text: str
-    curve: list[float] = field(default_factory=list)
+    curve: tuple[tuple[float, float], ...] = ()
     alone: float | None = None
     classifier: Classifier | None = None
     facts: CardFacts = field(default_factory=CardFacts)
@@ -110,26 +113,36 @@ class Rows(Dataset):
         """Return `pixel_values` (C, H, W) and `labels`."""
         place = self.chosen[index]
         image = self.task.images[place]
-        image = open_image(image) if isinstance(image, Path) else image
+        image = read_image(image, image.name) if isinstance(image, Path) else image
         pixel_values: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixel_values, "labels": self.task.labels[place]}
 
 
 class Watch(TrainerCallback):
-    """Reports each evaluation, and stops training when asked to, or when its time is over."""
+    """Reports each step and evaluation, and stops training when it is asked to, or when its time is over.
 
-    def __init__(self, events: queue.Queue, stop: threading.Event) -> None:
-        self.events, self.stop, self.end = events, stop, time.monotonic() + SECONDS
+    Args:
+        say: takes the reports.
+        stopped: whether to stop.
+    """
+
+    def __init__(self, say: Callable[[Report], None], stopped: Callable[[], bool]) -> None:
+        self.say, self.stopped = say, stopped
+        self.report = Report("")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say which step it is."""
-        self.events.put((f"step {state.global_step} of {state.max_steps}", None))
-        if self.stop.is_set() or time.monotonic() > self.end:
-            control.should_training_stop = True
+        self._say(f"step {state.global_step} of {state.max_steps}")
+        control.should_training_stop = control.should_training_stop or self.stopped()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         """Say how accurate the model is."""
-        self.events.put((f"epoch {state.epoch:.0f} of {args.num_train_epochs:.0f}", metrics["eval_accuracy"]))
+        self.report.curve = (*self.report.curve, (state.epoch, metrics["eval_accuracy"]))
+        self._say(f"epoch {state.epoch:.2g} of {args.num_train_epochs:.0f}")
+
+    def _say(self, text: str) -> None:
+        self.report.text = text
+        self.say(replace(self.report))
 
 
 def divide(labels: list[int]) -> tuple[list[int], list[int]]:
@@ -148,10 +161,10 @@ def divide(labels: list[int]) -> tuple[list[int], list[int]]:
 
 def is_tiny(model: Any) -> bool:
     """Whether a model is as small as the demo's."""
-    return getattr(model.config, "hidden_size", TINY_HIDDEN_SIZE + 1) <= TINY_HIDDEN_SIZE
+    return (getattr(model.config, "hidden_size", None) or TINY_HIDDEN_SIZE + 1) <= TINY_HIDDEN_SIZE
 
 
-def make_config(task: Task, model: Any, preprocessing: Preprocessing) -> PGNConfig:
+def make_config(task: Task, model: Any, processor: Any) -> PGNConfig:
     """Return the configuration of a new adapter."""
     fields: dict[str, Any] = {"id2label": dict(enumerate(task.names))}
     if is_tiny(model):
@@ -160,6 +173,7 @@ def make_config(task: Task, model: Any, preprocessing: Preprocessing) -> PGNConf
         fields["prompt_depth"] = None
     if task.kind == "pixels of the image":
         fields.pop("num_virtual_tokens", None)
+        preprocessing = Preprocessing.from_processor(processor)
         height, width = preprocessing.output_size or (0, 1)
         if height != width:
             raise ValueError(
@@ -180,43 +194,85 @@ def make_config(task: Task, model: Any, preprocessing: Preprocessing) -> PGNConf
     return PGNConfig(**fields)
 
 
-def train(task: Task, folder: Path, stop: threading.Event) -> Iterator[Report]:
-    """Train an adapter in a thread of its own, and report after each step.
+def train(task: Task, folder: Path, stop: threading.Event, options: dict[str, Any] | None = None) -> Iterator[Report]:
+    """Train an adapter in a thread of its own, one at a time, and report after each step.
 
     Args:
         task: what is trained.
         folder: for what `Trainer` writes.
-        stop: ends training after the step; the adapter is kept as it is.
+        stop: ends training after the step; the adapter is kept as it is. It is set when nobody iterates any more.
+        options: for `from_pretrained`.
 
     Yields:
-        Reports; the last one has the classifier. If the iteration is given up, training stops.
+        Reports; the last one has the classifier.
 
     Raises:
-        ValueError, OSError, TypeError: the model cannot be loaded or adapted.
+        ValueError, OSError, TypeError: the model cannot be loaded or adapted, or was stopped before its first step.
     """
-    yield Report("loading the model")
-    processor = plain_processor(AutoImageProcessor.from_pretrained(task.base))
-    preprocessing = Preprocessing.from_processor(processor)
-    base = AutoModelForImageClassification.from_pretrained(task.base)
+    events: queue.Queue = queue.Queue()
+
+    def run() -> None:
+        try:
+            while not ONE_AT_A_TIME.acquire(timeout=1):
+                if stop.is_set():
+                    return
+            try:
+                _train(task, folder, stop, options or {}, events.put)
+            finally:
+                ONE_AT_A_TIME.release()
+        except Exception as error:
+            events.put(error)
+        finally:
+            events.put(None)
+
+    threading.Thread(target=run, name=THREAD, daemon=True).start()
+    try:
+        while (event := events.get()) is not None:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+    finally:
+        stop.set()  # the thread ends by itself: whoever closes the page must not wait for it
+
+
+def _train(
+    task: Task, folder: Path, stop: threading.Event, options: dict[str, Any], say: Callable[[Report], None]
+) -> None:
+    end = time.monotonic() + SECONDS
+
+    def stopped() -> bool:
+        return stop.is_set() or time.monotonic() > end
+
+    def until_stopped(batches: Iterable) -> Iterator:
+        for batch in batches:
+            if stopped():
+                raise ValueError(
+                    f"`stop` must not be pressed before the first step, which must come within {SECONDS} seconds. "
+                    "Use fewer images, or a smaller model."
+                )
+            yield batch
+
+    say(Report("loading the model"))
+    processor = plain_processor(AutoImageProcessor.from_pretrained(task.base, **options))
+    base = AutoModelForImageClassification.from_pretrained(task.base, use_safetensors=True, **options)
     set_seed(0)
-    config = make_config(task, base, preprocessing)
+    config = make_config(task, base, processor)
     model = get_peft_model(base, config)
     rows, held_out = (Rows(task, chosen, processor) for chosen in divide(task.labels))
-    collator = ImageCollator(len(task.names))
-    yield Report(f"measuring a linear head on the frozen model, {len(rows) + len(held_out)} images")
-    loaders = (DataLoader(part, batch_size=BATCH, collate_fn=collator) for part in (rows, held_out))
+    collator = ImageCollator(len(task.names), makes_another_size(prompt_layer(model), processor))
+    say(Report(f"measuring a linear head on the frozen model, {len(rows) + len(held_out)} images"))
+    loaders = (until_stopped(DataLoader(part, batch_size=BATCH, collate_fn=collator)) for part in (rows, held_out))
     alone = head_alone(model, *loaders).linear
 
     rate, library = (3e-3, 30) if config.prompt_space == "pixel" else (1e-3, 10 if config.prompt_depth == 1 else 1)
     if is_tiny(base):
         rate = 3e-3
     groups = parameter_groups(model, rate, library_learning_rate=library * rate, head_learning_rate=3 * rate)
-    events: queue.Queue = queue.Queue()
     arguments = TrainingArguments(
         str(folder),
         num_train_epochs=task.epochs,
         per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=100,
+        per_device_eval_batch_size=BATCH,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         eval_strategy="epoch",
@@ -227,6 +283,8 @@ def train(task: Task, folder: Path, stop: threading.Event) -> Iterator[Report]:
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    watch = Watch(say, stopped)
+    watch.report.alone = alone
     trainer = AdapterTrainer(
         model,
         arguments,
@@ -238,41 +296,23 @@ def train(task: Task, folder: Path, stop: threading.Event) -> Iterator[Report]:
             "accuracy": accuracy_score(outcome.label_ids, outcome.predictions.argmax(axis=-1))
         },
         optimizers=(torch.optim.AdamW(groups), None),
-        callbacks=[Watch(events, stop)],
+        callbacks=[watch],
     )
-
-    def run() -> None:
-        try:
-            trainer.train()  # evaluates also when it is stopped
-            events.put(None)
-        except Exception as error:
-            events.put(error)
-
-    thread = threading.Thread(target=run, name=THREAD, daemon=True)
-    thread.start()
-    curve: list[float] = []
-    try:
-        while (event := events.get()) is not None:
-            if isinstance(event, Exception):
-                raise event
-            text, accuracy = event
-            if accuracy is not None:
-                curve.append(accuracy)
-            yield Report(text, list(curve), alone)
-    finally:
-        stop.set()
-        thread.join()
-    facts = CardFacts(task.name, split="held out", metrics={"accuracy": curve[-1]})
-    yield Report(_summary(curve[-1], alone, len(held_out)), curve, alone, trainer.classifier, facts)
+    trainer.train()  # evaluates also when it is stopped
+    accuracy = watch.report.curve[-1][1]
+    facts = CardFacts(task.name, split="held out", metrics={"accuracy": accuracy})
+    classifier = Classifier(trainer.classifier.model.eval(), processor)
+    text = summarize(accuracy, alone, len(held_out))
+    say(replace(watch.report, text=text, classifier=classifier, facts=facts))
 
 
-def _summary(accuracy: float, alone: float, number: int) -> str:
-    chance = (accuracy * (1 - accuracy) / number) ** 0.5
+def summarize(accuracy: float, alone: float, number: int) -> str:
+    """Say what prompts add to a linear head, and whether so many images can tell."""
+    likely = (accuracy * number + 1) / (number + 2)  # of few images all may be right by chance
+    standard_error = (likely * (1 - likely) / number) ** 0.5
     says = (
         f"accuracy {accuracy:.3f} on {number} images that were held out; a linear head without prompts has {alone:.3f}"
     )
-    return (
-        says
-        if accuracy - alone > chance
-        else f"{says}: prompts add nothing here yet (one standard error is {chance:.3f})"
-    )
+    if abs(accuracy - alone) > standard_error:
+        return says
+    return f"{says}: too few images to tell the two apart (one standard error is {standard_error:.3f})"

@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import os
 import threading
+import time
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
-from actions import DEMO_BASE, ON_A_SPACE, SOURCES, App, said, said_of_steps, sessions
+from actions import DEMO_BASE, SOURCES, App, sessions, steps_with_messages, with_messages
 from adapter_training import KINDS, MOST_EPOCHS
 from demo_models import PIXELS, TOKENS, DemoModels
+from limits import ON_A_SPACE
 from uploads import MOST_UPLOADED
 
 FOLDER = Path(__file__).parent
@@ -27,12 +29,20 @@ CSS = """
 .image-frame img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
 .grid-wrap img {image-rendering: pixelated}
 """
+GIVEN = {"type": "filepath", "height": 260, "sources": ["upload", "clipboard"], "image_mode": None}
 PICTURE = {"height": 260, "interactive": False, "format": "png"}
 
 
 def leave(request: gr.Request) -> None:
     """Close the session of a visitor who closes the page."""
     sessions.close(request.session_hash or "")
+
+
+def close_expired() -> None:
+    """Close sessions that nobody uses, once a minute."""
+    while True:
+        time.sleep(60)
+        sessions.close_expired()
 
 
 def build(app: App) -> gr.Blocks:
@@ -69,7 +79,9 @@ def build(app: App) -> gr.Blocks:
         with gr.Tab("Look inside"):
             with gr.Row():
                 with gr.Column(scale=1):
-                    inside = gr.Image(label="Image", type="filepath", height=260, sources=["upload", "clipboard"])
+                    inside = gr.Image(
+                        label="Image", type="filepath", height=260, sources=["upload", "clipboard"], image_mode=None
+                    )
                     with gr.Row():
                         digit = gr.Button("Take a digit")
                         look = gr.Button("Look inside", variant="primary")
@@ -118,14 +130,16 @@ def build(app: App) -> gr.Blocks:
             )
             with gr.Row():
                 with gr.Column():
-                    given = gr.Image(label="Image", type="filepath", height=260, sources=["upload", "clipboard"])
+                    given = gr.Image(
+                        label="Image", type="filepath", height=260, sources=["upload", "clipboard"], image_mode=None
+                    )
                     url = gr.Textbox(
                         label="Server", placeholder="empty: the frozen model in this process", visible=not ON_A_SPACE
                     )
                     with gr.Row():
                         one = gr.Button("Take a digit")
                         send = gr.Button("Send", variant="primary")
-                    said_of = gr.Markdown(elem_id="sent")
+                    sent_text = gr.Markdown(elem_id="sent")
                 with gr.Column():
                     plain = gr.Image(label="As it is", **PICTURE)
                     plain_answer = gr.Label(label="The server's answer to it", num_top_classes=3)
@@ -134,29 +148,35 @@ def build(app: App) -> gr.Blocks:
                     raw = gr.JSON(label="The server's raw answer", height=180)
                     read = gr.Label(label="What we read in it", num_top_classes=3)
 
-        chosen = [about]
-        page.load(said(app.describe), adapter, chosen)
-        adapter.change(said(app.describe), adapter, chosen)
-        upload.upload(said(app.upload_adapter), upload, adapter)
-        digits.click(app.sample_digits, None, images)
-        classify.click(said(app.classify), [images, adapter], [table, alone, ours])
-        digit.click(app.sample_digit, None, inside)
-        look.click(said(app.look), [inside, adapter], [text, coefficients, attention, pictures, before, sent, change])
+        page.load(with_messages(app.describe), adapter, about)
+        adapter.change(with_messages(app.describe), adapter, about)
+        # A list of adapters whose choice has the same name as before does not change.
+        uploaded = upload.upload(with_messages(app.upload_adapter), upload, adapter)
+        uploaded.then(with_messages(app.describe), adapter, about)
+        digits.click(with_messages(app.sample_digits), None, images)
+        classify.click(with_messages(app.classify), [images, adapter], [table, alone, ours])
+        digit.click(with_messages(app.sample_digit), None, inside)
+        look.click(
+            with_messages(app.look), [inside, adapter], [text, coefficients, attention, pictures, before, sent, change]
+        )
         source.change(
             lambda value: [gr.update(visible=value == SOURCES[1]), gr.update(visible=value not in SOURCES[:2])],
             source,
             [archive, folder],
         )
-        start.click(
-            said_of_steps(app.train),
+        trained = start.click(
+            steps_with_messages(app.train),
             [source, archive, folder, base, kind, epochs],
             [status, curve, download, adapter],
             concurrency_limit=1,
         )
+        trained.then(with_messages(app.describe), adapter, about)
         stop.click(app.stop, None, status, queue=False)
-        push.click(said(app.push), [repo_id, token], published, api_visibility="private")
-        one.click(app.sample_digit, None, given)
-        send.click(said(app.send), [given, adapter, url], [said_of, plain, plain_answer, prompted, raw, read])
+        push.click(with_messages(app.push), [repo_id, token], published, api_visibility="private")
+        one.click(with_messages(app.sample_digit), None, given)
+        send.click(
+            with_messages(app.send), [given, adapter, url], [sent_text, plain, plain_answer, prompted, raw, read]
+        )
         page.unload(leave)
     return page
 
@@ -168,10 +188,10 @@ def main(command_line: list[str] | None = None) -> None:
     folder = FOLDER / "demo-models"
     demo = DemoModels(folder if os.access(FOLDER, os.W_OK) else None)
     threading.Thread(target=demo.make, daemon=True).start()  # the page is there meanwhile
-    build(App(demo)).queue().launch(
+    threading.Thread(target=close_expired, daemon=True).start()
+    build(App(demo)).queue(max_size=20, default_concurrency_limit=2).launch(
         server_port=options.port,
         max_file_size=MOST_UPLOADED,
-        show_error=True,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
         footer_links=["settings"],

@@ -11,60 +11,65 @@ from pathlib import Path
 from pgn_peft import CardFacts, Classifier
 
 HOURS = 1  # without a call, after which a session is closed
-MOST_ADAPTERS = 3  # in memory
+MOST_SESSIONS = 20
+MOST_LOADED = 2  # adapters in memory, beside those that were trained here or uploaded
 
 
 class Session:
-    """A visitor's own. Nobody else's page can reach it."""
+    """A visitor's own. It is found by the hash that Gradio gives to the page, which no other page knows."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="pgn-space-"))
-        self.stop = threading.Event()
+        self.stop = threading.Event()  # of the training that runs
+        self.training = self.closed = False
         self.lock = threading.RLock()  # a model is switched to and fro while it answers
         self.used = time.monotonic()
         self.facts = CardFacts()  # of what was trained here
-        self._adapters: dict[str, Classifier] = {}
+        self.own: dict[str, Classifier] = {}  # trained here, or uploaded
+        self._loaded: dict[str, Classifier] = {}
 
     def keep(self, name: str, classifier: Classifier) -> None:
-        """Keep an adapter under a name; of many, the oldest is dropped."""
-        self._adapters.pop(name, None)
-        self._adapters[name] = classifier
-        while len(self._adapters) > MOST_ADAPTERS:
-            del self._adapters[next(iter(self._adapters))]
+        """Keep an adapter that can be loaded again; of many, the oldest is dropped."""
+        with self.lock:
+            self._loaded[name] = classifier
+            while len(self._loaded) > MOST_LOADED:
+                del self._loaded[next(iter(self._loaded))]
 
     def find(self, name: str) -> Classifier | None:
         """Return an adapter that is kept."""
-        return self._adapters.get(name)
+        return self.own.get(name, self._loaded.get(name))
 
-    def new_folder(self) -> Path:
-        """Return the name of a folder that is not there yet."""
-        return Path(tempfile.mkdtemp(dir=self.folder)) / "files"
+    def temporary_folder(self) -> tempfile.TemporaryDirectory:
+        """Return a folder for the time of a call."""
+        return tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True)
 
     def close(self) -> None:
         """Stop what runs, and remove all files."""
+        self.closed = True
         self.stop.set()
-        self._adapters.clear()
+        self.own.clear()
+        self._loaded.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Sessions:
-    """All visitors' sessions by the hash that Gradio gives each page."""
+    """All visitors' sessions by the hash that Gradio gives to each page."""
 
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
 
     def get(self, session_hash: str) -> Session:
-        """Return a visitor's session, made at the first call; close those that nobody has used for long."""
+        """Return a visitor's session, made at the first call; of too many, close the one that was not used longest."""
         with self._lock:
-            now = time.monotonic()
-            for key, session in list(self._sessions.items()):
-                if now - session.used > HOURS * 3600:
-                    self._sessions.pop(key).close()
-            session = self._sessions.setdefault(session_hash, None) or Session()
-            self._sessions[session_hash] = session
-            session.used = now
-            return session
+            session = self._sessions.pop(session_hash, None) or Session()
+            session.used = time.monotonic()
+            idle = [key for key, other in self._sessions.items() if not other.training]
+            surplus = idle[: max(0, len(self._sessions) + 1 - MOST_SESSIONS)]
+            self._sessions[session_hash] = session  # those used last are last
+        for key in surplus:
+            self.close(key)
+        return session
 
     def close(self, session_hash: str) -> None:
         """Close a visitor's session."""
@@ -72,6 +77,14 @@ class Sessions:
             session = self._sessions.pop(session_hash, None)
         if session is not None:
             session.close()
+
+    def close_expired(self) -> None:
+        """Close the sessions that nobody has used for long."""
+        end = time.monotonic() - HOURS * 3600
+        with self._lock:
+            expired = [key for key, other in self._sessions.items() if other.used < end and not other.training]
+        for key in expired:
+            self.close(key)
 
     def __len__(self) -> int:
         return len(self._sessions)
