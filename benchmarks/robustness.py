@@ -72,7 +72,7 @@ def run(results: bench.Results, cell: adaptation.Cell, own: str | None) -> dict[
 def own_accuracy(model: nn.Module, cell: adaptation.Cell, own: str) -> float:
     """Return the accuracy on the model's own classes, with its own head, after it was adapted."""
     side = cell.common.side
-    material = adaptation.load_material(own, cell.model, side, 1, None)
+    material = adaptation.load_material(own, cell.model, side, None, None)
     numbers = torch.tensor(heads.text_mapping(own), device=bench.DEVICE)
     adapted: Any = model.model  # type: ignore[attr-defined]
     adapted = getattr(adapted, "backbone", adapted)  # VPT-deep's own wrapper

@@ -65,6 +65,8 @@ def run(tmp_path, monkeypatch):
     def run(page):
         names = {"train_dataset": rows, "image": Image.new("RGB", (40, 30), "red"), "server": server}
         names |= {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+        batch = {"pixel_values": names["pixel_values"], "labels": torch.tensor([row["labels"] for row in rows])}
+        names |= {"train_batches": [batch], "eval_batches": [batch]}
         names |= {"train_images": [Image.new("RGB", (40, 30), (40 * n, 99, 0)) for n in range(6)]}
         names |= {"labels": torch.tensor([row["labels"] for row in rows]), "text_embeds": torch.eye(3, 512)}
         code = "\n".join(blocks(page, "python"))
@@ -97,6 +99,8 @@ OUTCOMES = {
     "docs/train.md": lambda names: (
         names["trainer"].state.epoch == names["trainer"].args.num_train_epochs
         and {group["lr"] for group in names["groups"]} == {1e-3, 1e-2, 3e-3}
+        and 0 <= names["alone"].linear <= 1
+        and names["logits"].shape == (6, 3)
     ),
 }
 

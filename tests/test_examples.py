@@ -17,6 +17,7 @@ import image_data
 import pytest
 import torch
 import train_image_classifier
+from adapter_arguments import AdapterArguments
 from conftest import ENVIRONMENT, ROOT, answer, tiny_vit, with_output
 from huggingface_hub import ModelCard
 from peft import AutoPeftModel
@@ -489,3 +490,22 @@ def test_a_server_answers_whatever_it_is_sent(material, server):
     image = next((material[0] / "images/red").iterdir()).read_bytes()
     with urllib.request.urlopen(urllib.request.Request(server, data=image)) as reply:
         assert {"label", "score"} == json.load(reply)[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "options", "depth", "says"),
+    [
+        (80, 10, {}, 0, "8 images of each of 10 classes: prompts in every layer"),
+        (20, 10, {}, 0, "2 images of each of 10 classes: prompts in every layer"),
+        (800, 100, {}, 0, "prompts in every layer"),
+        (200, 100, {}, 1, "2 images of each of 100 classes: few images of many classes: prompts for the first layer"),
+        (80, 10, {"prompt_space": "pixel"}, 1, "prompts in pixels"),
+        (80, 10, {"prompt_layout": "append"}, 1, "prompts for the first layer"),
+        (80, 10, {"head": "text"}, 1, "prompts for the first layer"),
+        (80, 10, {"prompt_depth": 1}, 1, "--prompt_depth 1, as asked for; the rule is: prompts in every layer"),
+    ],
+)
+def test_the_rule_of_the_readme_settles_what_was_left_open(images, classes, options, depth, says):
+    adapter = AdapterArguments(model_name_or_path="vit", **options)
+    assert says in adapter.choose(images, classes)
+    assert adapter.prompt_depth == depth
