@@ -28,7 +28,7 @@ CONFIGS = sorted(ROOT.joinpath("examples/accelerate").glob("*.yaml"))
 # Plain gradient descent, unclipped: with Adam or clipping, gradients of the wrong scale would give the same weights.
 COMPARABLE = (
     "--generator_norm group --augmentation none --recipe sgd --max_grad_norm 0 --num_train_epochs 2 "
-    "--save_strategy steps --save_steps 4"
+    "--save_strategy steps --save_steps 4 --prompt_dropout 0"
 )
 KEPT = "--load_best_model_at_end false --per_device_train_batch_size 4"
 
