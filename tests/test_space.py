@@ -26,7 +26,6 @@ from PIL import Image
 
 from pgn_peft import load_classifier
 from pgn_peft.tuner.head import find_head
-from pgn_peft.utils.labels import number_labels
 
 SPACE = ROOT / "examples" / "space"
 ALICE, BOB = SimpleNamespace(session_hash="alice"), SimpleNamespace(session_hash="bob")
@@ -472,7 +471,9 @@ def test_of_classes_with_the_same_name_the_best_is_shown():
 def test_a_model_without_classes_has_no_answer_of_its_own(app, tmp_path):
     classifier = load_classifier(app.demo.adapter(TOKENS), base_model_name_or_path=app.demo.base)
     head = find_head(classifier.model)
-    head.base_labels = dataclasses.replace(head.base_labels, id2label=number_labels(10))  # as a new head's
+    head.base_labels = dataclasses.replace(
+        head.base_labels, id2label={n: f"LABEL_{n}" for n in range(10)}
+    )  # a new one
     assert actions.own_answers(classifier, [Image.new("RGB", (16, 16))]) == [[]]
 
 

@@ -32,16 +32,14 @@ from uploads import read_adapter, read_folder, read_image, read_zip
 from pgn_peft import Classifier, load_classifier, make_prompter
 from pgn_peft.inspection import attention_to_prompts, mixing_coefficients, own_answer
 from pgn_peft.plotting import OURS, THEIRS, plot_attention, plot_coefficients
-from pgn_peft.tuner.adapters import active_adapter
-from pgn_peft.tuner.head import find_head
-from pgn_peft.utils.labels import number_labels
-from pgn_peft.utils.markdown import cell, list_names
 from pgn_peft.utils.sources import is_repo_id
 
 TRAINED, UPLOADED = "trained here", "uploaded"
 DEMO_BASE = "the demo's tiny ViT"
 SOURCES = ["digits, turned and inverted", "a zip of images", *([] if ON_A_SPACE else ["a folder on this machine"])]
+ADAPTER = "default"  # PEFT's name for a model's only adapter
 MOST_IMAGES = 50
+SHOWN_CLASSES = 20
 SHOWN_SIDE = 256  # of small images, in pixels
 
 logger = logging.getLogger(__name__)
@@ -143,11 +141,12 @@ class App:
 
     def describe(self, name: str, request: gr.Request) -> str:
         """Say what an adapter is."""
-        model = self.load(session_of(request), name).model
-        _, config = active_adapter(model)
+        config = self.load(session_of(request), name).model.peft_config[ADAPTER]
         labels = list((config.id2label or {}).values())
         where = "part of the image" if config.prompt_space == "pixel" else "tokens"
-        listed = list_names(dict(enumerate(labels)))
+        listed = ", ".join(labels[:SHOWN_CLASSES])
+        if len(labels) > SHOWN_CLASSES:
+            listed += f", and {len(labels) - SHOWN_CLASSES} more"
         count = (
             "a static prompt"
             if config.generator == "static"
@@ -196,7 +195,7 @@ class App:
         with session.lock:
             model = classifier.model
             pixel_values = to_pixel_values(classifier, [image])
-            _, config = active_adapter(model)
+            config = model.peft_config[ADAPTER]
             coefficients = attention = before = sent = change = None
             in_pixels = config.prompt_space == "pixel"
             texts = []
@@ -333,7 +332,7 @@ class App:
         (image,) = open_all([file] if file else None)
         session = session_of(request)
         classifier = self.load(session, name)
-        _, config = active_adapter(classifier.model)
+        config = classifier.model.peft_config[ADAPTER]
         if config.prompt_space != "pixel":
             raise ValueError(
                 f"`adapter` must have prompts that are part of the image, but got {name!r}, whose prompts are tokens. "
@@ -379,11 +378,12 @@ def to_pixel_values(classifier: Classifier, images: list[Image.Image]) -> torch.
 
 def own_answers(classifier: Classifier, images: list[Image.Image]) -> list[list[dict[str, Any]]]:
     """Return the frozen model's own answers, as its server would give them; empty ones if it has no classes."""
-    head = find_head(classifier.model)
-    names = {} if head is None else head.base_labels.id2label
-    if not names or names == number_labels(len(names)):  # a new head, of random numbers
+    try:
+        scores, names = own_answer(classifier.model, to_pixel_values(classifier, images))
+    except ValueError:
         return [[] for _ in images]
-    scores, _ = own_answer(classifier.model, to_pixel_values(classifier, images))
+    if set(names.values()) == {f"LABEL_{index}" for index in names}:  # a new head, of random numbers
+        return [[] for _ in images]
     return [
         [{"label": names[index], "score": row[index].item()} for index in row.argsort(descending=True).tolist()]
         for row in scores
@@ -414,7 +414,10 @@ def as_png(image: Image.Image) -> bytes:
 
 def best(answer: list[dict[str, Any]]) -> str:
     """Write the best label and its score."""
-    return f"{cell(answer[0]['label'])} ({answer[0]['score']:.2f})" if answer else "- (it has no classes)"
+    if not answer:
+        return "- (it has no classes)"
+    label = answer[0]["label"].replace("|", "\\|")
+    return f"{label} ({answer[0]['score']:.2f})"
 
 
 def for_label(answer: list[dict[str, Any]]) -> dict[str, float] | None:
