@@ -107,10 +107,11 @@ class VPTDeep(nn.Module):
         layers = [backbone.get_submodule(name) for name in find_layers(backbone, find_backbone(backbone).embeddings)]
         self.prompts = nn.Parameter(torch.empty(len(layers), num_virtual_tokens, backbone.config.hidden_size))
         nn.init.normal_(self.prompts, std=0.02)
-        for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._append(index))
+        self.hooks = [layer.register_forward_pre_hook(self._append(index)) for index, layer in enumerate(layers)]
         # What reads the tokens may average all of them.
-        layers[-1].register_forward_hook(lambda layer, inputs, tokens: tokens[:, :-num_virtual_tokens])
+        self.hooks.append(
+            layers[-1].register_forward_hook(lambda layer, inputs, tokens: tokens[:, :-num_virtual_tokens])
+        )
 
     def _append(self, index: int) -> Callable[[nn.Module, tuple], tuple]:
         def hook(layer: nn.Module, inputs: tuple) -> tuple:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import adaptation
 import bench
 import heads
+import methods
 import report
 from smoke_material import smoke_arguments
 
@@ -75,7 +76,10 @@ def own_accuracy(model: nn.Module, cell: adaptation.Cell, own: str) -> float:
     material = adaptation.load_material(own, cell.model, side, None, None)
     numbers = torch.tensor(heads.text_mapping(own), device=bench.DEVICE)
     adapted: Any = model.model  # type: ignore[attr-defined]
-    adapted = getattr(adapted, "backbone", adapted)  # VPT-deep's own wrapper
+    if isinstance(adapted, methods.VPTDeep):
+        for hook in adapted.hooks:
+            hook.remove()
+        adapted = adapted.backbone
     peft = hasattr(adapted, "disable_adapter")
     backbone = adapted.get_base_model() if peft else adapted
     if isinstance(backbone.classifier, nn.Linear):  # a new one: see `methods.new_head`
