@@ -27,7 +27,7 @@ def measure_head_alone(trainer: AdapterTrainer, train: Dataset, validation: Data
     if trainer.is_world_process_zero():
         print(f"without prompts: a linear head on the frozen model has a validation accuracy of {alone.linear:.3f}")
         if alone.own is not None:
-            own = "zero-shot" if model.peft_config["default"].head == "text" else "the model's own head"
+            own = "zero-shot classification" if model.peft_config["default"].head == "text" else "the model's own head"
             print(f"without prompts: {own} has {alone.own:.3f}")
     return alone
 

@@ -23,7 +23,6 @@ from transformers import ViTImageProcessor
 from pgn_peft import make_prompter
 from pgn_peft.training import parameter_groups
 from pgn_peft.tuner.adapters import prompt_layer
-from pgn_peft.tuner.backbones import SUPPORTED
 from pgn_peft.tuner.encoder_layer import PGNBlock
 
 LAYERS = 4
@@ -75,12 +74,10 @@ def test_each_layer_sees_its_own_prompts(architecture, depth, form, pixel_values
 def test_static_ones_in_all_layers_are_vpt_deep(architecture, pixel_values):
     model = adapted(architecture, generator="static", head="frozen")
     plain = tiny_vit(architecture, num_hidden_layers=LAYERS)
-    # VPT-deep as the benchmarks have it, written by itself; it finds its layers in `vit`.
-    if not hasattr(plain, "vit"):
-        plain.vit, plain.config.hidden_size = torch.nn.ModuleDict({"layers": layers_of(plain)}), 32
+    # VPT-deep as the benchmarks have it, written by itself.
+    if not hasattr(plain.config, "hidden_size"):
+        plain.config.hidden_size = 32
     reference = VPTDeep(plain, 3)
-    if SUPPORTED[architecture].reads_all:
-        plain.vit.layers[-1].register_forward_hook(lambda layer, args, output: output[:, :-3])
     widen_biases(plain, 3)
     prompts = norm_before_layers(plain)(prompt_layer(model).pgn_library["default"].tokens)
     reference.prompts.data = prompts.detach()

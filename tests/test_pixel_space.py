@@ -182,7 +182,7 @@ def test_a_mean_that_is_no_list_is_refused():
     [
         (
             {"num_virtual_tokens": 5, "prompt_layout": "canvas"},
-            "`num_virtual_tokens` must fill .* but got 5. Use 4, 7, 8, 10 or 12",
+            "`num_virtual_tokens` must fill .* but got 5. Use 4, 7, 8, 10, 12",
         ),
         (
             {"prompt_layout": "dense", "num_virtual_tokens": 12},
