@@ -32,7 +32,6 @@ from uploads import read_adapter, read_folder, read_image, read_zip
 from pgn_peft import Classifier, load_classifier, make_prompter
 from pgn_peft.inspection import attention_to_prompts, mixing_coefficients, own_answer
 from pgn_peft.plotting import OURS, THEIRS, plot_attention, plot_coefficients
-from pgn_peft.utils.sources import is_repo_id
 
 TRAINED, UPLOADED = "trained here", "uploaded"
 DEMO_BASE = "the demo's tiny ViT"
@@ -125,7 +124,7 @@ class App:
             return load_classifier(folder, base_model_name_or_path=self.demo.base)
         if ON_A_SPACE:
             limits.check_model(base)
-        elif not (is_repo_id(base) or Path(base).is_dir()):
+        elif not (limits.is_id(base) or Path(base).is_dir()):
             raise ValueError(
                 f"`base_model_name_or_path` must be the id of a model on the Hub, but got {base!r}, a folder of "
                 "another machine. Train the adapter on a model from the Hub."

@@ -28,10 +28,7 @@ from uploads import read_image
 
 from pgn_peft import AdapterTrainer, CardFacts, Classifier, ImageCollator, PGNConfig
 from pgn_peft.hub import plain_processor
-from pgn_peft.hub.image_size import makes_another_size
-from pgn_peft.nn.preprocessing import Preprocessing
 from pgn_peft.training import head_alone, parameter_groups
-from pgn_peft.tuner.adapters import prompt_layer
 
 KINDS = ("tokens", "tokens in every layer", "pixels of the image")
 THREAD = "adapter-training"
@@ -173,9 +170,9 @@ def make_config(task: Task, model: Any, processor: Any) -> PGNConfig:
         fields["prompt_depth"] = None
     if task.kind == "pixels of the image":
         fields.pop("num_virtual_tokens", None)
-        preprocessing = Preprocessing.from_processor(processor)
-        height, width = preprocessing.output_size or (0, 1)
-        if height != width:
+        size = getattr(processor, "crop_size", None) or processor.size
+        height, width = size.get("height"), size.get("width")
+        if height is None or height != width:
             raise ValueError(
                 f"`kind` must be tokens for a model whose images are no squares of one size, but got {task.kind!r}. "
                 "Choose another kind, or another model."
@@ -183,8 +180,8 @@ def make_config(task: Task, model: Any, processor: Any) -> PGNConfig:
         fields |= {
             "prompt_space": "pixel",
             "image_size": height,
-            "image_mean": list(preprocessing.image_mean),
-            "image_std": list(preprocessing.image_std),
+            "image_mean": list(processor.image_mean),
+            "image_std": list(processor.image_std),
         }
         # The server's own classes can stand for the task's where they have the same names.
         own = model.config.id2label
@@ -259,7 +256,7 @@ def _train(
     config = make_config(task, base, processor)
     model = get_peft_model(base, config)
     rows, held_out = (Rows(task, chosen, processor) for chosen in divide(task.labels))
-    collator = ImageCollator(len(task.names), makes_another_size(prompt_layer(model), processor))
+    collator = ImageCollator(len(task.names))
     say(Report(f"measuring a linear head on the frozen model, {len(rows) + len(held_out)} images"))
     loaders = (until_stopped(DataLoader(part, batch_size=BATCH, collate_fn=collator)) for part in (rows, held_out))
     alone = head_alone(model, *loaders).linear

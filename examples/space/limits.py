@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from uploads import LARGEST_SIDE, MOST_UNPACKED
-
-from pgn_peft.hub.downloads import ADAPTER_FILES
-from pgn_peft.utils.files import read_settings
-from pgn_peft.utils.sources import is_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from uploads import ADAPTER_FILES, LARGEST_SIDE, MOST_UNPACKED
 
 ON_A_SPACE = "SPACE_ID" in os.environ
 # Visitors must not load or publish by the token of the Space's owner; on your own machine it is yours.
 TOKEN = False if ON_A_SPACE else None
 LARGEST_MODEL = 2 * 2**30  # bytes
 MOST_PROMPTS = 1024
+
+
+def is_id(name: str) -> bool:
+    """Whether a name is like owner/name, and no folder of this machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()
 
 
 def check_model(name: str) -> None:
@@ -41,7 +48,7 @@ def fetch_adapter(name: str) -> Path:
 
 
 def _sizes(what: str, name: str, files: tuple[str, ...], most: int, refused: str | None = None) -> str | None:
-    if "/" not in name or not is_repo_id(name):
+    if not is_id(name):
         raise ValueError(f"`{what}` must be the id of one on the Hub, but got {name!r}. Write owner/name.")
     try:
         info = HfApi().model_info(name, files_metadata=True, token=TOKEN)
@@ -68,12 +75,12 @@ def check_adapter(folder: Path) -> str:
     Raises:
         ValueError: they are too large, or the adapter does not name its base.
     """
-    config = read_settings(folder / "adapter_config.json")
+    config = _read_settings(folder / "adapter_config.json")
     prompts = config.get("num_virtual_tokens")
     if isinstance(prompts, int) and prompts > MOST_PROMPTS:
         raise ValueError(f"`num_virtual_tokens` must be at most {MOST_PROMPTS} here, but got {prompts}. Use fewer.")
     for file in folder.glob("*processor_config.json"):
-        if (largest := _largest(read_settings(file))) > LARGEST_SIDE:
+        if (largest := _largest(_read_settings(file))) > LARGEST_SIDE:
             raise ValueError(
                 f"`size` must be at most {LARGEST_SIDE} pixels here, but got {largest}. Use smaller images."
             )
@@ -83,6 +90,16 @@ def check_adapter(folder: Path) -> str:
             f"`base_model_name_or_path` must be the id of a model, but got {base!r}. Name it in the adapter."
         )
     return base
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, nested too deeply
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"`{file.name}` must hold settings in JSON, but got something else. Save the adapter again.")
+    return settings
 
 
 def _largest(settings: dict[str, Any]) -> int:

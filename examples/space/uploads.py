@@ -18,9 +18,15 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from pgn_peft.hub.downloads import ADAPTER_FILES
 from pgn_peft.nn.image_files import is_image_file, list_files, open_image
 
+# Of which the first two must be there.
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 MOST_UPLOADED = 50 * 2**20  # bytes
 MOST_UNPACKED = 250 * 2**20  # bytes
 MOST_FILES = 4000  # in a zip
@@ -123,7 +129,7 @@ def read_adapter(file: Path, folder: Path) -> Path:
         configs = [path for path in members if path.name == "adapter_config.json"]
         parent = min((path.parent for path in configs), key=lambda path: len(path.parts), default=PurePosixPath())
         found = {name: members[parent / name] for name in ADAPTER_FILES if parent / name in members}
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in ADAPTER_FILES[:2]:
             if name not in found:
                 raise ValueError(
                     f"`adapter` must be a zip with {name}, but got {len(members)} files without. Zip what "
