@@ -29,6 +29,7 @@ CSS = """
 .image-frame img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
 .grid-wrap img {image-rendering: pixelated}
 """
+# Images as they were uploaded: Gradio would convert those of 16 bits wrongly.
 GIVEN = {"type": "filepath", "height": 260, "sources": ["upload", "clipboard"], "image_mode": None}
 PICTURE = {"height": 260, "interactive": False, "format": "png"}
 
@@ -79,9 +80,7 @@ def build(app: App) -> gr.Blocks:
         with gr.Tab("Look inside"):
             with gr.Row():
                 with gr.Column(scale=1):
-                    inside = gr.Image(
-                        label="Image", type="filepath", height=260, sources=["upload", "clipboard"], image_mode=None
-                    )
+                    inside = gr.Image(label="Image", **GIVEN)
                     with gr.Row():
                         digit = gr.Button("Take a digit")
                         look = gr.Button("Look inside", variant="primary")
@@ -130,9 +129,7 @@ def build(app: App) -> gr.Blocks:
             )
             with gr.Row():
                 with gr.Column():
-                    given = gr.Image(
-                        label="Image", type="filepath", height=260, sources=["upload", "clipboard"], image_mode=None
-                    )
+                    given = gr.Image(label="Image", **GIVEN)
                     url = gr.Textbox(
                         label="Server", placeholder="empty: the frozen model in this process", visible=not ON_A_SPACE
                     )

@@ -132,7 +132,18 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def own_logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Compute the logits (B, M) of the model's own classes for images (B, C, H, W), as without adapters."""
+    """Compute what the model answers without adapters.
+
+    Args:
+        model: a model with adapters.
+        pixel_values: (B, C, H, W), normalised as for the backbone.
+
+    Returns:
+        Logits (B, M) of the model's own classes, in float32.
+
+    Raises:
+        TypeError: the model carries no PGN adapter.
+    """
     options = prompt_layer(model).size_options((pixel_values.shape[2], pixel_values.shape[3]))
     with without_adapters(model):
         return image_function(model)(pixel_values=pixel_values, **options).logits.float().clone()
