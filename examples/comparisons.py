@@ -43,7 +43,8 @@ def measure_with_other_prompts(trainer: AdapterTrainer, validation: Dataset) -> 
 
 def compare(accuracy: float, alone: HeadAlone, with_other_prompts: float | None, images: int) -> str:
     """Say what prompts add to a linear head, and what prompts for each image add to prompts; one line each."""
-    chance = (accuracy * (1 - accuracy) / images) ** 0.5  # one standard error of `accuracy`
+    likely = (accuracy * images + 1) / (images + 2)  # of few images all may be right by chance
+    chance = (likely * (1 - likely) / images) ** 0.5  # one standard error
     gain = accuracy - alone.linear
     says = f"{gain:+.3f} compared with a linear head without prompts"
     if gain <= chance:

@@ -129,6 +129,8 @@ class Arguments(LoaderArguments):
         if self.learning_rate is None:
             self.learning_rate = 0.1 if self.recipe == "sgd" else 1e-3
         if self.recipe == "sgd":
+            self.library_learning_rate = self.library_learning_rate or self.learning_rate
+            self.head_learning_rate = self.head_learning_rate or self.learning_rate
             self.warmup_steps = 0.5
             self.lr_scheduler_type = "cosine_with_min_lr"
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
@@ -150,19 +152,6 @@ class Arguments(LoaderArguments):
             if self.eval_strategy == self.save_strategy == IntervalStrategy.EPOCH:
                 self.eval_strategy = self.save_strategy = IntervalStrategy.STEPS
                 self.eval_steps = self.save_steps = self.num_train_epochs // EPOCHS * steps_per_epoch
-
-    def rates(self, config: PGNConfig) -> dict[str, float]:
-        """Return the learning rates of the parts: what was best for each in benchmarks/adaptation.py."""
-        library, head = 10 if config.prompt_depth == 1 else 1, 3
-        if config.prompt_space == "pixel":
-            library = 30
-        if self.recipe == "sgd":
-            library, head = 1, 1
-        return {
-            "learning_rate": self.learning_rate,
-            "library_learning_rate": self.library_learning_rate or library * self.learning_rate,
-            "head_learning_rate": self.head_learning_rate or head * self.learning_rate,
-        }
 
 
 @contextmanager
@@ -320,7 +309,13 @@ def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments,
         add_texts(model, adapter, labels)
     trainable, _ = model.get_nb_trainable_parameters()
 
-    parameters = parameter_groups(model, **arguments.rates(config), weight_decay=arguments.weight_decay)
+    parameters = parameter_groups(
+        model,
+        arguments.learning_rate,
+        arguments.library_learning_rate,
+        arguments.head_learning_rate,
+        arguments.weight_decay,
+    )
     trainer = make_trainer(
         model, splits, arguments, parameters, len(labels), interpolate, processor, describe_data(data.dataset)
     )

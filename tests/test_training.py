@@ -33,7 +33,35 @@ def test_each_trainable_parameter_is_in_one_group_with_its_rate():
         assert group["name"] == part
         assert group["lr"] == {"pgn_generator": 1e-3, "pgn_library": 1e-2, "pgn_head": 1e-4, "other": 1e-3}[part]
         assert group["weight_decay"] == (0.1 if dict(model.named_parameters())[name].ndim > 1 else 0)
-    assert all(group["lr"] == 5e-4 for group in parameter_groups(model, 5e-4))
+
+
+PIXELS = {"prompt_space": "pixel", "image_size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    ("fields", "library"),
+    [
+        ({}, 1e-2),
+        ({"prompt_depth": 2}, 1e-3),
+        ({"generator": "static"}, 1e-3),
+        (PIXELS | {"prompt_layout": "dense", "num_virtual_tokens": None}, 3e-2),
+    ],
+)
+def test_each_form_has_rates_that_suit_it(fields, library):
+    model = adapted(**fields)
+    rates = {group["name"]: group["lr"] for group in parameter_groups(model, 1e-3)}
+    expected = {"pgn_generator": 1e-3, "pgn_library": library, "pgn_head": 3e-3}
+    assert rates == pytest.approx({part: rate for part, rate in expected.items() if part in rates})
+    assert {"pgn_library", "pgn_head"} <= rates.keys()
+
+
+def test_each_adapter_has_the_rates_of_its_form():
+    model = adapted()
+    model.add_adapter("static", tiny_config(id2label=NAMES, generator="static"))
+    for name in ("default", "static"):
+        model.set_adapter(name)
+        (rate,) = {group["lr"] for group in parameter_groups(model, 1e-3) if group["name"] == "pgn_library"}
+        assert rate == pytest.approx(1e-2 if name == "default" else 1e-3)
 
 
 def test_a_frozen_model_has_no_groups():

@@ -261,10 +261,8 @@ def _train(
     loaders = (until_stopped(DataLoader(part, batch_size=BATCH, collate_fn=collator)) for part in (rows, held_out))
     alone = head_alone(model, *loaders).linear
 
-    rate, library = (3e-3, 30) if config.prompt_space == "pixel" else (1e-3, 10 if config.prompt_depth == 1 else 1)
-    if is_tiny(base):
-        rate = 3e-3
-    groups = parameter_groups(model, rate, library_learning_rate=library * rate, head_learning_rate=3 * rate)
+    rate = 3e-3 if config.prompt_space == "pixel" or is_tiny(base) else 1e-3
+    groups = parameter_groups(model, rate)
     arguments = TrainingArguments(
         str(folder),
         num_train_epochs=task.epochs,

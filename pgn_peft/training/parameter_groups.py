@@ -6,6 +6,18 @@ from typing import Any
 
 from torch import nn
 
+from pgn_peft.tuner.fields import PGNFields
+from pgn_peft.tuner.layer import PGNLayer
+
+HEAD_RATIO = 3.0
+
+
+def library_ratio(config: PGNFields) -> float:
+    """Return the learning rate of an adapter's library as a multiple of its generator's, which suits its form."""
+    if config.prompt_space == "pixel":
+        return 30.0
+    return 10.0 if config.prompt_depth == 1 and config.generator != "static" else 1.0
+
 
 def parameter_groups(
     model: nn.Module,
@@ -19,8 +31,10 @@ def parameter_groups(
     Args:
         model: a model with PGN adapters.
         learning_rate: of the generator, and of all modules in `modules_to_save`.
-        library_learning_rate: of the token library (or static prompts); None: `learning_rate`.
-        head_learning_rate: of the classification head; None: `learning_rate`.
+        library_learning_rate: of the token library (or static prompts); None: a multiple of `learning_rate` that was
+            good in benchmarks/adaptation.py: 10 for prompts of the first layer, 1 for prompts of several layers and
+            static ones, 30 in pixel space.
+        head_learning_rate: of the classification head; None: three times `learning_rate`.
         weight_decay: of matrices and convolutions. Norms and biases are not decayed.
 
     Returns:
@@ -29,12 +43,13 @@ def parameter_groups(
     Raises:
         ValueError: no parameter is trainable.
     """
-    rates = {
-        "pgn_generator": learning_rate,
-        "pgn_library": learning_rate if library_learning_rate is None else library_learning_rate,
-        "pgn_head": learning_rate if head_learning_rate is None else head_learning_rate,
-        "other": learning_rate,
-    }
+    head_rate = HEAD_RATIO * learning_rate if head_learning_rate is None else head_learning_rate
+    rates = {"pgn_generator": learning_rate, "pgn_head": head_rate, "other": learning_rate}
+    for layer in (module for module in model.modules() if isinstance(module, PGNLayer)):
+        for adapter, config in layer.configs.items():
+            rates[f"pgn_library.{adapter}"] = (
+                library_ratio(config) * learning_rate if library_learning_rate is None else library_learning_rate
+            )
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -46,6 +61,11 @@ def parameter_groups(
             "or activate it: model.set_adapter(name)."
         )
     return [
-        {"name": part, "params": parameters, "lr": rates[part], "weight_decay": weight_decay if decayed else 0.0}
+        {
+            "name": part.split(".")[0],
+            "params": parameters,
+            "lr": rates[part],
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
         for (part, decayed), parameters in groups.items()
     ]
