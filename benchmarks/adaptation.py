@@ -186,11 +186,12 @@ def material_of(cell: Cell) -> bench.Material:
     """Return the images of a cell."""
     common = cell.common
     material = load_material(cell.data, cell.model, common.side, common.train_images, common.evaluated_images)
-    if common.shots is None:
-        return material
     train = material.splits["train"]
+    if common.shots is None:
+        return replace(material, splits=material.splits | {"unlabelled": train})
     few = bench.few_of_each_class(train.labels, common.shots, cell.seed)
-    return replace(material, splits=material.splits | {"train": bench.Split(train.pixels[few], train.labels[few])})
+    chosen = bench.Split(train.pixels[few], train.labels[few])
+    return replace(material, splits=material.splits | {"train": chosen, "unlabelled": train})
 
 
 def build(cell: Cell) -> methods.Built:
@@ -407,7 +408,8 @@ def main(command_line: list[str] | None = None) -> None:
             ablate(results, options)
         else:
             compare(results, options)
-        print(report.table(report.read(results.path, options.protocol)))
+        rows = report.read(results.path, options.protocol)
+        print(report.table(rows) if options.test else report.choices(rows))
 
 
 if __name__ == "__main__":

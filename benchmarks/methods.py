@@ -16,7 +16,7 @@ from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pgn_peft import PGNConfig
+from pgn_peft import PGNConfig, use_texts
 from pgn_peft.nn.generator import PromptGenerator, resize_shorter_side
 from pgn_peft.nn.layout import to_levels
 from pgn_peft.nn.preprocessing import normalize
@@ -213,6 +213,9 @@ def pgn(backbone: PreTrainedModel, material: Material, options: Options) -> Buil
         "id2label": dict(enumerate(material.names)),
     }
     model = get_peft_model(backbone, PGNConfig(**(fields | options.config)))
+    if model.peft_config["default"].head == "text":
+        texts = torch.randn(len(material.names), backbone.config.projection_dim, device=DEVICE)
+        use_texts(model, nn.functional.normalize(texts, dim=-1))
     groups = parameter_groups(
         model, options.rate, library_learning_rate=options.rate * options.library_rate, head_learning_rate=HEAD_RATE
     )
@@ -238,6 +241,13 @@ def pgn_lean(backbone: PreTrainedModel, material: Material, options: Options) ->
 def pgn_deep(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate prompts for every layer; a library and static prompts for each learn at the generator's rate."""
     return pgn(backbone, material, _changed(replace(options, library_rate=1.0), prompt_depth=None))
+
+
+def pgn_dense(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
+    """Generate a change of each patch of the image."""
+    mean, std = map(list, material.scale)
+    dense = {"prompt_space": "pixel", "prompt_layout": "dense", "num_virtual_tokens": None, "slot_prompts": False}
+    return pgn(backbone, material, _changed(options, **dense, image_mean=mean, image_std=std))
 
 
 def pgn_pixel(backbone: PreTrainedModel, material: Material, options: Options) -> Built:

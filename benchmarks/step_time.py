@@ -30,7 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTForImageClassification
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    PreTrainedModel,
+    ViTForImageClassification,
+)
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -46,6 +53,8 @@ MODELS = {
     "vit-s16": SIZES["S/16"],
     "vit-b32": SIZES["B/32"],
     "vit-b16": SIZES["B/16"],
+    "dinov2-small": SIZES["S/14"],
+    "clip-b32": SIZES["B/32"],  # its image tower, with texts as the head: for `--methods static pgn` and the like
     "smoke": SIZES["tiny"],
 }
 # What the generator sees: the whole image, as in the official code, or what it does by default (as all others here).
@@ -58,6 +67,7 @@ METHODS: dict[str, Callable[..., methods.Built]] = {
     "pgn": methods.pgn,
     "pgn, 64 px": methods.pgn,
     "pgn-pixel": methods.pgn_pixel,
+    "pgn-dense": methods.pgn_dense,
     "vpt-deep": methods.vpt_deep,
     "pgn-deep": methods.pgn_deep,
     "lora": methods.lora,
@@ -66,12 +76,18 @@ METHODS: dict[str, Callable[..., methods.Built]] = {
 }
 
 
-def make_backbone(name: str, precision: str, **more: Any) -> ViTForImageClassification:
-    """Make a ViT with random weights; `more` are fields of its config."""
+def make_backbone(name: str, precision: str, **more: Any) -> PreTrainedModel:
+    """Make a model with random weights; `more` are fields of its config."""
     # As in `bench.load_backbone`: torch's fused attention is slow in bfloat16 on CPUs.
     plain = bench.DEVICE.type == "cpu" and precision == "bfloat16"
     config = MODELS[name].config(attn_implementation="eager" if plain else "sdpa", **more)
-    return ViTForImageClassification(config).eval().to(bench.DEVICE)
+    if name == "dinov2-small":
+        model = Dinov2ForImageClassification(Dinov2Config(**config.to_diff_dict()))
+    elif name == "clip-b32":
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config.to_diff_dict()))
+    else:
+        model = ViTForImageClassification(config)
+    return model.eval().to(bench.DEVICE)
 
 
 class Runner:
@@ -141,7 +157,8 @@ def make_runners(cell: dict[str, Any], options: argparse.Namespace) -> dict[str,
     runners = {}
     for name in cell["methods"]:
         backbone = make_backbone(cell["model"], cell["precision"])
-        arguments = methods.Options(1e-3, prompts, SIDES.get(name, 64), {"library_size": library})
+        config = {"library_size": library} | ({"head": "text"} if cell["model"] == "clip-b32" else {})
+        arguments = methods.Options(1e-3, prompts, SIDES.get(name, 64), config)
         model, groups = METHODS[name](backbone, material, arguments)
         runners[name] = Runner(model.to(bench.DEVICE), groups, pixels, labels, cell["precision"])
     for kind in ("vit", "clip") if cell["official"] else ():

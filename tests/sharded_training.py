@@ -1,7 +1,6 @@
-"""Three steps of training, in one process or sharded over several. tests/test_many_processes.py runs this.
+"""Three steps of training, sharded over several processes. tests/test_many_processes.py runs this.
 
-python tests/sharded_training.py adapter.pt KIND
-torchrun --nproc_per_node 2 tests/sharded_training.py adapter.pt KIND [zero3]
+torchrun --nproc_per_node 2 tests/sharded_training.py FOLDER [zero3]
 
 By torch's FSDP2, or by DeepSpeed's ZeRO-3, which must be installed, and told that there are only CPUs:
 DS_ACCELERATOR=cpu.
@@ -9,6 +8,7 @@ DS_ACCELERATOR=cpu.
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 from conftest import layers_of, tiny_config, tiny_vit
@@ -31,7 +31,18 @@ KINDS = {
 }
 
 
-def main(file, kind, sharding="fsdp2"):
+def main(folder, sharding="fsdp2"):
+    """Train an adapter of each kind, and save it."""
+    train = with_zero3 if sharding == "zero3" else with_fsdp2
+    for kind in KINDS:
+        adapter = train_kind(kind, train)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(adapter, Path(folder, f"{kind}.pt"))
+    distributed.destroy_process_group()
+
+
+def train_kind(kind, train):
+    """Train an adapter, and return its tensors."""
     torch.manual_seed(0)
     # Group norm: batch norm has other statistics in each process.
     config = tiny_config(id2label={0: "cat", 1: "dog"}, generator_norm="group", **KINDS[kind])
@@ -41,12 +52,8 @@ def main(file, kind, sharding="fsdp2"):
     images = torch.randn(STEPS, IMAGES, 3, 32, 32, generator=generator)
     labels = torch.randint(2, (STEPS, IMAGES), generator=generator)
     own = slice(rank * IMAGES // size, (rank + 1) * IMAGES // size)
-    train = with_zero3 if sharding == "zero3" else with_fsdp2
     state = train(model, list(zip(images[:, own], labels[:, own], strict=True)), size)
-    if rank == 0:
-        torch.save(get_peft_model_state_dict(model, state_dict=state), file)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    return get_peft_model_state_dict(model, state_dict=state)
 
 
 def optimizer_of(model):
@@ -56,7 +63,8 @@ def optimizer_of(model):
 def with_fsdp2(model, batches, size):
     """Train, sharded if there are several processes; return the whole state."""
     if size > 1:
-        distributed.init_process_group("gloo")
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo")
         mesh = init_device_mesh("cpu", (size,))
         for layer in layers_of(model):
             fully_shard(layer, mesh=mesh)

@@ -44,6 +44,7 @@ FIGURES = {
     "adaptation": (rf"\| full fine-tuning \| 23,970 \| {NUMBER} \|", 1, 1),
     "data_path": (rf"fastest loader: (?:plain|cached), \d workers, ratio {NUMBER}", *ANY),
     "arithmetic": (f"share of a step, if nothing overlaps +{NUMBER}", 0.03, 0.04),
+    "generator_trials": (rf"\| slow \| {NUMBER} at 0.0003 \|", 0.5, 1),
     "growth": (f"steepest training step: {NUMBER} of what its operations let one expect", *ANY),
     "input_only": (rf"\| PGN, ring \| 321,746 \| 0.003 \| {NUMBER} \|", 1, 1),  # as PNG as in training
     "inversion": (rf"\| 8-bit PNG \| images \| 32 \| 2 \| 4 \| 8 \| 1.000 \| {NUMBER} \|", 1, 1),
@@ -455,7 +456,7 @@ def test_what_cannot_be_predicted_is_refused(finished, tmp_path):
         predict.main([*command, str(tmp_path), "--top_k", "0"])
 
 
-def test_a_dry_run_shows_what_would_be_published(finished, capsys):
+def test_a_dry_run_shows_what_would_be_published(finished, material, capsys):
     import share_on_hub
 
     options = ["--dataset_name", "Colours", "--license", "mit", "--description", "Tells *red* from blue.", "--dry_run"]
@@ -466,9 +467,12 @@ def test_a_dry_run_shows_what_would_be_published(finished, capsys):
     assert "Tells *red* from blue." in card.text
     assert card.text.strip() in capsys.readouterr().out
     shutil.rmtree(finished / "to-publish")
-    share_on_hub.main(["--adapter", str(finished), *options, "--metric", "f1=0.5"])
-    card = ModelCard.load(finished / "to-publish/adapter/README.md")
+    image = next(material[0].rglob("*.jpg"))
+    more = ["--repo_id", "user/colours", "--metric", "f1=0.5", "--examples", str(image)]
+    share_on_hub.main(["--adapter", str(finished), *options, *more])
+    card = ModelCard.load(finished / "to-publish/colours/README.md")
     assert [result.metric_type for result in card.data.eval_results] == ["f1"]
+    assert len(list((finished / "to-publish/colours").glob("example*"))) == 1
     shutil.rmtree(finished / "to-publish")
     for wrong in (["--metric", "f1"], ["--metric", "f1=good"]):
         with pytest.raises(SystemExit):
