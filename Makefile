@@ -24,8 +24,8 @@ test: $(VENV)/installed
 	$(RUN) -m pytest -n auto --dist worksteal
 
 # Forward and backward numbers once more with the kernels of a CPU without AVX-512, which most desktops and laptops have.
-NUMBERS := $(addprefix tests/test_, $(addsuffix .py, generator contract forms deep read_out pixel_space mixed_batch head \
-	classifier inversion prompter score_head memory official training))
+NUMBERS := $(addprefix tests/test_, $(addsuffix .py, generator contract forms deep read_out pixel_space mixed_batch \
+	inversion prompter score_head memory official training))
 test-avx2: $(VENV)/installed
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(RUN) -m pytest -n auto --dist worksteal \
 		-m "not slow and not shared" $(NUMBERS)

@@ -32,7 +32,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
@@ -330,7 +330,7 @@ def compare(results: bench.Results, options: argparse.Namespace) -> None:
                 seeded = replace(cell, seed=seed)
                 results.get(seeded.settings, lambda cell=seeded: probe(cell))
             continue
-        chosen = choose(results, cell, options.grid)
+        chosen = choose(results, cell, options.grid, options.rates)
         for seed in options.seeds:
             report = replace(chosen, seed=seed)
             train_once(results, report)
@@ -350,9 +350,9 @@ def ablate(results: bench.Results, options: argparse.Namespace) -> None:
                 train_once(results, changed)
 
 
-def choose(results: bench.Results, cell: Cell, grid: int) -> Cell:
-    """Return the cell with the learning rate of the grid that is best on validation."""
-    candidates = [replace(cell, rate=rate) for rate in METHODS[cell.method][1][:grid]]
+def choose(results: bench.Results, cell: Cell, grid: int, rates: Sequence[float] | None = None) -> Cell:
+    """Return the cell with the learning rate of the grid, or of `rates`, that is best on validation."""
+    candidates = [replace(cell, rate=rate) for rate in rates or METHODS[cell.method][1][:grid]]
     return max(candidates, key=lambda candidate: train_once(results, candidate)["validation_accuracy"])
 
 
@@ -383,6 +383,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--protocol", choices=("small", "few", "full"), default="small")
     parser.add_argument("--shots", type=int, nargs="+", default=(None,), help="images of each class")
     parser.add_argument("--grid", type=int, default=2, help="use this many learning rates")
+    parser.add_argument("--rates", nargs="+", type=float, help="choose from these learning rates instead")
     parser.add_argument("--no-test", dest="test", action="store_false", help="leave the test split alone")
     parser.add_argument("--set", nargs="*", type=parse_override, default=(), help="fields to change, name=value")
     parser.add_argument(

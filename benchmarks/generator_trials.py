@@ -7,17 +7,20 @@ Takes the arguments of `adaptation.py`, and never looks at the test split. `--sm
 
 - `vapt`: prompts from the patch tokens of each layer, by a convolution shared by all channels, weights of the places
   and a bottleneck shared by all layers, added to static prompts (VAPT, ICLR 2026).
+- `embedded`: the same from the patch embeddings alone, with a library for each layer.
 - `fourier`: half of the library and of the static prompts are in Fourier form (VFPT, Zeng et al. 2024).
 - `averaged`: the prediction of an exponential moving average of the weights.
 - `distilled`: the generator's CNN has first learned the frozen backbone's features of images without labels, at most
   1,000; `-few`: of the labelled ones only; `-first`: for prompts of the first layer.
 - `slow`: the library learns at a tenth of the static prompts' rate.
+- `small`: a library of eight that starts at zero, mixed by softmax or sigmoid.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import adaptation
@@ -48,9 +51,16 @@ def layer_of(model: nn.Module) -> PGNLayer:
 class VAPT(nn.Module):
     """Prompts that every layer computes from its own patch tokens."""
 
-    def __init__(self, backbone: PreTrainedModel, num_virtual_tokens: int, num_patches: int, rank: int = 8) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        num_virtual_tokens: int,
+        num_patches: int,
+        rank: int = 8,
+        embedded: bool = False,
+    ) -> None:
         super().__init__()
-        self.backbone, self.num_virtual_tokens = backbone, num_virtual_tokens
+        self.backbone, self.num_virtual_tokens, self.embedded = backbone, num_virtual_tokens, embedded
         hidden_size = backbone.config.hidden_size
         layers = [backbone.get_submodule(name) for name in find_layers(backbone, find_backbone(backbone).embeddings)]
         self.prompts = nn.Parameter(torch.empty(len(layers), num_virtual_tokens, hidden_size).normal_(std=0.02))
@@ -58,22 +68,26 @@ class VAPT(nn.Module):
         with torch.no_grad():
             self.kernels[..., 1, 1] = 1.0
         self.places = nn.Parameter(torch.empty(len(layers), num_virtual_tokens, num_patches).normal_(std=0.02))
-        self.down, self.up = nn.Linear(hidden_size, rank), nn.Linear(rank, hidden_size)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.down = nn.Linear(hidden_size, rank)
+        self.library = nn.Parameter(torch.zeros(len(layers) if embedded else 1, rank, hidden_size))
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._append(index))
         layers[-1].register_forward_hook(lambda layer, inputs, tokens: tokens[:, :-num_virtual_tokens])
 
+    def mix(self, patches: Tensor, index: int) -> Tensor:
+        """Compute the coefficients (B, P, R) of a layer from its patch tokens (B, N', D)."""
+        patches = F.layer_norm(patches, patches.shape[-1:])
+        side = round(patches.shape[1] ** 0.5)
+        grid = patches.mT.reshape(-1, 1, side, side)  # (B * D, 1, h, w)
+        mixed = F.conv2d(grid, self.kernels[index], padding=1).view(*patches.mT.shape).mT  # (B, N', D)
+        return F.relu(self.down(self.places[index] @ mixed))
+
     def _append(self, index: int) -> Callable[[nn.Module, tuple], tuple]:
         def hook(layer: nn.Module, inputs: tuple) -> tuple:
             tokens = inputs[0] if index == 0 else inputs[0][:, : -self.num_virtual_tokens]  # (B, N, D)
-            patches = F.layer_norm(tokens[:, 1:], tokens.shape[-1:])
-            side = round(patches.shape[1] ** 0.5)
-            grid = patches.mT.reshape(-1, 1, side, side)  # (B * D, 1, h, w)
-            mixed = F.conv2d(grid, self.kernels[index], padding=1).view(*patches.mT.shape).mT  # (B, N', D)
-            features = self.places[index] @ mixed  # (B, P, D)
-            prompts = self.prompts[index] + self.up(F.relu(self.down(features)))
+            if index == 0 or not self.embedded:
+                self.coefficients = self.mix(tokens[:, 1:], index)
+            prompts = self.prompts[index] + self.coefficients @ self.library[index if self.embedded else 0]
             return (torch.cat([tokens, prompts], dim=1), *inputs[1:])
 
         return hook
@@ -83,14 +97,18 @@ class VAPT(nn.Module):
         return self.backbone(pixel_values=pixel_values)
 
 
-def vapt(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
+def vapt(embedded: bool) -> Method:
     """Learn prompts for every layer, and their change with the image."""
-    new_head(backbone, len(material.names))
-    side = material.splits["train"].pixels.shape[-1] // backbone.config.patch_size
-    model = VAPT(backbone, options.num_virtual_tokens, side**2).to(DEVICE)
-    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    head = {id(parameter) for parameter in backbone.classifier.parameters()}
-    return Adapted(model, material), with_head(backbone, [one for one in own if id(one) not in head], options)
+
+    def build(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
+        new_head(backbone, len(material.names))
+        side = material.splits["train"].pixels.shape[-1] // backbone.config.patch_size
+        model = VAPT(backbone, options.num_virtual_tokens, side**2, embedded=embedded).to(DEVICE)
+        head = {id(parameter) for parameter in backbone.classifier.parameters()}
+        own = [each for each in model.parameters() if each.requires_grad and id(each) not in head]
+        return Adapted(model, material), with_head(backbone, own, options)
+
+    return build
 
 
 class FourierHalf(nn.Module):
@@ -184,11 +202,26 @@ def slow(backbone: PreTrainedModel, material: Material, options: Options) -> Bui
     return adapted, [*groups, {"params": [tokens], "lr": options.rate / 10}]
 
 
+def small(mixing: str) -> Method:
+    """Generate prompts from a library of eight, which starts at zero: training starts with static prompts."""
+
+    def build(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
+        fields = options.config | {"library_size": 8, "mixing": mixing}
+        adapted, groups = pgn_deep(backbone, material, replace(options, config=fields))
+        nn.init.zeros_(layer_of(adapted).library("default").tokens)
+        return adapted, groups
+
+    return build
+
+
 TRIALS = {
-    "vapt": vapt,
+    "vapt": vapt(embedded=False),
+    "embedded": vapt(embedded=True),
     "fourier": fourier,
     "averaged": averaged,
     "slow": slow,
+    "small": small("softmax"),
+    "small-sigmoid": small("sigmoid"),
     "distilled": distilled(pgn_deep, "unlabelled"),
     "distilled-few": distilled(pgn_deep, "train"),
     "distilled-first": distilled(pgn, "unlabelled"),

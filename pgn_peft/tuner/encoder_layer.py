@@ -60,13 +60,15 @@ class PGNBlock(PGNTunerLayer):
         end = hidden_states.shape[1] - waiting
         args = tuple(_cut_mask(value, end) for value in args)
         kwargs = {name: _cut_mask(value, end) for name, value in kwargs.items()}
-        output = self.base_layer(hidden_states[:, :end], *args, **kwargs)
+        # In backward `split` joins the gradients once, where two slices fill zeros and add.
+        own, later = hidden_states.split([end, waiting], dim=1)
+        output = self.base_layer(own, *args, **kwargs)
         if not waiting and not self.ends:
             return output
         tokens, *others = output if isinstance(output, tuple) else (output,)
         tokens = tokens[:, : end - num_prompts]
         if waiting:
-            tokens = torch.cat([tokens, hidden_states[:, end:]], dim=1)
+            tokens = torch.cat([tokens, later], dim=1)
         return (tokens, *others) if isinstance(output, tuple) else tokens
 
 
