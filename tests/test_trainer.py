@@ -28,6 +28,17 @@ def test_it_trains_and_saves_as_trainer_does(tmp_path):
     assert names[0] == names[1]
 
 
+def test_the_rate_for_fine_tuning_whole_models_is_pointed_out(tmp_path, caplog):
+    def warnings_of(**options):
+        caplog.clear()
+        make_trainer(tmp_path, max_steps=1, **options).train()
+        return [record.getMessage() for record in caplog.records if "`learning_rate`" in record.getMessage()]
+
+    (warning,) = warnings_of(learning_rate=TrainingArguments(str(tmp_path)).learning_rate)
+    assert "is 5e-05, Transformers' default for whole models" in warning
+    assert warnings_of(learning_rate=1e-3) == []
+
+
 @pytest.mark.slow
 def test_a_compiled_model_trains_and_saves_the_same(tmp_path):
     torch.compiler.reset()

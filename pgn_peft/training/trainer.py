@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer, parse_log_history
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -32,6 +32,7 @@ from pgn_peft.utils.values import filled
 
 logger = logging.getLogger(__name__)
 
+FINE_TUNING_RATE = TrainingArguments.__dataclass_fields__["learning_rate"].default
 STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 
 # Whether label smoothing divides by the number of labels in all accumulated batches, which it does not in Transformers
@@ -124,6 +125,13 @@ class AdapterTrainer(Trainer):
             raise ValueError(
                 "`model` must have trainable parameters, but got a frozen one. Load the adapter with "
                 "is_trainable=True, or activate it: model.set_adapter(name)."
+            )
+        if self.optimizer is None and self.args.learning_rate == FINE_TUNING_RATE and self.is_world_process_zero():
+            logger.warning(
+                "`learning_rate` is %g, Transformers' default for whole models, at which prompts hardly learn. Pass "
+                "TrainingArguments(learning_rate=1e-3), or a rate for each part: "
+                "AdapterTrainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None)).",
+                FINE_TUNING_RATE,
             )
         return super().train(*args, **kwargs)
 
