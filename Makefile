@@ -6,11 +6,12 @@ RUN := $(VENV)/bin/python
 
 .PHONY: demo space test test-avx2 test-browser test-servers quality style docs coverage wheel clean
 
-# An editable install of the package with all its extras; made again when the dependencies change.
+# An editable install of the package with all its extras; made again when the dependencies change. Python compiles what
+# is imported; compiling all of it here takes the better part of a minute.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pgn-peft needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -62,7 +63,7 @@ style: $(VENV)/installed
 	$(RUN) -m ruff format .
 
 $(VENV)/docs-installed: $(VENV)/installed
-	$(RUN) -m pip install --quiet --editable '.[docs]'
+	$(RUN) -m pip install --quiet --no-compile --editable '.[docs]'
 	touch $@
 
 # Builds the documentation into site/, with an API reference from the docstrings.
