@@ -57,6 +57,7 @@ METHODS: dict[str, tuple[Callable[..., methods.Built], int | None]] = {
     "PGN, generator at 112 px": (methods.pgn, 112),
     "PGN, generator at 64 px": (methods.pgn, 64),
     "PGN, pixel space": (methods.pgn_pixel, None),
+    "PGN, dense": (methods.pgn_dense, 64),
     "VPT-deep": (methods.vpt_deep, None),
     "PGN in every layer, generator at 64 px": (methods.pgn_deep, 64),
     "LoRA, r = 8": (methods.lora, None),
