@@ -58,10 +58,11 @@ def test_each_form_has_rates_that_suit_it(fields, library):
 def test_each_adapter_has_the_rates_of_its_form():
     model = adapted()
     model.add_adapter("static", tiny_config(id2label=NAMES, generator="static"))
-    for name in ("default", "static"):
+    model.add_adapter("other", tiny_config(id2label=NAMES))  # which is also how the last group is called
+    for name, expected in {"default": 1e-2, "static": 1e-3, "other": 1e-2}.items():
         model.set_adapter(name)
         (rate,) = {group["lr"] for group in parameter_groups(model, 1e-3) if group["name"] == "pgn_library"}
-        assert rate == pytest.approx(1e-2 if name == "default" else 1e-3)
+        assert rate == pytest.approx(expected)
 
 
 def test_a_frozen_model_has_no_groups():

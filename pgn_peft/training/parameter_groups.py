@@ -44,7 +44,7 @@ def parameter_groups(
         ValueError: no parameter is trainable.
     """
     head_rate = HEAD_RATIO * learning_rate if head_learning_rate is None else head_learning_rate
-    rates = {"pgn_generator": learning_rate, "pgn_head": head_rate, "other": learning_rate}
+    rates = {"pgn_generator": learning_rate, "pgn_head": head_rate}
     for layer in (module for module in model.modules() if isinstance(module, PGNLayer)):
         for adapter, config in layer.configs.items():
             rates[f"pgn_library.{adapter}"] = (
@@ -64,7 +64,7 @@ def parameter_groups(
         {
             "name": part.split(".")[0],
             "params": parameters,
-            "lr": rates[part],
+            "lr": rates.get(part, learning_rate),
             "weight_decay": weight_decay if decayed else 0.0,
         }
         for (part, decayed), parameters in groups.items()
