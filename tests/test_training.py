@@ -43,7 +43,8 @@ PIXELS = {"prompt_space": "pixel", "image_size": 32, "image_mean": [0.5] * 3, "i
     [
         ({}, 1e-2),
         ({"prompt_depth": 2}, 1e-3),
-        ({"generator": "static"}, 1e-3),
+        ({"generator": "static"}, 1e-2),
+        ({"generator": "static", "prompt_depth": 2}, 1e-3),
         (PIXELS | {"prompt_layout": "dense", "num_virtual_tokens": None}, 3e-2),
     ],
 )
@@ -57,9 +58,9 @@ def test_each_form_has_rates_that_suit_it(fields, library):
 
 def test_each_adapter_has_the_rates_of_its_form():
     model = adapted()
-    model.add_adapter("static", tiny_config(id2label=NAMES, generator="static"))
+    model.add_adapter("deep", tiny_config(id2label=NAMES, prompt_depth=2))
     model.add_adapter("other", tiny_config(id2label=NAMES))  # which is also how the last group is called
-    for name, expected in {"default": 1e-2, "static": 1e-3, "other": 1e-2}.items():
+    for name, expected in {"default": 1e-2, "deep": 1e-3, "other": 1e-2}.items():
         model.set_adapter(name)
         (rate,) = {group["lr"] for group in parameter_groups(model, 1e-3) if group["name"] == "pgn_library"}
         assert rate == pytest.approx(expected)
