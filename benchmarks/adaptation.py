@@ -186,11 +186,10 @@ def material_of(cell: Cell) -> bench.Material:
     """Return the images of a cell."""
     common = cell.common
     material = load_material(cell.data, cell.model, common.side, common.train_images, common.evaluated_images)
-    train = material.splits["train"]
-    if common.shots is None:
-        return replace(material, splits=material.splits | {"unlabelled": train})
-    few = bench.few_of_each_class(train.labels, common.shots, cell.seed)
-    chosen = bench.Split(train.pixels[few], train.labels[few])
+    train = chosen = material.splits["train"]
+    if common.shots is not None:
+        few = bench.few_of_each_class(train.labels, common.shots, cell.seed)
+        chosen = bench.Split(train.pixels[few], train.labels[few])
     return replace(material, splits=material.splits | {"train": chosen, "unlabelled": train})
 
 

@@ -21,13 +21,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import adaptation
 import report
 import torch
 from bench import DEVICE, Material
-from methods import Adapted, Built, Options, new_head, pgn, pgn_deep, with_head
+from methods import Adapted, Built, Options, VPTDeep, new_head, pgn, pgn_deep, with_head
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -35,21 +34,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
 from pgn_peft.nn.generator import resize_shorter_side
-from pgn_peft.tuner.backbones import find_backbone, find_layers
-from pgn_peft.tuner.layer import PGNLayer
+from pgn_peft.tuner.adapters import prompt_layer
 
 Method = Callable[[PreTrainedModel, Material, Options], Built]
 DECAY = 0.95
 DISTILLATION_STEPS, DISTILLATION_BATCH, DISTILLATION_RATE = 400, 50, 3e-3
 
 
-def layer_of(model: nn.Module) -> PGNLayer:
-    """Return the layer of PGN in a model."""
-    return next(module for module in model.modules() if isinstance(module, PGNLayer))
+class VAPT(VPTDeep):
+    """Prompts that every layer computes from its own patch tokens.
 
-
-class VAPT(nn.Module):
-    """Prompts that every layer computes from its own patch tokens."""
+    Args:
+        backbone: the frozen model.
+        num_virtual_tokens: prompts P of each layer.
+        num_patches: patch tokens N', of a square image.
+        rank: length R of the bottleneck.
+        embedded: compute them from the first layer's tokens only, with a library for each layer.
+    """
 
     def __init__(
         self,
@@ -59,20 +60,21 @@ class VAPT(nn.Module):
         rank: int = 8,
         embedded: bool = False,
     ) -> None:
-        super().__init__()
-        self.backbone, self.num_virtual_tokens, self.embedded = backbone, num_virtual_tokens, embedded
-        hidden_size = backbone.config.hidden_size
-        layers = [backbone.get_submodule(name) for name in find_layers(backbone, find_backbone(backbone).embeddings)]
-        self.prompts = nn.Parameter(torch.empty(len(layers), num_virtual_tokens, hidden_size).normal_(std=0.02))
-        self.kernels = nn.Parameter(torch.zeros(len(layers), 1, 1, 3, 3))
+        super().__init__(backbone, num_virtual_tokens)
+        self.embedded = embedded
+        layers, _, hidden_size = self.prompts.shape
+        self.kernels = nn.Parameter(torch.zeros(layers, 1, 1, 3, 3))
         with torch.no_grad():
             self.kernels[..., 1, 1] = 1.0
-        self.places = nn.Parameter(torch.empty(len(layers), num_virtual_tokens, num_patches).normal_(std=0.02))
+        self.places = nn.Parameter(torch.empty(layers, num_virtual_tokens, num_patches).normal_(std=0.02))
         self.down = nn.Linear(hidden_size, rank)
-        self.library = nn.Parameter(torch.zeros(len(layers) if embedded else 1, rank, hidden_size))
-        for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._append(index))
-        layers[-1].register_forward_hook(lambda layer, inputs, tokens: tokens[:, :-num_virtual_tokens])
+        self.library = nn.Parameter(torch.zeros(layers if embedded else 1, rank, hidden_size))
+
+    def prompts_of(self, index: int, tokens: Tensor) -> Tensor:
+        """Return the prompts (B, P, D) of a layer, which is given tokens (B, N, D)."""
+        if index == 0 or not self.embedded:
+            self.coefficients = self.mix(tokens[:, 1:], index)
+        return self.prompts[index] + self.coefficients @ self.library[index if self.embedded else 0]
 
     def mix(self, patches: Tensor, index: int) -> Tensor:
         """Compute the coefficients (B, P, R) of a layer from its patch tokens (B, N', D)."""
@@ -81,20 +83,6 @@ class VAPT(nn.Module):
         grid = patches.mT.reshape(-1, 1, side, side)  # (B * D, 1, h, w)
         mixed = F.conv2d(grid, self.kernels[index], padding=1).view(*patches.mT.shape).mT  # (B, N', D)
         return F.relu(self.down(self.places[index] @ mixed))
-
-    def _append(self, index: int) -> Callable[[nn.Module, tuple], tuple]:
-        def hook(layer: nn.Module, inputs: tuple) -> tuple:
-            tokens = inputs[0] if index == 0 else inputs[0][:, : -self.num_virtual_tokens]  # (B, N, D)
-            if index == 0 or not self.embedded:
-                self.coefficients = self.mix(tokens[:, 1:], index)
-            prompts = self.prompts[index] + self.coefficients @ self.library[index if self.embedded else 0]
-            return (torch.cat([tokens, prompts], dim=1), *inputs[1:])
-
-        return hook
-
-    def forward(self, pixel_values: Tensor) -> Any:
-        """Answer normalised pixels with the backbone's outputs."""
-        return self.backbone(pixel_values=pixel_values)
 
 
 def vapt(embedded: bool) -> Method:
@@ -124,7 +112,7 @@ class FourierHalf(nn.Module):
 def fourier(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate prompts from a library of which half is in Fourier form."""
     adapted, groups = pgn_deep(backbone, material, options)
-    library = layer_of(adapted).library("default")
+    library = prompt_layer(adapted).library("default")
     for name in ("tokens", "slot_prompts"):
         parametrize.register_parametrization(library, name, FourierHalf())
     return adapted, groups
@@ -184,7 +172,7 @@ def distilled(method: Method, split: str) -> Method:
 
     def build(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
         adapted, groups = method(backbone, material, options)
-        trunk = layer_of(adapted).generator("default").trunk
+        trunk = prompt_layer(adapted).generator("default").trunk
         adapted.model.disable_adapter_layers()
         distil(trunk, backbone, material, material.splits[split].pixels, options.generator_image_size)
         adapted.model.enable_adapter_layers()
@@ -196,7 +184,7 @@ def distilled(method: Method, split: str) -> Method:
 def slow(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Let the library learn at a tenth of the rate of the static prompts."""
     adapted, groups = pgn_deep(backbone, material, options)
-    tokens = layer_of(adapted).library("default").tokens
+    tokens = prompt_layer(adapted).library("default").tokens
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter is not tokens]
     return adapted, [*groups, {"params": [tokens], "lr": options.rate / 10}]
@@ -208,7 +196,7 @@ def small(mixing: str) -> Method:
     def build(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
         fields = options.config | {"library_size": 8, "mixing": mixing}
         adapted, groups = pgn_deep(backbone, material, replace(options, config=fields))
-        nn.init.zeros_(layer_of(adapted).library("default").tokens)
+        nn.init.zeros_(prompt_layer(adapted).library("default").tokens)
         return adapted, groups
 
     return build

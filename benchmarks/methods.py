@@ -16,7 +16,7 @@ from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pgn_peft import PGNConfig, use_texts
+from pgn_peft import PGNConfig
 from pgn_peft.nn.generator import PromptGenerator, resize_shorter_side
 from pgn_peft.nn.layout import to_levels
 from pgn_peft.nn.preprocessing import normalize
@@ -116,10 +116,13 @@ class VPTDeep(nn.Module):
     def _append(self, index: int) -> Callable[[nn.Module, tuple], tuple]:
         def hook(layer: nn.Module, inputs: tuple) -> tuple:
             tokens = inputs[0] if index == 0 else inputs[0][:, : -self.num_virtual_tokens]  # (B, N, D)
-            prompts = self.prompts[index].expand(len(tokens), -1, -1).to(tokens.dtype)  # (B, P, D)
-            return (torch.cat([tokens, prompts], dim=1), *inputs[1:])
+            return (torch.cat([tokens, self.prompts_of(index, tokens).to(tokens.dtype)], dim=1), *inputs[1:])
 
         return hook
+
+    def prompts_of(self, index: int, tokens: Tensor) -> Tensor:
+        """Return the prompts (B, P, D) of a layer, which is given tokens (B, N, D)."""
+        return self.prompts[index].expand(len(tokens), -1, -1)
 
     def forward(self, pixel_values: Tensor) -> Any:
         """Answer normalised pixels with the backbone's outputs."""
@@ -213,9 +216,6 @@ def pgn(backbone: PreTrainedModel, material: Material, options: Options) -> Buil
         "id2label": dict(enumerate(material.names)),
     }
     model = get_peft_model(backbone, PGNConfig(**(fields | options.config)))
-    if model.peft_config["default"].head == "text":
-        texts = torch.randn(len(material.names), backbone.config.projection_dim, device=DEVICE)
-        use_texts(model, nn.functional.normalize(texts, dim=-1))
     groups = parameter_groups(
         model, options.rate, library_learning_rate=options.rate * options.library_rate, head_learning_rate=HEAD_RATE
     )

@@ -48,6 +48,8 @@ import step_tables
 import timing
 from sizes import NUM_LABELS, SIZES, random_material
 
+from pgn_peft import use_texts
+
 MODELS = {
     "deit-tiny": SIZES["Ti/16"],
     "vit-s16": SIZES["S/16"],
@@ -160,6 +162,8 @@ def make_runners(cell: dict[str, Any], options: argparse.Namespace) -> dict[str,
         config = {"library_size": library} | ({"head": "text"} if cell["model"] == "clip-b32" else {})
         arguments = methods.Options(1e-3, prompts, SIDES.get(name, 64), config)
         model, groups = METHODS[name](backbone, material, arguments)
+        if cell["model"] == "clip-b32":
+            use_texts(model.model, F.normalize(torch.randn(NUM_LABELS, backbone.config.projection_dim), dim=-1))
         runners[name] = Runner(model.to(bench.DEVICE), groups, pixels, labels, cell["precision"])
     for kind in ("vit", "clip") if cell["official"] else ():
         model = official_code.load(options.official, kind, NUM_LABELS, prompts, library)

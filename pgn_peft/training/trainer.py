@@ -115,7 +115,7 @@ class AdapterTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, as `Trainer` does.
+        """Train, as `Trainer` does. Warns of Transformers' default learning rate, at which prompts hardly learn.
 
         Raises:
             ValueError: all of the model is frozen.
