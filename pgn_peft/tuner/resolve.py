@@ -17,7 +17,7 @@ from pgn_peft.tuner.backbones import (
     find_backbone,
     find_layers,
 )
-from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.config import PGNConfig, own_fields
 from pgn_peft.tuner.embeddings import own_image_size, patch_projection
 from pgn_peft.tuner.head import PGNHead, labels_of
 from pgn_peft.tuner.headless import can_get_head
@@ -27,6 +27,10 @@ from pgn_peft.utils.values import not_none
 
 # An upper limit of a gigabyte, far beyond what is used, so that no file can allocate more.
 LARGEST_ADAPTER = 2**28
+
+# Attribute of a resolved config: the fields that were filled from the model, before and after. One config can serve
+# several models, though PEFT keeps the object that the user passed.
+FILLED = "_filled"
 
 # A condition under which a config cannot work, and what to tell its user.
 Rule = tuple[bool, str]
@@ -47,6 +51,9 @@ def resolve(config: PGNConfig, model: nn.Module) -> PGNConfig:
         ValueError: fields do not fit each other or the model.
     """
     resolved = copy.deepcopy(config)
+    for name, (left_open, filled) in vars(resolved).pop(FILLED, {}).items():
+        if getattr(resolved, name) == filled:  # for another model
+            setattr(resolved, name, left_open)
     resolved.__post_init__()  # fields can be assigned after the config was made
     backbone = find_backbone(model, resolved.target_modules)  # type: ignore[arg-type]  # no string by now
     in_pixels, generated = resolved.prompt_space == "pixel", resolved.generator != "static"
@@ -66,6 +73,8 @@ def resolve(config: PGNConfig, model: nn.Module) -> PGNConfig:
     tensors = [tensor for module in describe_modules(resolved).values() for tensor in module.state_dict().values()]
     numbers = sum(tensor.numel() for tensor in tensors)
     _refuse([(numbers > LARGEST_ADAPTER, f"This adapter would have {numbers:,} numbers; most have a million.")])
+    pairs = {field.name: (getattr(config, field.name), getattr(resolved, field.name)) for field in own_fields()}
+    vars(resolved)[FILLED] = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     return resolved
 
 
