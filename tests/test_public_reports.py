@@ -2,22 +2,30 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
-from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_nearly_equal, edit_json, move_adapter, tiny_config, tiny_vit
 from datasets import ClassLabel, Dataset, Features, config
 from datasets import Image as ImageColumn
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.ao.quantization import quantize_dynamic
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel.replicate import replicate
 from torch.optim.swa_utils import AveragedModel, update_bn
 from train_image_classifier import Arguments, check_same_optimizer, main, make_trainer
-from transformers import TrainingArguments, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
-from pgn_peft import AdapterTrainer, ImageCollator, make_prompter
+from pgn_peft import AdapterTrainer, Classifier, ImageCollator, load_classifier, make_prompter
 
 NAMES = {0: "cat", 1: "dog"}
 PIXELS = {"prompt_space": "pixel", "image_size": 32, "num_virtual_tokens": None}
@@ -347,3 +355,299 @@ def test_an_adapter_in_channels_last_is_saved_as_any_other(pixel_values, tmp_pat
     assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
     loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "channels_last").eval()
     assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
+
+
+def saved_classifier(folder, **overrides):
+    """Save a classifier, the norm before its head trained along, and return the model and the adapter's folder."""
+    tiny_vit().save_pretrained(folder / "base")
+    base = ViTForImageClassification.from_pretrained(folder / "base")
+    config = tiny_config(**({"id2label": NAMES, "modules_to_save": ["vit.layernorm"]} | overrides))
+    model = move_adapter(get_peft_model(base, config)).eval()
+    with torch.no_grad():
+        model.get_base_model().vit.layernorm.modules_to_save["default"].weight.mul_(torch.linspace(0.2, 3, 32))
+    Classifier(model, ViTImageProcessor(size={"height": 32, "width": 32})).save_pretrained(folder / "adapter")
+    return model, folder / "adapter"
+
+
+def loaded_everywhere(adapter):
+    """Load an adapter by PEFT, by Transformers and by this package."""
+    yield PeftModel.from_pretrained(tiny_vit(), adapter)
+    yield AutoModelForImageClassification.from_pretrained(adapter)
+    yield load_classifier(adapter).model
+
+
+def test_modules_that_were_trained_along_are_restored_by_every_loader(pixel_values, tmp_path):
+    """huggingface/transformers#48595, #34469: one loader left them as in the base, and the model in training mode."""
+    model, adapter = saved_classifier(tmp_path)
+    for loaded in loaded_everywhere(adapter):
+        assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
+        assert not any(module.training for module in loaded.modules())
+
+
+def test_weights_without_metadata_are_loaded(pixel_values, tmp_path):
+    """safetensors/safetensors#549: tools that write a file anew leave out the metadata that loaders asked for."""
+    model, adapter = saved_classifier(tmp_path)
+    weights = adapter / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)
+    with safe_open(weights, "pt") as file:
+        assert file.metadata() is None
+    edit_json(adapter / "adapter_config.json")
+    for loaded in loaded_everywhere(adapter):
+        assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
+
+
+def test_classes_are_numbered_by_their_keys_in_whatever_order_a_file_has_them(pixel_values, tmp_path):
+    """huggingface/datasets#5277, MIC-DKFZ/nnUNet#607: keys are strings in JSON, and "10" is sorted before "2"."""
+    names = {number: f"class {number}" for number in range(12)}
+    _, adapter = saved_classifier(tmp_path, id2label=names)
+    as_strings = {str(number): name for number, name in names.items()}
+    edit_json(adapter / "adapter_config.json", id2label=dict(sorted(as_strings.items())))
+    for loaded in loaded_everywhere(adapter):
+        assert [*loaded.config.id2label.items()] == [*names.items()]
+        assert loaded.config.label2id == {name: number for number, name in names.items()}
+
+
+def test_adapters_stay_off_until_the_outer_block_ends(pixel_values):
+    """huggingface/peft#3507, #367: an inner block turned them on again, and an error left them off."""
+    model, base = adapted(), answer(tiny_vit(), pixel_values)
+    expected = answer(model, pixel_values)
+    with pytest.raises(KeyError), model.disable_adapter():
+        with model.disable_adapter():
+            pass
+        assert_nearly_equal(answer(model, pixel_values), base)
+        raise KeyError
+    assert_nearly_equal(answer(model, pixel_values), expected)
+    assert model.config.id2label == NAMES
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_layers_are_recomputed_as_they_were_computed(use_reentrant, pixel_values):
+    """huggingface/peft#2832, adapter-hub/adapters#732, facebookresearch/fairscale#1035.
+
+    With gradient checkpointing, layers were recomputed with whichever adapter was active by then, and BatchNorm's
+    statistics were updated twice.
+    """
+    labels, results = torch.tensor([0, 1, 0, 1]), []
+    for checkpointing in (False, True):
+        model = get_peft_model(tiny_vit(), tiny_config(id2label=NAMES, prompt_depth=None))
+        model.add_adapter("longer", tiny_config(id2label=NAMES, num_virtual_tokens=5))
+        model.add_adapter("pixel", tiny_config(id2label=NAMES, **PIXELS))
+        move_adapter(model).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        losses = []
+        for name in ("default", "longer", "pixel"):
+            model.set_adapter(name)
+            losses.append(model(pixel_values, labels=labels).loss)
+        with model.disable_adapter():
+            model(pixel_values)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".pgn_" in name)
+            sum(losses).backward()
+        results.append((model, dict(model.named_buffers())))
+    (plain, statistics), (checkpointed, statistics_found) = results
+    torch.testing.assert_close(statistics_found, statistics)
+    found = dict(checkpointed.named_parameters())
+    for name, parameter in plain.named_parameters():
+        if ".pgn_" in name:
+            assert parameter.grad.abs().max() > 0, name
+            torch.testing.assert_close(found[name].grad, parameter.grad)
+
+
+def test_a_compiled_model_follows_the_switch(pixel_values):
+    """meta-pytorch/torchtune#721, huggingface/diffusers#11408: it went on as it was when it was compiled."""
+    torch.compiler.reset()
+    model = adapted(generator="static")  # which compiles in a moment
+    model.add_adapter("second", tiny_config(id2label={0: "rose"}, generator="static", num_virtual_tokens=5))
+    move_adapter(model)
+    compiled = torch.compile(model, backend="eager")
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        assert_nearly_equal(answer(compiled, pixel_values), answer(model, pixel_values))
+        with model.disable_adapter():
+            assert_nearly_equal(answer(compiled, pixel_values), answer(tiny_vit(), pixel_values))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # torch recommends export
+def test_a_traced_model_answers_for_any_number_of_images(pixel_values):
+    """huggingface/peft#1419, #259: what was traced failed, or kept the size of the example."""
+    for config in ({"prompt_depth": None}, PIXELS):
+        model = adapted(**config)
+        traced = torch.jit.trace(model, (pixel_values[:2],), strict=False, check_trace=False)
+        for images in (pixel_values[:1], pixel_values):
+            assert_nearly_equal(traced(images)["logits"], answer(model, images), valid_pixels=config == PIXELS)
+
+
+def test_whole_models_can_be_pickled(pixel_values, tmp_path):
+    """huggingface/accelerate#2613: functions and classes that are made at run time cannot."""
+    for architecture, config in [("Dinov2Model", {}), ("BeitForImageClassification", {"prompt_depth": None})]:
+        model = move_adapter(get_peft_model(tiny_vit(architecture), tiny_config(id2label=NAMES, **config))).eval()
+        torch.save(model, tmp_path / "model.pt")
+        copied = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert_nearly_equal(answer(copied, pixel_values), answer(model, pixel_values))
+        with copied.disable_adapter():  # by its own switch
+            assert answer(model, pixel_values).shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        False,
+        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="SyncBatchNorm knows no frozen statistics")),
+    ],
+)
+def test_synchronised_batch_norms_do_the_same(frozen, pixel_values):
+    """pytorch/pytorch#187298, huggingface/pytorch-image-models#1254: what a subclass of BatchNorm does was lost."""
+    model = adapted()
+    expected = answer(model, pixel_values)
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).requires_grad_(not frozen)
+    assert_nearly_equal(answer(converted, pixel_values), expected)
+    converted.train(frozen)(pixel_values)
+    torch.testing.assert_close(dict(converted.named_buffers()), statistics)
+
+
+def test_scores_are_what_the_kind_of_labels_asks_for():
+    """huggingface/transformers#21303, #35848: a regression's number came out as 1, sigmoid and softmax were swapped."""
+    image = Image.new("RGB", (32, 32), (200, 30, 20))
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    functions = {
+        "regression": lambda logits: logits,
+        "multi_label_classification": torch.sigmoid,
+        "single_label_classification": lambda logits: logits.softmax(dim=-1),
+    }
+    for problem_type, function in functions.items():
+        model = adapted(id2label=NAMES | {2: "owl"}, problem_type=problem_type)
+        expected = function(answer(model, pixel_values))[0]
+        scores = {score["label"]: score["score"] for score in Classifier(model, processor).pipeline()(image)}
+        assert [scores[name] for name in ("cat", "dog", "owl")] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_what_numpy_and_sets_put_into_a_configuration_is_saved(pixel_values, tmp_path):
+    """huggingface/transformers#24340, huggingface/peft#567: it could not be written as JSON, after the training."""
+    names = {np.int64(number): np.str_(name) for number, name in NAMES.items()}
+    half = (np.float32(0.5),) * 3
+    fields = {"id2label": names, "image_mean": half, "image_std": half, "modules_to_save": {"vit.layernorm"}}
+    model = adapted(**(PIXELS | fields | {"library_size": np.int64(6)}))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path)
+    assert loaded.config.id2label == NAMES
+    assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values), valid_pixels=True)
+
+
+def run_second_adapter(folder, trainer_class, **arguments):
+    """Train the second one of two adapters for a step at a time."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_vit(), tiny_config(id2label=NAMES))
+    model.add_adapter("second", tiny_config(id2label=NAMES))
+    model.set_adapter("second")
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rows = [{"pixel_values": image, "labels": number % 2} for number, image in enumerate(images)]
+    resumed = arguments.pop("resume_from_checkpoint", None)
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=4, learning_rate=0.01, lr_scheduler_type="constant", save_steps=1,
+        save_strategy="steps", report_to="none", use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+        **arguments,
+    )  # fmt: skip
+    collator = ImageCollator(num_labels=2)
+    trainer = trainer_class(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+    trainer.train(resume_from_checkpoint=resumed)
+    return trainer
+
+
+def test_a_run_of_a_second_adapter_is_resumed(tmp_path):
+    """huggingface/transformers#28531, #30478: adapters with a name were not found in the checkpoint."""
+    whole = run_second_adapter(tmp_path / "whole", Trainer, max_steps=2).model
+    resume = {"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-1")}
+    resumed = run_second_adapter(tmp_path / "resumed", Trainer, max_steps=2, **resume).model
+    assert resumed.active_adapters == ["second"]
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict())
+
+
+def test_the_best_weights_of_a_second_adapter_come_back(tmp_path):
+    """huggingface/transformers#36201: it got those of the first one, which lie where `Trainer` looks."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = run_second_adapter(tmp_path, AdapterTrainer, max_steps=2, **best)
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
+
+
+@pytest.mark.xfail(strict=True, reason="PEFT reads no configuration when it loads over an adapter of the same name")
+def test_an_adapter_that_is_loaded_over_another_brings_its_labels(tmp_path):
+    """huggingface/diffusers#6510, huggingface/peft#3559: the earlier configuration stayed with the new weights."""
+    adapted().save_pretrained(tmp_path / "animals")
+    adapted(id2label={0: "rose", 1: "tulip"}).save_pretrained(tmp_path / "flowers")
+    model = PeftModel.from_pretrained(tiny_vit(), tmp_path / "animals")
+    model.load_adapter(tmp_path / "flowers", "default")
+    assert model.config.id2label == {0: "rose", 1: "tulip"}
+
+
+@pytest.mark.xfail(strict=True, reason="the labels are written into the configuration that the models share")
+def test_a_model_of_the_same_configuration_keeps_its_labels():
+    """eth-easl/modyn#572: models that are made of one configuration object share it."""
+    base = tiny_vit()
+    teacher = ViTForImageClassification(base.config)
+    get_peft_model(base, tiny_config(id2label=NAMES))
+    assert teacher.config.num_labels == 5
+
+
+def test_every_adapter_of_a_half_precision_model_is_in_float32(pixel_values, tmp_path):
+    """huggingface/peft#1090, #2421: the second one that was loaded was rounded."""
+    model, adapter = saved_classifier(tmp_path, modules_to_save=None)
+    loaded = PeftModel.from_pretrained(tiny_vit().to(torch.bfloat16), adapter)
+    loaded.load_adapter(adapter, "second")
+    by_transformers = AutoModelForImageClassification.from_pretrained(adapter, dtype=torch.bfloat16)
+    expected = {name.partition("vit.")[2]: tensor for name, tensor in model.state_dict().items() if ".pgn_" in name}
+    for found in (loaded, by_transformers):
+        for name, tensor in found.state_dict().items():
+            if ".pgn_" in name:
+                assert torch.equal(tensor, expected[name.partition("vit.")[2].replace(".second.", ".default.")]), name
+
+
+def test_a_model_that_is_unloaded_is_the_base_again(pixel_values):
+    """huggingface/peft#3455, #3025: it failed if the active adapter trains no module along, and left a `peft_config`."""
+    base = tiny_vit()
+    before, classes = base.config.to_dict(), [type(module) for module in base.modules()]
+    model = move_adapter(get_peft_model(base, tiny_config(id2label=NAMES, modules_to_save=["vit.layernorm"])))
+    model.add_adapter("second", tiny_config(id2label={0: "rose"}, prompt_depth=None))
+    model.set_adapter("second")
+    model(pixel_values, labels=torch.zeros(4)).loss.backward()
+    unloaded = model.unload().eval()
+    assert_nearly_equal(answer(unloaded, pixel_values), answer(tiny_vit(), pixel_values))
+    assert unloaded.config.to_dict() == before
+    assert [type(module) for module in unloaded.modules()] == classes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unloaded.modules())
+    assert not hasattr(unloaded, "peft_config")
+
+
+def test_tensors_that_were_read_once_go_into_several_models(pixel_values):
+    """huggingface/peft#3592: the dictionary was changed when it was loaded, and the next model missed tensors."""
+    model = adapted(modules_to_save=["vit.layernorm"])
+    tensors = get_peft_model_state_dict(model)
+    for _ in range(2):
+        other = get_peft_model(tiny_vit(), tiny_config(id2label=NAMES, modules_to_save=["vit.layernorm"])).eval()
+        set_peft_model_state_dict(other, tensors)
+        assert_nearly_equal(answer(other, pixel_values), answer(model, pixel_values))
+
+
+def test_all_tensors_move_with_the_model(pixel_values):
+    """adapter-hub/adapters#456: some stayed on the CPU."""
+    for config in ({"prompt_depth": None}, {"head": "frozen", "id2label": None, **PIXELS}):
+        model = adapted(**config).to("meta")
+        assert model(pixel_values.to("meta")).logits.is_meta
+
+
+def test_the_chosen_adapter_is_saved_while_all_are_off(pixel_values, tmp_path):
+    """huggingface/peft#969: another one's weights were saved or loaded in its place."""
+    model = adapted()
+    model.add_adapter("second", tiny_config(id2label={0: "rose", 1: "tulip"}))
+    move_adapter(model, seed=3)
+    with model.disable_adapter():
+        model.save_pretrained(tmp_path, selected_adapters=["second"])
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"second"}
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "second")
+    model.set_adapter("second")
+    assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
+    assert loaded.config.id2label == {0: "rose", 1: "tulip"}
