@@ -69,6 +69,22 @@ def test_every_supported_classifier(architecture, tmp_path, pixel_values):
     assert {entry["label"] for entry in loaded.pipeline()(RED)} == {"cat", "dog"}
 
 
+def test_the_saved_processor_wins_over_a_stale_one_in_another_file(model, tmp_path):
+    """Transformers reads processor_config.json first (huggingface/transformers#42085)."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+
+    def leave_a_stale_one():
+        stale = {"image_processor": processor(64).to_dict(), "processor_class": "CLIPProcessor"}
+        (folder / "processor_config.json").write_text(json.dumps(stale), encoding="utf-8")
+
+    leave_a_stale_one()
+    Classifier(model, processor(32)).save_pretrained(folder)
+    assert AutoImageProcessor.from_pretrained(folder).size["height"] == 32
+    leave_a_stale_one()
+    assert load_classifier(folder).image_processor.size["height"] == 32
+
+
 def test_both_pipelines_use_the_adapters_processor(model, saved, caplog):
     inputs = processor()(images=RED, return_tensors="pt")
     expected = answer(model, **inputs).softmax(-1)[0].tolist()

@@ -24,6 +24,7 @@ from pgn_peft.hub.downloads import (
     check_base_folder,
     check_processor_files,
     has_processor,
+    processor_source,
     read_adapter_config,
     unchanging,
 )
@@ -216,7 +217,7 @@ def load_classifier(
 def _load_processor(folder: Path, shown: Path, model: nn.Module) -> Any:
     try:
         check_processor_files(folder)
-        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(processor_source(folder), trust_remote_code=False)
         interpolate_if_needed(model, image_processor)
     except Exception as error:  # many kinds, where a field has another type
         raise ValueError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
@@ -28,6 +28,9 @@ from pgn_peft.utils.sources import is_repo_id, one_line
 
 CARD_FILE = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE, PICTURE_FILE, *EXAMPLE_FILES)
+# An image processor in a second file would take precedence over the one that is saved, and an example without an entry
+# in the card is nobody's.
+REPLACED_FILES = (*PROCESSOR_FILES, *EXAMPLE_FILES)
 EXAMPLE_SIDE = 512  # at most, in pixels
 CHECKED_FILES = (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 
@@ -52,8 +55,19 @@ class Upload:
     create_pr: bool = False
 
 
-def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str | None = None) -> None:
-    """Write an adapter's files; `name` is the id that the card's examples load, by default the folder's."""
+def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str | None = None) -> list[str]:
+    """Write an adapter's files, and remove those of an earlier save that no longer belong to it.
+
+    Args:
+        model: a model with an active PGN adapter.
+        image_processor: the adapter's image processor.
+        folder: where to write. Files that no save writes are left alone.
+        facts: facts for the card.
+        name: the id that the card's examples load; None: the folder's name.
+
+    Returns:
+        The names of the files that were written.
+    """
     adapter_name, config = active_adapter(model)
     check_image_processor("image_processor", image_processor)
     image_processor = plain_processor(image_processor)
@@ -64,6 +78,11 @@ def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts,
         files = [file for name in CHECKED_FILES if (file := staged / name).is_file()]
         record(staged / CONFIG_NAME, files, checksums_of_parts(staged / SAFETENSORS_WEIGHTS_NAME))
         write_card(model, image_processor, staged, facts, name or folder.name)
+        written = sorted(file.name for file in staged.iterdir())
+    for file in REPLACED_FILES:
+        if file not in written:
+            folder.joinpath(file).unlink(missing_ok=True)
+    return written
 
 
 def write_card(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str) -> None:
@@ -106,15 +125,19 @@ def push(
     check_shareable(model, upload.repo_id)
     # Not a context manager: after a failed upload the folder is kept.
     folder = Path(tempfile.mkdtemp(prefix="adapter-") if save_directory is None else save_directory)
-    save(model, image_processor, folder, facts, upload.repo_id)
-    commit = push_folder(folder, upload)
+    commit = push_files(folder, save(model, image_processor, folder, facts, upload.repo_id), upload)
     if save_directory is None:
         shutil.rmtree(folder)
     return commit
 
 
-def push_folder(folder: Path, upload: Upload) -> CommitInfo:
-    """Upload the files of a saved adapter in one commit.
+def push_files(folder: Path, files: list[str], upload: Upload) -> CommitInfo:
+    """Upload the files of a saved adapter in one commit, which also deletes what an earlier push left over.
+
+    Args:
+        folder: where the adapter was saved.
+        files: what that save wrote.
+        upload: where they go.
 
     Raises:
         OSError: the upload failed; the message names a remedy.
@@ -124,12 +147,14 @@ def push_folder(folder: Path, upload: Upload) -> CommitInfo:
         repo_id = api.create_repo(upload.repo_id, private=upload.private, exist_ok=True).repo_id
         if upload.revision is not None and not upload.create_pr:
             api.create_branch(repo_id, branch=upload.revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(PUBLISHED_FILES),
+        present = set(api.list_repo_files(repo_id, revision=upload.revision))
+        left_over = sorted(present.intersection(REPLACED_FILES).difference(files))
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(file, folder / file) for file in files]
+            + [CommitOperationDelete(file) for file in left_over],
+            commit_message=upload.commit_message or "Upload adapter",
             revision=upload.revision,
-            commit_message=upload.commit_message,
             create_pr=upload.create_pr,
         )
     except Exception as error:  # the client raises errors of many kinds

@@ -240,10 +240,10 @@ class AdapterTrainer(Trainer):
         )
         publishing.check_shareable(self.classifier.model, self.hub_model_id)
         folder = Path(filled(self.args.output_dir))
-        publishing.save(*self.classifier, folder, self.card_facts(), self.hub_model_id)
+        files = publishing.save(*self.classifier, folder, self.card_facts(), self.hub_model_id)
         if blocking:
-            return publishing.push_folder(folder, upload)
-        return HfApi().run_as_future(publishing.push_folder, folder, upload)
+            return publishing.push_files(folder, files, upload)
+        return HfApi().run_as_future(publishing.push_files, folder, files, upload)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer's own would add training_args.bin, a pickle, and leave PEFT's template of a card.
