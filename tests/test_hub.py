@@ -180,6 +180,21 @@ def test_a_push_replaces_what_an_earlier_one_left(hub, adapter, tmp_path):
     assert load({"id": "user/pets"}) == [[True, 48, "cat"]]
 
 
+def test_a_push_keeps_what_people_wrote_into_the_card(hub, adapter, tmp_path):
+    classifier = load_classifier(adapter)
+    classifier.push_to_hub("user/pets", CardFacts(license="mit"))
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    text = hub.content("user/pets", "README.md").decode() + "\nIt fails at night.\n"
+    (edited / "README.md").write_text(text.replace("license: mit", "license: mit\nlanguage: en"), encoding="utf-8")
+    hub.put("user/pets", edited)
+    classifier.push_to_hub("user/pets", CardFacts(license="apache-2.0"))
+    card = ModelCard(hub.content("user/pets", "README.md").decode())
+    assert (card.data.license, card.data.language) == ("apache-2.0", "en")
+    assert card.text.endswith("It fails at night.\n")
+    assert card.text.count("## Use") == 1
+
+
 # Pushes that fail.
 
 

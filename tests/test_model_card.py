@@ -101,6 +101,60 @@ def test_its_code_runs_and_imports_pgn_peft_first(tmp_path, monkeypatch):
         assert (names["answer"]["label"] if "answer" in names else names["label"]) in NAMES.values()
 
 
+EDITED = """---
+license: mit
+language: en
+tags: [pgn-peft, birds]
+---
+
+# My adapter
+
+Written by hand.
+
+{}
+
+And after it.
+"""
+
+
+def test_saving_again_keeps_what_people_wrote_into_a_card(tmp_path):
+    """As spacy-huggingface-hub#7 asks for."""
+    file = tmp_path / "README.md"
+    file.write_text(EDITED.format("Nothing of ours."), encoding="utf-8")
+    Classifier(adapted(), ViTImageProcessor()).save_pretrained(tmp_path, FACTS)
+    for metric in ("accuracy", None):
+        card = ModelCard.load(file)
+        assert card.text.index("Written by hand") < card.text.index("And after it") < card.text.index("## Use")
+        assert (card.data.language, card.data.library_name) == ("en", "peft")
+        assert card.data.tags == ["pgn-peft", "image-classification", "vision", "birds"]
+        assert card.data.metrics == (metric and [metric])  # ours, so it goes with the results
+        assert card.text.count("## Use") == 1
+        Classifier(adapted(), ViTImageProcessor()).save_pretrained(tmp_path)
+
+
+def test_text_around_our_part_stays_in_its_place(tmp_path):
+    file = tmp_path / "README.md"
+    for _ in range(2):
+        Classifier(adapted(), ViTImageProcessor()).save_pretrained(tmp_path, FACTS)
+        text = file.read_text(encoding="utf-8")
+        assert text.count("## Use") == 1
+        file.write_text(text.replace("<!-- pgn-peft: begin", "Before.\n<!-- pgn-peft: begin") + "After.\n", "utf-8")
+    text = ModelCard.load(file).text
+    assert text.index("Before.") < text.index("## Use") < text.index("After.")
+    assert ModelCard.load(file).data.license == "apache-2.0"
+
+
+def test_the_empty_template_of_peft_is_no_text_of_peoples(tmp_path):
+    model = adapted()
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        Classifier(model, ViTImageProcessor()).save_pretrained(tmp_path)
+        card = ModelCard.load(tmp_path / "README.md")
+        assert "More Information Needed" not in card.text
+        assert card.text.count("## Use") == 1
+        assert not [tag for tag in card.data.tags if tag.startswith("base_model:")]
+
+
 def test_names_cannot_break_tables_or_metadata():
     names = {0: "a | b", 1: "two\nlines", 2: "---"}
     facts = CardFacts(dataset_name="x: [y] | z\n---", metrics={"f1": 1})

@@ -24,7 +24,9 @@ from pgn_peft.tuner.adapters import active_adapter, adapter_tensors, prompt_laye
 from pgn_peft.tuner.saved_weights import checksums_of_parts
 from pgn_peft.utils.checksums import record
 from pgn_peft.utils.files import replacing
+from pgn_peft.utils.markdown import update_card
 from pgn_peft.utils.sources import is_repo_id, one_line
+from pgn_peft.utils.values import filled
 
 CARD_FILE = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE, PICTURE_FILE, *EXAMPLE_FILES)
@@ -77,7 +79,7 @@ def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts,
         config.save_pretrained(str(staged))
         files = [file for name in CHECKED_FILES if (file := staged / name).is_file()]
         record(staged / CONFIG_NAME, files, checksums_of_parts(staged / SAFETENSORS_WEIGHTS_NAME))
-        write_card(model, image_processor, staged, facts, name or folder.name)
+        write_card(model, image_processor, staged, facts, name or folder.name, read_card(folder / CARD_FILE))
         written = sorted(file.name for file in staged.iterdir())
     for file in REPLACED_FILES:
         if file not in written:
@@ -85,8 +87,10 @@ def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts,
     return written
 
 
-def write_card(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str) -> None:
-    """Write an adapter's card, its picture and examples; see `save`."""
+def write_card(
+    model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str, existing: str | None
+) -> None:
+    """Write an adapter's card, its picture and examples; see `save`. `existing` is the card that it replaces."""
     interpolate = makes_another_size(prompt_layer(model), image_processor)
     picture, text = draw_library(model, active_adapter(model)[0])
     picture.save(folder / PICTURE_FILE, optimize=True)
@@ -94,7 +98,13 @@ def write_card(model: nn.Module, image_processor: Any, folder: Path, facts: Card
         smaller = convert_image(image)
         smaller.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
         smaller.save(folder / file, quality=90)
-    make_card(model, name, facts, interpolate=interpolate, picture=text).save(folder / CARD_FILE)
+    card = make_card(model, name, facts, interpolate=interpolate, picture=text)
+    folder.joinpath(CARD_FILE).write_text(update_card(str(card), existing), encoding="utf-8")
+
+
+def read_card(file: str | Path) -> str | None:
+    """Return the text of a card; None where there is none."""
+    return Path(file).read_text(encoding="utf-8-sig") if Path(file).is_file() else None
 
 
 def check_shareable(model: nn.Module, repo_id: str) -> None:
@@ -148,10 +158,15 @@ def push_files(folder: Path, files: list[str], upload: Upload) -> CommitInfo:
         if upload.revision is not None and not upload.create_pr:
             api.create_branch(repo_id, branch=upload.revision, exist_ok=True)
         present = set(api.list_repo_files(repo_id, revision=upload.revision))
+        existing = None
+        if CARD_FILE in present:
+            existing = read_card(api.hf_hub_download(repo_id, CARD_FILE, revision=upload.revision))
+        card = update_card(filled(read_card(folder / CARD_FILE)), existing)
+        contents = {file: folder / file for file in files} | {CARD_FILE: card.encode()}
         left_over = sorted(present.intersection(REPLACED_FILES).difference(files))
         return api.create_commit(
             repo_id,
-            [CommitOperationAdd(file, folder / file) for file in files]
+            [CommitOperationAdd(file, content) for file, content in contents.items()]
             + [CommitOperationDelete(file) for file in left_over],
             commit_message=upload.commit_message or "Upload adapter",
             revision=upload.revision,

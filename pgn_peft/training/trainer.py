@@ -199,7 +199,8 @@ class AdapterTrainer(Trainer):
         if self.is_world_process_zero():
             name = model_name or self.hub_model_id or Path(filled(self.args.output_dir)).name
             with replacing(Path(filled(self.args.output_dir))) as folder:
-                publishing.write_card(*self.classifier, folder, self.card_facts(), name)
+                existing = publishing.read_card(Path(filled(self.args.output_dir), publishing.CARD_FILE))
+                publishing.write_card(*self.classifier, folder, self.card_facts(), name, existing)
 
     def push_to_hub(  # type: ignore[override]  # no options for a card, None in all processes but the first
         self,
