@@ -1,10 +1,13 @@
 """One call from an adapter to a classifier: what it answers, what it falls back to, what it refuses to open."""
 
+import base64
 import json
 import logging
 import pickle
 import shutil
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -94,6 +97,33 @@ def test_both_pipelines_use_the_adapters_processor(model, saved, caplog):
         scores = {entry["label"]: entry["score"] for entry in classify(RED)}
         assert [scores["cat"], scores["dog"]] == pytest.approx(expected, abs=1e-6)
     assert "not supported" not in caplog.text
+
+
+def test_a_pipeline_reads_16_bit_images_from_every_source(model, tmp_path):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    content = (tmp_path / "grey.png").read_bytes()
+    classify = Classifier(model, processor()).pipeline()
+    expected = classify(Image.fromarray((ramp / 257).round().astype(np.uint8)))
+    encoded = base64.b64encode(content).decode()
+    for image in (
+        str(tmp_path / "grey.png"),
+        encoded,
+        f"data:image/png;base64,{encoded}",
+        Image.open(BytesIO(content)),
+    ):
+        assert [entry["score"] for entry in classify(image)] == pytest.approx([e["score"] for e in expected], abs=1e-5)
+    with pytest.raises(ValueError, match="'nowhere.png' is no image. Pass the path"):
+        classify("nowhere.png")
+
+
+def test_gradio_makes_a_page_of_a_pipeline(model, tmp_path):
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+    RED.save(tmp_path / "red.png")
+    classify = Classifier(model, processor()).pipeline()
+    assert gradio.Interface.from_pipeline(classify)
+    # What the page calls. Gradio 6.31 itself looks for text pipelines that Transformers 5 no longer has.
+    assert classify(images=str(tmp_path / "red.png")) == classify(RED)
 
 
 def test_what_transformers_pipeline_does_by_itself(saved):

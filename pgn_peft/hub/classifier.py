@@ -6,14 +6,17 @@ Transformers' own `pipeline(model=adapter_id)` finds model and labels too, but t
 
 from __future__ import annotations
 
+import base64
 import logging
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, get_session
 from peft import PeftModel
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -30,6 +33,7 @@ from pgn_peft.hub.downloads import (
 )
 from pgn_peft.hub.image_size import interpolate_if_needed, made_of_square
 from pgn_peft.hub.model_card import CardFacts
+from pgn_peft.nn.images import convert_image
 from pgn_peft.tuner.adapters import prompt_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED
 from pgn_peft.tuner.config import PGNConfig
@@ -42,10 +46,36 @@ logger = logging.getLogger(__name__)
 
 
 class _Pipeline(transformers.ImageClassificationPipeline):
-    """The image pipeline, also for models that classify by an adapter's head, of which it would log an error."""
+    """The image pipeline, which also takes models that classify by an adapter's head, and images of 16 bits.
+
+    Of the former Transformers would log an error; pixels of the latter it would clip at 255.
+    """
+
+    __module__ = transformers.ImageClassificationPipeline.__module__  # Gradio takes pipelines from there only
 
     def check_model_type(self, supported_models: Any) -> None:
         """Accept every model."""
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+        """Read an image as `convert_image` does: a path, a URL, base64 or a Pillow image."""
+        if isinstance(image, str):
+            image = _open_image(image, timeout)
+        return super().preprocess(convert_image(image) if isinstance(image, Image.Image) else image)
+
+
+def _open_image(source: str, timeout: float | None) -> Image.Image:
+    if Path(source[:1024]).is_file():
+        return Image.open(source)
+    try:
+        if source.startswith(("http://", "https://")):
+            content = get_session().get(source, timeout=timeout, follow_redirects=True).content
+        else:
+            content = base64.b64decode(source.rpartition(",")[2])
+        return Image.open(BytesIO(content))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{source[:100]!r} is no image. Pass the path of a file, a URL, base64 or a Pillow image."
+        ) from error
 
 
 class Classifier(NamedTuple):
