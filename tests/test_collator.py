@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny_trainer import make_trainer, rows
 
 from pgn_peft import ImageCollator
 
@@ -63,6 +64,15 @@ def test_regression_and_multi_label_targets_stay_floats(labels, shape):
 def test_bad_images_are_found(replaced, error, message):
     with pytest.raises(error, match="`pixel_values` must .*" + message):
         ImageCollator()(examples(**replaced))
+
+
+def test_a_test_set_without_labels_is_predicted(tmp_path):
+    """Data sets have -1 in place of labels that are not public."""
+    trainer = make_trainer(tmp_path)
+    outcome = trainer.predict([row | {"labels": -1} for row in rows(6)])
+    assert outcome.predictions.shape == (6, 2)
+    assert outcome.label_ids is None
+    assert outcome.predictions == pytest.approx(trainer.predict(rows(6)).predictions, abs=1e-5)
 
 
 @pytest.mark.parametrize("label", [3, -1])

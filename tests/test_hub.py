@@ -14,6 +14,7 @@ from conftest import FILES, TOKEN, answer, assert_nearly_equal, move_adapter, ti
 from huggingface_hub import ModelCard
 from loopback_hub import Fault, use_hub
 from peft import get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTImageProcessor
 
@@ -158,6 +159,40 @@ def test_pickles_and_code_are_not_even_downloaded(hub, adapter, tmp_path):
     assert fetched
     assert not [request for request in fetched if request.endswith((".bin", ".py"))]
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".bin", ".py")]
+
+
+def test_a_push_replaces_what_an_earlier_one_left(hub, adapter, tmp_path):
+    left_over = tmp_path / "left_over"
+    left_over.mkdir()
+    stale = {"image_processor": ViTImageProcessor(size={"height": 64, "width": 64}).to_dict()}
+    (left_over / "processor_config.json").write_text(json.dumps(stale), encoding="utf-8")
+    (left_over / "example-of-mine.jpg").write_bytes(b"somebody's own file")
+    hub.put("user/pets", left_over)
+    classifier = load_classifier(adapter)
+    examples = {"red": Image.new("RGB", (8, 8), "red"), "blue": Image.new("RGB", (8, 8), "blue")}
+    classifier.push_to_hub("user/pets", CardFacts(examples=examples), save_directory="kept")
+    own = FILES | {"example-of-mine.jpg"}
+    assert set(hub.repositories["user/pets"]) == own | {"example-1.jpg", "example-2.jpg"}
+    classifier.push_to_hub("user/pets", save_directory="kept")
+    classifier.push_to_hub("user/other", save_directory="kept")
+    assert set(hub.repositories["user/pets"]) == own
+    assert set(hub.repositories["user/other"]) == {path.name for path in (tmp_path / "kept").iterdir()} == FILES
+    assert load({"id": "user/pets"}) == [[True, 48, "cat"]]
+
+
+def test_a_push_keeps_what_people_wrote_into_the_card(hub, adapter, tmp_path):
+    classifier = load_classifier(adapter)
+    classifier.push_to_hub("user/pets", CardFacts(license="mit"))
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    text = hub.content("user/pets", "README.md").decode() + "\nIt fails at night.\n"
+    (edited / "README.md").write_text(text.replace("license: mit", "license: mit\nlanguage: en"), encoding="utf-8")
+    hub.put("user/pets", edited)
+    classifier.push_to_hub("user/pets", CardFacts(license="apache-2.0"))
+    card = ModelCard(hub.content("user/pets", "README.md").decode())
+    assert (card.data.license, card.data.language) == ("apache-2.0", "en")
+    assert card.text.endswith("It fails at night.\n")
+    assert card.text.count("## Use") == 1
 
 
 # Pushes that fail.

@@ -6,14 +6,17 @@ Transformers' own `pipeline(model=adapter_id)` finds model and labels too, but t
 
 from __future__ import annotations
 
+import base64
 import logging
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, get_session
 from peft import PeftModel
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -24,11 +27,13 @@ from pgn_peft.hub.downloads import (
     check_base_folder,
     check_processor_files,
     has_processor,
+    processor_source,
     read_adapter_config,
     unchanging,
 )
 from pgn_peft.hub.image_size import interpolate_if_needed, made_of_square
 from pgn_peft.hub.model_card import CardFacts
+from pgn_peft.nn.images import convert_image
 from pgn_peft.tuner.adapters import prompt_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED
 from pgn_peft.tuner.config import PGNConfig
@@ -41,10 +46,36 @@ logger = logging.getLogger(__name__)
 
 
 class _Pipeline(transformers.ImageClassificationPipeline):
-    """The image pipeline, also for models that classify by an adapter's head, of which it would log an error."""
+    """The image pipeline, which also takes models that classify by an adapter's head, and images of 16 bits.
+
+    Of the former Transformers would log an error; pixels of the latter it would clip at 255.
+    """
+
+    __module__ = transformers.ImageClassificationPipeline.__module__  # Gradio takes pipelines from there only
 
     def check_model_type(self, supported_models: Any) -> None:
         """Accept every model."""
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+        """Read an image as `convert_image` does: a path, a URL, base64 or a Pillow image."""
+        if isinstance(image, str):
+            image = _open_image(image, timeout)
+        return super().preprocess(convert_image(image) if isinstance(image, Image.Image) else image)
+
+
+def _open_image(source: str, timeout: float | None) -> Image.Image:
+    if Path(source[:1024]).is_file():
+        return Image.open(source)
+    try:
+        if source.startswith(("http://", "https://")):
+            content = get_session().get(source, timeout=timeout, follow_redirects=True).content
+        else:
+            content = base64.b64decode(source.rpartition(",")[2])
+        return Image.open(BytesIO(content))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{source[:100]!r} is no image. Pass the path of a file, a URL, base64 or a Pillow image."
+        ) from error
 
 
 class Classifier(NamedTuple):
@@ -197,7 +228,13 @@ def load_classifier(
             f"`base_model_name_or_path` must be given for {name!r}, whose configuration has none, but got None. Pass "
             "the id or path of the model that it was made for."
         )
-    base_folder = find_folder("base_model_name_or_path", base, BASE_FILES, revision=base_revision, **options)
+    try:
+        base_folder = find_folder("base_model_name_or_path", base, BASE_FILES, revision=base_revision, **options)
+    except OSError as error:
+        raise OSError(
+            f"{one_line(error)} {name!r} was made for this base model: where it has been moved, pass its place, "
+            "load_classifier(..., base_model_name_or_path=...)."
+        ) from error
     check_base_folder(base_folder, str(base))
     model = _load_base(base_folder, config, device_map, dtype)
     with unchanging(folder, config) as copy:
@@ -216,7 +253,7 @@ def load_classifier(
 def _load_processor(folder: Path, shown: Path, model: nn.Module) -> Any:
     try:
         check_processor_files(folder)
-        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(processor_source(folder), trust_remote_code=False)
         interpolate_if_needed(model, image_processor)
     except Exception as error:  # many kinds, where a field has another type
         raise ValueError(

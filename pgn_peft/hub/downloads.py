@@ -135,3 +135,13 @@ def check_processor_files(folder: Path) -> None:
 def has_processor(folder: Path) -> bool:
     """Whether an image processor lies in a folder."""
     return any(folder.joinpath(file).is_file() for file in PROCESSOR_FILES)
+
+
+def processor_source(folder: Path) -> Path:
+    """Return what to load an adapter's image processor from.
+
+    That is the file which `save_pretrained` of an image processor writes. In a folder Transformers prefers the other
+    one, which an earlier save of a CLIP processor can have left there. (huggingface/transformers#42085)
+    """
+    file = folder / PROCESSOR_FILES[0]
+    return file if file.is_file() else folder

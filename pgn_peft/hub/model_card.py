@@ -39,7 +39,8 @@ class CardFacts:
         examples: images by title, at most four, for the card's widget. They are published with the adapter.
 
     Raises:
-        ValueError: there are metrics and no data set, a metric is not a finite number, or there are too many examples.
+        TypeError: a metric is not a number.
+        ValueError: there are metrics and no data set, a metric is not finite, or there are too many examples.
     """
 
     dataset_name: str | None = None
@@ -57,12 +58,11 @@ class CardFacts:
             raise ValueError(
                 f"`examples` must be at most {len(EXAMPLE_FILES)} images, but got {len(self.examples)}. Choose some."
             )
+        # Scalars of numpy and torch become plain numbers, which YAML can hold.
+        object.__setattr__(self, "metrics", {name: float(value) for name, value in self.metrics.items()})
         for name, value in self.metrics.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(
-                    f"`metrics` must hold finite numbers, but got {value!r} for {name!r}. Leave it out, or measure it "
-                    "again."
-                )
+            if not math.isfinite(value):
+                raise ValueError(f"The metric {name!r} is {value}. Leave it out, or measure it again.")
         if self.metrics and self.dataset is None:
             raise ValueError(
                 f"`dataset_name` or `dataset_id` must be given with `metrics`, but got None with "

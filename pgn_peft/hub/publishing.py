@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
@@ -24,10 +24,15 @@ from pgn_peft.tuner.adapters import active_adapter, adapter_tensors, prompt_laye
 from pgn_peft.tuner.saved_weights import checksums_of_parts
 from pgn_peft.utils.checksums import record
 from pgn_peft.utils.files import replacing
+from pgn_peft.utils.markdown import update_card
 from pgn_peft.utils.sources import is_repo_id, one_line
+from pgn_peft.utils.values import filled
 
 CARD_FILE = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD_FILE, PICTURE_FILE, *EXAMPLE_FILES)
+# An image processor in a second file would take precedence over the one that is saved, and an example without an entry
+# in the card is nobody's.
+REPLACED_FILES = (*PROCESSOR_FILES, *EXAMPLE_FILES)
 EXAMPLE_SIDE = 512  # at most, in pixels
 CHECKED_FILES = (SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 
@@ -52,8 +57,19 @@ class Upload:
     create_pr: bool = False
 
 
-def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str | None = None) -> None:
-    """Write an adapter's files; `name` is the id that the card's examples load, by default the folder's."""
+def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str | None = None) -> list[str]:
+    """Write an adapter's files, and remove those of an earlier save that no longer belong to it.
+
+    Args:
+        model: a model with an active PGN adapter.
+        image_processor: the adapter's image processor.
+        folder: where to write. Files that no save writes are left alone.
+        facts: facts for the card.
+        name: the id that the card's examples load; None: the folder's name.
+
+    Returns:
+        The names of the files that were written.
+    """
     adapter_name, config = active_adapter(model)
     check_image_processor("image_processor", image_processor)
     image_processor = plain_processor(image_processor)
@@ -63,11 +79,18 @@ def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts,
         config.save_pretrained(str(staged))
         files = [file for name in CHECKED_FILES if (file := staged / name).is_file()]
         record(staged / CONFIG_NAME, files, checksums_of_parts(staged / SAFETENSORS_WEIGHTS_NAME))
-        write_card(model, image_processor, staged, facts, name or folder.name)
+        write_card(model, image_processor, staged, facts, name or folder.name, read_card(folder / CARD_FILE))
+        written = sorted(file.name for file in staged.iterdir())
+    for file in REPLACED_FILES:
+        if file not in written:
+            folder.joinpath(file).unlink(missing_ok=True)
+    return written
 
 
-def write_card(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str) -> None:
-    """Write an adapter's card, its picture and examples; see `save`."""
+def write_card(
+    model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str, existing: str | None
+) -> None:
+    """Write an adapter's card, its picture and examples; see `save`. `existing` is the card that it replaces."""
     interpolate = makes_another_size(prompt_layer(model), image_processor)
     picture, text = draw_library(model, active_adapter(model)[0])
     picture.save(folder / PICTURE_FILE, optimize=True)
@@ -75,7 +98,13 @@ def write_card(model: nn.Module, image_processor: Any, folder: Path, facts: Card
         smaller = convert_image(image)
         smaller.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
         smaller.save(folder / file, quality=90)
-    make_card(model, name, facts, interpolate=interpolate, picture=text).save(folder / CARD_FILE)
+    card = make_card(model, name, facts, interpolate=interpolate, picture=text)
+    folder.joinpath(CARD_FILE).write_text(update_card(str(card), existing), encoding="utf-8")
+
+
+def read_card(file: str | Path) -> str | None:
+    """Return the text of a card; None where there is none."""
+    return Path(file).read_text(encoding="utf-8-sig") if Path(file).is_file() else None
 
 
 def check_shareable(model: nn.Module, repo_id: str) -> None:
@@ -106,15 +135,19 @@ def push(
     check_shareable(model, upload.repo_id)
     # Not a context manager: after a failed upload the folder is kept.
     folder = Path(tempfile.mkdtemp(prefix="adapter-") if save_directory is None else save_directory)
-    save(model, image_processor, folder, facts, upload.repo_id)
-    commit = push_folder(folder, upload)
+    commit = push_files(folder, save(model, image_processor, folder, facts, upload.repo_id), upload)
     if save_directory is None:
         shutil.rmtree(folder)
     return commit
 
 
-def push_folder(folder: Path, upload: Upload) -> CommitInfo:
-    """Upload the files of a saved adapter in one commit.
+def push_files(folder: Path, files: list[str], upload: Upload) -> CommitInfo:
+    """Upload the files of a saved adapter in one commit, which also deletes what an earlier push left over.
+
+    Args:
+        folder: where the adapter was saved.
+        files: what that save wrote.
+        upload: where they go.
 
     Raises:
         OSError: the upload failed; the message names a remedy.
@@ -124,12 +157,19 @@ def push_folder(folder: Path, upload: Upload) -> CommitInfo:
         repo_id = api.create_repo(upload.repo_id, private=upload.private, exist_ok=True).repo_id
         if upload.revision is not None and not upload.create_pr:
             api.create_branch(repo_id, branch=upload.revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(PUBLISHED_FILES),
+        present = set(api.list_repo_files(repo_id, revision=upload.revision))
+        existing = None
+        if CARD_FILE in present:
+            existing = read_card(api.hf_hub_download(repo_id, CARD_FILE, revision=upload.revision))
+        card = update_card(filled(read_card(folder / CARD_FILE)), existing)
+        contents = {file: folder / file for file in files} | {CARD_FILE: card.encode()}
+        left_over = sorted(present.intersection(REPLACED_FILES).difference(files))
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(file, content) for file, content in contents.items()]
+            + [CommitOperationDelete(file) for file in left_over],
+            commit_message=upload.commit_message or "Upload adapter",
             revision=upload.revision,
-            commit_message=upload.commit_message,
             create_pr=upload.create_pr,
         )
     except Exception as error:  # the client raises errors of many kinds

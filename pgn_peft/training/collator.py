@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ class ImageCollator:
 
         Args:
             examples: each with `pixel_values` (C, H, W), floating point and normalised, and optionally `labels` or
-                `label`: a class index, a number (regression) or n numbers (multi-label), for all examples or none.
+                `label`: a class index, a number (regression) or n numbers (multi-label), for all examples or none. A
+                class of -1 in all of them is none.
 
         Returns:
             `pixel_values` (B, C, H, W) and, where the examples have them, `labels`: (B,) int64, or float32 (B,) or
@@ -57,7 +59,7 @@ class ImageCollator:
             _check_image(index, image, images[0])
         batch: dict[str, Any] = {"pixel_values": torch.stack(images)}
         labels = [example.get("labels", example.get("label")) for example in examples]
-        if any(label is not None for label in labels):
+        if any(label is not None and not _is_unlabelled(label) for label in labels):
             batch["labels"] = self._stack_labels(labels)
         if self.interpolate_pos_encoding:
             batch["interpolate_pos_encoding"] = True
@@ -97,6 +99,11 @@ class ImageCollator:
                     "The data set has other labels than the adapter; make one with PGNConfig(id2label=...) of these."
                 )
         return stacked.long()
+
+
+def _is_unlabelled(label: Any) -> bool:
+    """Whether a label is -1, which data sets have in place of a class where it is not public."""
+    return isinstance(label, Integral) and label == -1
 
 
 def _read_label(index: int, label: Any) -> Tensor:

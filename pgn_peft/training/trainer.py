@@ -199,7 +199,8 @@ class AdapterTrainer(Trainer):
         if self.is_world_process_zero():
             name = model_name or self.hub_model_id or Path(filled(self.args.output_dir)).name
             with replacing(Path(filled(self.args.output_dir))) as folder:
-                publishing.write_card(*self.classifier, folder, self.card_facts(), name)
+                existing = publishing.read_card(Path(filled(self.args.output_dir), publishing.CARD_FILE))
+                publishing.write_card(*self.classifier, folder, self.card_facts(), name, existing)
 
     def push_to_hub(  # type: ignore[override]  # no options for a card, None in all processes but the first
         self,
@@ -240,10 +241,10 @@ class AdapterTrainer(Trainer):
         )
         publishing.check_shareable(self.classifier.model, self.hub_model_id)
         folder = Path(filled(self.args.output_dir))
-        publishing.save(*self.classifier, folder, self.card_facts(), self.hub_model_id)
+        files = publishing.save(*self.classifier, folder, self.card_facts(), self.hub_model_id)
         if blocking:
-            return publishing.push_folder(folder, upload)
-        return HfApi().run_as_future(publishing.push_folder, folder, upload)
+            return publishing.push_files(folder, files, upload)
+        return HfApi().run_as_future(publishing.push_files, folder, files, upload)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer's own would add training_args.bin, a pickle, and leave PEFT's template of a card.
