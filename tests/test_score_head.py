@@ -365,7 +365,7 @@ def test_an_exact_head_is_saved_and_the_card_says_so(tmp_path):
 def test_a_damaged_score_head_is_refused(change, message, tmp_path):
     make_prompter(make(), PROCESSOR).save_pretrained(tmp_path)
     file = tmp_path / "prompter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None}
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["score_head"] |= change
     file.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
@@ -375,7 +375,7 @@ def test_a_damaged_score_head_is_refused(change, message, tmp_path):
 def test_files_without_a_score_head_still_load(tmp_path):
     make_prompter(make(), PROCESSOR).save_pretrained(tmp_path)
     file, weights = tmp_path / "prompter_config.json", tmp_path / "prompter.safetensors"
-    config = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None}
+    config = json.loads(file.read_text(encoding="utf-8"))
     del config["score_head"], config["normalized_features"]
     file.write_text(json.dumps(config), encoding="utf-8")
     save_file({name: value for name, value in load_file(weights).items() if "score_head" not in name}, weights)

@@ -21,9 +21,9 @@ def find_scale(answers: Sequence[Sequence[float]], complete: bool) -> str:
         complete: whether each answer holds the scores of all classes.
 
     Returns:
-        "logits" if a score is negative or above 100; "percent" if one is above 1 and all classes sum to about 100. With
-        scores up to 1, "softmax" if they sum to at most 1, and to 1 if they are complete; else "sigmoid". Rounding may
-        change the sum by a tenth, and by more where it makes scores 0.
+        "logits" if a score is negative or above 100; "percent" if one is above 1 and all classes sum to about 100.
+        With scores up to 1, "softmax" if they sum to at most 1, and to 1 if they are complete; else "sigmoid".
+        Rounding can change the sum by a tenth, and by more where it makes scores 0.
 
     Raises:
         ValueError: the scores can be percentages as well as logits.
