@@ -26,7 +26,7 @@ __all__ = [
 
 # `ImagePrompter` also works where PEFT is not installed.
 if find_spec("peft") is not None:
-    from pgn_peft.tuner.registration import check_peft, register
+    from pgn_peft.registration import check_peft, register
 
     check_peft()  # before imports that an old PEFT lacks
 
@@ -35,6 +35,6 @@ if find_spec("peft") is not None:
     from pgn_peft.training import AdapterTrainer, ImageCollator
     from pgn_peft.tuner.config import PGNConfig
     from pgn_peft.tuner.model import PGNModel
-    from pgn_peft.tuner.texts import embed_texts, use_texts
+    from pgn_peft.texts import embed_texts, use_texts
 
     register()

@@ -1,11 +1,14 @@
 """Tiny seeded models, random images, and the real files in ../shared where a machine has them."""
 
+import dataclasses
 import json
 import os
 import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -183,21 +186,56 @@ def answer(model, pixel_values, **kwargs):
     )
 
 
-def assert_nearly_equal(found, expected, valid_pixels=False):
-    """Ask for equality up to a few units in the last place.
+def assert_same(found, expected, tolerance=1e-5, valid_pixels=False):
+    """Ask two results for the same values up to a tolerance, and for equality in all that is no float.
 
-    For outputs of the same weights in other memory: read from a file, copied, or in another process. Where weights lie
-    at another address modulo 64 bytes, CPUs without AVX-512 add in another order. Tensors themselves, and outputs of
-    the same objects, are compared by `torch.equal`.
+    For whatever was computed twice: by a loaded model, a copy, another process, a part of the batch. The last bit of
+    an output depends on the address of a weight modulo 64 bytes where a CPU has no AVX-512. `torch.equal` is for
+    tensors that were copied, saved or loaded, and for one model in memory that answers the same images twice.
 
     Args:
-        found: a tensor.
-        expected: a tensor of the same shape and dtype.
-        valid_pixels: the adapter lies in pixel space, where a pixel can be rounded to the next of its 256 levels.
+        found: tensors, numpy arrays, numbers, strings; or lists, tuples, dictionaries, dataclasses of such.
+        expected: the same, with the same keys, shapes and dtypes.
+        tolerance: the largest difference, as a share of the largest value in a tensor or of 1.
+        valid_pixels: the adapter lies in pixel space, where a pixel can be rounded to the next of its 256 levels: the
+            tolerance is 5e-3.
     """
-    # Of the largest value, since sums of large terms can come out small.
-    tolerance = (5e-3 if valid_pixels else 1e-5) * max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    tolerance = 5e-3 if valid_pixels else tolerance
+    assert_same_inside(found, expected, tolerance, "")
+
+
+def assert_same_inside(found, expected, tolerance, place):
+    """`assert_same` for the part of a result at `place`, as "['logits'][0]"."""
+    if dataclasses.is_dataclass(expected) and not isinstance(expected, Mapping):
+        assert type(found) is type(expected), place
+        found, expected = vars(found), vars(expected)
+    if isinstance(expected, np.ndarray):
+        assert isinstance(found, np.ndarray), place
+        found, expected = torch.from_numpy(found.copy()), torch.from_numpy(expected.copy())
+    if isinstance(expected, Mapping):
+        assert found.keys() == expected.keys(), place
+        for key, value in expected.items():
+            assert_same_inside(found[key], value, tolerance, f"{place}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert type(found) is type(expected), place
+        assert len(found) == len(expected), place
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            assert_same_inside(*pair, tolerance, f"{place}[{index}]")
+    elif isinstance(expected, torch.Tensor) and expected.is_floating_point():
+        # Of the largest value, since sums of large terms can come out small.
+        largest = expected.abs().max().item() if expected.numel() else 0.0
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=tolerance * max(1.0, largest), msg=lambda text: f"{place} {text}"
+        )
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), place
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True), place
+    else:
+        assert found == expected, place
+
+
+assert_nearly_equal = assert_same
 
 
 def edit_json(file, **fields):

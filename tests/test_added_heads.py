@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from test_texts import LABELS, PROCESSOR, adapted, logits_of
@@ -49,9 +49,9 @@ def test_a_model_that_accelerate_has_spread_over_devices_classifies(pixel_values
     before = answer(base, pixel_values)
     model = move_adapter(get_peft_model(base, tiny_config(id2label=LABELS))).eval()
     whole = linear(ViTModel.from_pretrained(tmp_path / "base"))
-    assert_nearly_equal(logits_of(model, pixel_values), logits_of(whole, pixel_values))
+    assert_same(logits_of(model, pixel_values), logits_of(whole, pixel_values))
     model(pixel_values=pixel_values, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-    assert_nearly_equal(answer(model.unload(), pixel_values), before)
+    assert_same(answer(model.unload(), pixel_values), before)
 
 
 def test_an_added_head_has_the_models_mode():
@@ -151,7 +151,7 @@ def test_a_client_for_embeddings_is_saved_and_loaded(head, tmp_path):
     prompter = make_prompter(model, PROCESSOR)
     prompter.save_pretrained(tmp_path)
     features = torch.randn(2, model.config.projection_dim)
-    assert torch.equal(ImagePrompter.from_pretrained(tmp_path).classify(features), prompter.classify(features))
+    assert_same(ImagePrompter.from_pretrained(tmp_path).classify(features), prompter.classify(features))
 
 
 def test_texts_are_there_however_they_were_loaded(pixel_values, tmp_path):
@@ -163,13 +163,13 @@ def test_texts_are_there_however_they_were_loaded(pixel_values, tmp_path):
     second = adapted(two_towers())
     second.load_adapter(tmp_path, "two", is_trainable=True)
     second.set_adapter("two")
-    assert_nearly_equal(logits_of(second, pixel_values), expected)
+    assert_same(logits_of(second, pixel_values), expected)
     third = adapted(two_towers(), texts=False)
     set_peft_model_state_dict(third, get_peft_model_state_dict(model))
-    assert_nearly_equal(logits_of(third, pixel_values), expected)
+    assert_same(logits_of(third, pixel_values), expected)
     fourth = adapted(two_towers(), texts=False)
     fourth.load_state_dict(model.state_dict())
-    assert_nearly_equal(logits_of(fourth, pixel_values), expected)
+    assert_same(logits_of(fourth, pixel_values), expected)
 
 
 @pytest.mark.parametrize(("name", "value"), [("text_embeds", 0.0), ("text_embeds", torch.inf), ("logit_scale", -1.0)])
@@ -209,7 +209,7 @@ def test_the_base_in_a_mixed_batch_has_the_active_adapters_texts(pixel_values):
         expected = logits_of(model, pixel_values)
     for names in (["__base__"] * 4, ["__base__", "other", "__base__", "default"]):
         mixed = logits_of(model, pixel_values, adapter_names=names)
-        assert_nearly_equal(mixed[[0, 2]], expected[[0, 2]])
+        assert_same(mixed[[0, 2]], expected[[0, 2]])
 
 
 def test_a_classifier_that_pgn_does_not_know_is_left_alone(pixel_values):
@@ -276,15 +276,15 @@ def test_calls_with_texts(pixel_values):
         model(pixel_values=pixel_values, **inputs)
     trained = get_peft_model(two_towers(), tiny_config(id2label=LABELS)).eval()
     with trained.disable_adapter(), torch.no_grad():
-        assert_nearly_equal(trained(inputs["input_ids"], pixel_values).logits_per_image, own.detach())
-        assert_nearly_equal(trained(pixel_values=pixel_values, **inputs).logits_per_image, own.detach())
+        assert_same(trained(inputs["input_ids"], pixel_values).logits_per_image, own.detach())
+        assert_same(trained(pixel_values=pixel_values, **inputs).logits_per_image, own.detach())
 
 
 def test_the_class_of_an_adapted_model_loads_plain_ones(tmp_path, pixel_values):
     tiny_vit("ViTModel").save_pretrained(tmp_path)
     plain = type(linear().get_base_model()).from_pretrained(tmp_path)
     assert type(plain) is ViTModel
-    assert_nearly_equal(answer(plain, pixel_values), answer(tiny_vit("ViTModel"), pixel_values))
+    assert_same(answer(plain, pixel_values), answer(tiny_vit("ViTModel"), pixel_values))
 
 
 def test_a_head_alone_beside_an_adapter_without_texts(pixel_values):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import answer, assert_nearly_equal, tiny_config, tiny_vit
+from conftest import answer, assert_nearly_equal, assert_same, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from transformers import ViTImageProcessor, pipeline
@@ -186,7 +186,7 @@ def test_a_mapped_head_answers_with_the_models_logits_and_shows_the_tasks_labels
     ).eval()
     assert model.config.id2label == {0: "a", 1: "b"}
     assert answer(model, pixel_values).shape == (4, 2)
-    assert torch.equal(model.base_model.model.classifier(features), mapped)
+    assert_same(model.base_model.model.classifier(features), mapped)
     loss = model(pixel_values, labels=torch.tensor([0, 1, 0, 1])).loss
     loss.backward()
     with model.disable_adapter():

@@ -8,7 +8,16 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import CLASSIFIERS, answer, assert_nearly_equal, edit_json, move_adapter, tiny_config, tiny_vit
+from conftest import (
+    CLASSIFIERS,
+    answer,
+    assert_nearly_equal,
+    assert_same,
+    edit_json,
+    move_adapter,
+    tiny_config,
+    tiny_vit,
+)
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -332,5 +341,5 @@ def test_parts_that_are_compiled_do_not_change_the_names_in_a_file(model, tmp_pa
 def test_a_pipeline_of_a_model_in_training_mode_predicts_in_eval_mode(model):
     expected = Classifier(model, processor()).pipeline()(RED)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    assert Classifier(model.train(), processor()).pipeline()(RED) == expected
+    assert_same(Classifier(model.train(), processor()).pipeline()(RED), expected)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())

@@ -9,7 +9,7 @@ from conftest import (
     REPRESENTATIVE_CLASSIFIERS,
     REPRESENTATIVES,
     answer,
-    assert_nearly_equal,
+    assert_same,
     embed,
     embeddings_of,
     move_adapter,
@@ -88,7 +88,7 @@ def test_every_other_architecture_in_one_form(architecture, pixel_values, tmp_pa
     expected = answer(model.eval(), pixel_values)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_vit(architecture), tmp_path, adapter_name="other", low_cpu_mem_usage=True)
-    assert_nearly_equal(answer(loaded, pixel_values), expected)
+    assert_same(answer(loaded, pixel_values), expected)
     unloaded = model.unload()
     assert torch.equal(answer(unloaded, pixel_values), before)
     assert str(unloaded) == structure
@@ -103,7 +103,7 @@ def test_prompts_are_appended_and_change_the_answer(architecture, generator, pix
     model = move_adapter(get_peft_model(base, tiny_config(**GENERATORS[generator]))).eval()
     embeddings = embeddings_of(model)
     prompted = embed(model, pixel_values)
-    assert torch.equal(prompted[:, : tokens.shape[1]], tokens)
+    assert_same(prompted[:, : tokens.shape[1]], tokens)
     torch.testing.assert_close(prompted[:, tokens.shape[1] :], embeddings.prompts("default", pixel_values))
     depth = model.peft_config["default"].prompt_depth
     assert depth == (2 if "deep" in generator else 1)
@@ -151,7 +151,7 @@ def test_save_and_load_under_another_name(architecture, generator, pixel_values,
         loaded = PeftModel.from_pretrained(
             tiny_vit(architecture), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
         )
-        assert_nearly_equal(answer(loaded, pixel_values), expected)
+        assert_same(answer(loaded, pixel_values), expected)
         assert not any(p.requires_grad for p in loaded.parameters())
         assert not any(module.training for module in loaded.modules())
         for name, tensor in saved.items():  # running statistics included
@@ -178,7 +178,7 @@ def test_adapters_with_different_labels_share_a_backbone(architecture, pixel_val
     model.load_adapter(tmp_path / "second", adapter_name="second")
     for name, names in [("second", "ab"), ("first", THREE.values()), ("second", "ab")]:
         model.set_adapter(name)
-        assert_nearly_equal(answer(model, pixel_values), expected[name])
+        assert_same(answer(model, pixel_values), expected[name])
         assert list(model.config.id2label.values()) == list(names)
         assert model.config.num_labels == len(names)
         assert model.config.label2id == {label: index for index, label in enumerate(names)}
@@ -188,7 +188,7 @@ def test_adapters_with_different_labels_share_a_backbone(architecture, pixel_val
 
     with pytest.warns(UserWarning, match="second was active which is now deleted"):
         model.delete_adapter("second")
-    assert_nearly_equal(answer(model, pixel_values), expected["first"])
+    assert_same(answer(model, pixel_values), expected["first"])
     assert model.config.num_labels == 3
     assert not any(".second." in name for name in model.state_dict())
 
@@ -204,7 +204,7 @@ def test_several_active_adapters_concatenate_and_the_first_ones_head_answers(arc
     for active, width in ([["default", "more"], 3], [["more", "default"], 2]):
         model.base_model.set_adapter(active)
         prompts = [embeddings.prompts(name, pixel_values) for name in active]
-        assert torch.equal(embed(model, pixel_values), torch.cat([plain, *prompts], dim=1))
+        assert_same(embed(model, pixel_values), torch.cat([plain, *prompts], dim=1))
         assert answer(model, pixel_values).shape[1] == width
         assert model.config.num_labels == width
     assert model.base_model.active_adapters == ["more", "default"]
@@ -309,7 +309,7 @@ def test_further_modules_are_trained_and_saved(pixel_values, tmp_path):
     base = tiny_vit()
     before = answer(base, pixel_values)
     loaded = PeftModel.from_pretrained(base, tmp_path)
-    assert_nearly_equal(answer(loaded, pixel_values), expected)
+    assert_same(answer(loaded, pixel_values), expected)
     assert torch.equal(answer(loaded.unload(), pixel_values), before)
 
 
@@ -319,7 +319,7 @@ def test_inject_adapter_in_model_and_its_state_dict(pixel_values):
     plain = tiny_vit()
     peft.inject_adapter_in_model(tiny_config(id2label=THREE), plain, adapter_name="mine")
     peft.set_peft_model_state_dict(plain, state_dict, adapter_name="mine")
-    assert_nearly_equal(answer(plain, pixel_values), answer(model, pixel_values))
+    assert_same(answer(plain, pixel_values), answer(model, pixel_values))
     from_names = tiny_vit()
     peft.inject_adapter_in_model(
         tiny_config(id2label=THREE),
@@ -337,7 +337,7 @@ def test_a_config_that_an_adapter_is_loaded_with_stays_the_callers_object(traina
     loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path, config=config, is_trainable=trainable)
     assert loaded.peft_config["default"] is config
     assert config.inference_mode is not trainable
-    assert_nearly_equal(answer(loaded.eval(), pixel_values), answer(model, pixel_values))
+    assert_same(answer(loaded.eval(), pixel_values), answer(model, pixel_values))
 
 
 def test_a_config_without_records_gets_them_when_an_adapter_is_loaded_and_keeps_none_when_that_is_refused(tmp_path):

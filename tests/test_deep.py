@@ -8,7 +8,7 @@ from conftest import (
     REPRESENTATIVE_CLASSIFIERS,
     REPRESENTATIVES,
     answer,
-    assert_nearly_equal,
+    assert_same,
     embed,
     layers_of,
     move_adapter,
@@ -122,10 +122,10 @@ def test_layers_that_answer_with_a_tuple(pixel_values):
     layer = prompt_layer(adapted(prompt_depth=2))
     tokens = torch.randn(2, 5 + 2 * 3, 32)
     hidden_states, attention = PGNBlock(InTuple(), layer, index=0, ends=False)(tokens, factor=2)
-    assert torch.equal(hidden_states, torch.cat([2 * tokens[:, :5], tokens[:, 8:]], dim=1))
+    assert_same(hidden_states, torch.cat([2 * tokens[:, :5], tokens[:, 8:]], dim=1))
     assert attention == "attention"
     hidden_states, _ = PGNBlock(InTuple(), layer, index=1, ends=True)(tokens[:, :8], factor=2)
-    assert torch.equal(hidden_states, 2 * tokens[:, :5])
+    assert_same(hidden_states, 2 * tokens[:, :5])
 
 
 def test_it_lives_beside_shallow_adapters(pixel_values, tmp_path):
@@ -140,13 +140,13 @@ def test_it_lives_beside_shallow_adapters(pixel_values, tmp_path):
         model.load_adapter(tmp_path / second, adapter_name=second)
         for name in (first, second, first):
             model.set_adapter(name)
-            assert_nearly_equal(answer(model, pixel_values), expected[name])
-        assert_nearly_equal(answer(copy.deepcopy(model), pixel_values), expected[first])
+            assert_same(answer(model, pixel_values), expected[name])
+        assert_same(answer(copy.deepcopy(model), pixel_values), expected[first])
         with model.disable_adapter():
             assert torch.equal(answer(model, pixel_values), plain)
         with pytest.warns(UserWarning, match="which is now deleted"):
             model.delete_adapter(first)
-        assert_nearly_equal(answer(model, pixel_values), expected[second])
+        assert_same(answer(model, pixel_values), expected[second])
         model.delete_adapter(second)
         assert torch.equal(answer(base, pixel_values), plain)
         unloaded = model.unload()
@@ -161,7 +161,7 @@ def test_a_copy_is_independent_of_its_original(pixel_values):
     move_adapter(twin, seed=5)
     twin.base_model.disable_adapter_layers()
     assert torch.equal(answer(model, pixel_values), expected)
-    assert_nearly_equal(answer(twin, pixel_values), answer(tiny_vit(num_hidden_layers=LAYERS), pixel_values))
+    assert_same(answer(twin, pixel_values), answer(tiny_vit(num_hidden_layers=LAYERS), pixel_values))
 
 
 def test_it_is_active_alone(pixel_values):

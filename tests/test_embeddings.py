@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_vit
+from conftest import assert_same, tiny_config, tiny_vit
 from peft import get_peft_model
 from PIL import Image
 from transformers import ViTImageProcessor
@@ -131,7 +131,7 @@ def test_texts_classify_embeddings_by_their_cosines(prompter, tmp_path):
     assert torch.allclose(prompter.classify(embeddings), torch.tensor([[6.0, 8.0], [0, 0]]))
     prompter.save_pretrained(tmp_path)
     loaded = ImagePrompter.from_pretrained(tmp_path)
-    assert torch.equal(loaded.classify(embeddings), prompter.classify(embeddings))
+    assert_same(loaded.classify(embeddings), prompter.classify(embeddings))
     assert loaded.id2label == {0: "river", 1: "forest"}
     with pytest.raises(ValueError, match="`id2label` must name the 2 classes of `text_embeds`, but got 1"):
         prompter.use_texts(texts, {0: "river"})

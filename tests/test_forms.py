@@ -9,7 +9,7 @@ from conftest import (
     REPRESENTATIVE_CLASSIFIERS,
     REPRESENTATIVES,
     answer,
-    assert_nearly_equal,
+    assert_same,
     embed,
     embeddings_of,
     move_adapter,
@@ -40,11 +40,11 @@ def test_other_and_non_square_sizes(architecture, size):
     expected = embed(base, images, **options)
     model = adapt(base)
     tokens = embed(model, images, **options)
-    assert torch.equal(tokens[:, :-3], expected)
+    assert_same(tokens[:, :-3], expected)
     told = answer(model, images, interpolate_pos_encoding=True)
     assert told.isfinite().all()
     if by_itself:
-        assert torch.equal(answer(model, images), told)
+        assert_same(answer(model, images), told)
     else:
         with pytest.raises(ValueError, match="pass interpolate_pos_encoding=True"):
             answer(model, images)
@@ -148,7 +148,7 @@ def test_a_deep_copy_is_independent(pixel_values):
     with twin.disable_adapter():
         assert (model.config.num_labels, twin.config.num_labels) == (2, 5)
         assert torch.equal(answer(model, pixel_values), expected)
-    assert_nearly_equal(answer(twin, pixel_values), expected)
+    assert_same(answer(twin, pixel_values), expected)
 
 
 @generators
@@ -195,7 +195,7 @@ def test_masked_positions_still_reach_the_embeddings(pixel_values):
     masked[:, 3] = True
     expected = base.embeddings(pixel_values, bool_masked_pos=masked)
     model = adapt(base)
-    assert torch.equal(model.embeddings(pixel_values, bool_masked_pos=masked)[:, :17], expected)
+    assert_same(model.embeddings(pixel_values, bool_masked_pos=masked)[:, :17], expected)
 
 
 @pytest.mark.parametrize("form", [{}, {"generator": "static"}, {"prompt_depth": None}, PIXEL])

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 from PIL import Image
 
@@ -40,7 +40,7 @@ def test_gradients_pass_unchanged_in_a_compiled_graph_too():
     for function in (through_jpeg, torch.compile(through_jpeg, fullgraph=True, backend="aot_eager")):
         pixels, weights = images().requires_grad_(), torch.rand(4, 3, 32, 32)
         (function(pixels, 90) * weights).sum().backward()
-        assert torch.equal(pixels.grad, weights)
+        assert_same(pixels.grad, weights)
 
 
 @pytest.mark.parametrize("layout", ["dense", "canvas"])

@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ENVIRONMENT, HANG, ROOT, tiny_config, tiny_vit, with_output
+from conftest import ENVIRONMENT, HANG, ROOT, assert_same, tiny_config, tiny_vit, with_output
 from packaging.version import Version
 from peft import AutoPeftModel, get_peft_model
 from recorded_runs import recorded_run, several_labels
@@ -120,7 +120,7 @@ def test_two_processes_share_out_the_images_that_one_sees(runs):
 def test_two_processes_reach_the_weights_of_one_that_sees_the_same_images(runs):
     assert_same_weights(runs["two"][0], runs["one"][0])
     for name, tensor in runs["two"][0]["tensors"].items():
-        assert torch.equal(runs["two"][1]["tensors"][name], tensor)
+        assert_same(runs["two"][1]["tensors"][name], tensor)
 
 
 @pytest.mark.slow
@@ -152,8 +152,7 @@ def test_losses_of_several_labels_are_not_multiplied(runs):
 def test_processes_hold_and_save_the_same_and_one_process_loads_it(runs, name):
     first, second = (record["tensors"] for record in runs[name])
     assert len([tensor for tensor in first if "running_" in tensor]) == 18
-    for tensor, value in first.items():
-        assert torch.equal(second[tensor], value), f"{tensor} differs between the processes"
+    assert_same(second, first)
     assert {record["precision"] for record in runs[name]} == {"bf16" if name == "bfloat16" else "no"}
     folder = runs["folder"] / name
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))

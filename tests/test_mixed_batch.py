@@ -5,14 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import (
-    REPRESENTATIVE_CLASSIFIERS,
-    answer,
-    assert_nearly_equal,
-    move_adapter,
-    tiny_config,
-    tiny_vit,
-)
+from conftest import REPRESENTATIVE_CLASSIFIERS, answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 
 FIVE = {index: f"LABEL_{index}" for index in range(5)}  # those of the tiny models
@@ -113,7 +106,7 @@ def test_nothing_of_it_is_left_after_a_failure():
     assert set(vars(base)) == attributes
     assert model.active_adapter == "latent"
     assert torch.equal(answer(model, pixel_values), before)
-    assert_nearly_equal(answer(copy.deepcopy(model), pixel_values, adapter_names=names), mixed)
+    assert_same(answer(copy.deepcopy(model), pixel_values, adapter_names=names), mixed)
 
 
 @pytest.mark.parametrize("architecture", ["ViTModel", "CLIPVisionModelWithProjection", "SiglipVisionModel"])
@@ -187,12 +180,13 @@ def test_threads_do_not_see_each_others_batches():
 
     def serve_one(index):
         if index % 3 == 2:  # and calls without names go on beside them
-            return torch.equal(answer(model, pixel_values), plain)
-        batch = index % len(batches)
-        return torch.equal(answer(model, pixel_values, adapter_names=batches[batch]), expected[batch])
+            assert_same(answer(model, pixel_values), plain)
+        else:
+            batch = index % len(batches)
+            assert_same(answer(model, pixel_values, adapter_names=batches[batch]), expected[batch])
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(serve_one, range(96)))
+        list(pool.map(serve_one, range(96)))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import AutoPeftModel, PeftModel, get_peft_model
 
 from pgn_peft import PGNConfig
@@ -86,11 +86,11 @@ def test_save_and_load_under_another_name(layout, generator, pixel_values, tmp_p
         loaded = PeftModel.from_pretrained(
             tiny_vit(), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
         ).eval()
-        assert_nearly_equal(answer(loaded, pixel_values), expected, valid_pixels=True)
+        assert_same(answer(loaded, pixel_values), expected, valid_pixels=True)
     again = get_peft_model(tiny_vit(), tiny_config()).eval()
     again.load_adapter(tmp_path, "second")
     again.set_adapter("second")
-    assert_nearly_equal(answer(again, pixel_values), expected, valid_pixels=True)
+    assert_same(answer(again, pixel_values), expected, valid_pixels=True)
     recorded = loaded.peft_config["other"]
     assert (recorded.image_size, recorded.patch_size, recorded.hidden_size) == (32, 8, 32)
     assert recorded.num_virtual_tokens == {"append": 4, "canvas": 12, "dense": 16}[layout]
@@ -102,7 +102,7 @@ def test_auto_peft_model_loads_it(pixel_values, tmp_path):
     model = move_adapter(get_peft_model(base, pixel_config())).eval()
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
-    assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values), valid_pixels=True)
+    assert_same(answer(loaded, pixel_values), answer(model, pixel_values), valid_pixels=True)
 
 
 def test_unload_and_delete_leave_nothing(pixel_values):
@@ -241,7 +241,7 @@ def in_range(size=(32, 32)):
 @pytest.mark.parametrize("generator", ["resnet10", "static"])
 def test_a_dense_adapter_starts_as_the_frozen_model(generator):
     model = get_peft_model(tiny_vit(), pixel_config(prompt_layout="dense", generator=generator, head="frozen")).eval()
-    assert_nearly_equal(answer(model, in_range()), answer(tiny_vit(), in_range()))
+    assert_same(answer(model, in_range()), answer(tiny_vit(), in_range()))
     answer_loss = model(pixel_values=in_range(), labels=torch.arange(4)).loss
     answer_loss.backward()
     assert layer_of(model).pgn_library["default"].token_shifts.grad.abs().max() > 0

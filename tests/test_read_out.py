@@ -6,7 +6,7 @@ from conftest import (
     ARCHITECTURES,
     REPRESENTATIVES,
     answer,
-    assert_nearly_equal,
+    assert_same,
     embeddings_of,
     layers_of,
     move_adapter,
@@ -69,7 +69,7 @@ def test_the_images_own_tokens_are_what_is_read(architecture, pixel_values):
     prompts = prompt_layer(model).prompts("default", pixel_values)
     answered = answer(model, pixel_values)
     assert answered.shape == plain.shape
-    assert_nearly_equal(answered, answer_beside(base, prompts, pixel_values))
+    assert_same(answered, answer_beside(base, prompts, pixel_values))
     assert (answered - plain).abs().max() > 1e-3
 
 
@@ -80,7 +80,7 @@ def test_prompts_of_several_adapters_end_together(pixel_values):
     model.base_model.set_adapter(["default", "more"])
     layer = prompt_layer(model)
     prompts = torch.cat([layer.prompts(name, pixel_values) for name in ("default", "more")], dim=1)
-    assert_nearly_equal(answer(model, pixel_values), answer_beside(tiny_vit("Dinov2Model"), prompts, pixel_values))
+    assert_same(answer(model, pixel_values), answer_beside(tiny_vit("Dinov2Model"), prompts, pixel_values))
 
 
 @pytest.mark.parametrize("architecture", REPRESENTATIVE)
@@ -110,7 +110,7 @@ def test_prompts_in_pixel_space_are_patches_like_others(architecture, prompt_lay
     prompted = prompt_layer(model).prompted_images("default", pixel_values)
     any_size = takes_any_size(embeddings_of(tiny_vit(architecture)))
     larger = {} if any_size else {"interpolate_pos_encoding": prompt_layout == "append"}
-    assert_nearly_equal(answer(model, pixel_values), answer(tiny_vit(architecture), prompted, **larger))
+    assert_same(answer(model, pixel_values), answer(tiny_vit(architecture), prompted, **larger))
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     prompter = make_prompter(model, PROCESSOR)
     served = answer(tiny_vit(architecture), prompter.pixel_values([image]), **larger)

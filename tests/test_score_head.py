@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -227,7 +227,7 @@ def test_answers_of_the_best_labels_only_can_be_fitted():
     assert head.read([[{"label": "1", "score": 0.5}], [{"label": "2", "score": 0.5}]]).argmax(1).tolist() == [0, 1]
     assert head.read([[{"label": "never seen", "score": 0.5}]]).isfinite().all()
     more = [{"label": str(label), "score": 0.01} for label in (2, 3)]
-    assert torch.equal(head.read([answers[0] + more]), head.read([answers[0]]))
+    assert_same(head.read([answers[0] + more]), head.read([answers[0]]))
 
 
 def test_raw_logits_can_be_fitted_and_scores_must_suit_labels():
@@ -325,8 +325,8 @@ def test_a_head_fitted_to_answers_is_used_and_saved(tmp_path):
     assert prompter.read_answer(answers[2])[0]["label"] == "sea"
     prompter.save_pretrained(tmp_path)
     loaded = ImagePrompter.from_pretrained(tmp_path)
-    assert loaded.read_answer(answers[2]) == prompter.read_answer(answers[2])
-    assert loaded.score_head.report == prompter.score_head.report
+    assert_same(loaded.read_answer(answers[2]), prompter.read_answer(answers[2]))
+    assert_same(loaded.score_head.report, prompter.score_head.report)
     assert prompter.describe_answer(answers[0]).readable
     assert not prompter.describe_answer(answers[0][:1]).readable
     card = loaded.make_card("someone/prompter").text
@@ -338,9 +338,9 @@ def test_an_exact_head_is_saved_and_the_card_says_so(tmp_path):
     prompter = make_prompter(make(), PROCESSOR)
     prompter.save_pretrained(tmp_path)
     loaded = ImagePrompter.from_pretrained(tmp_path)
-    assert loaded.score_head.report == prompter.score_head.report
+    assert_same(loaded.score_head.report, prompter.score_head.report)
     reply = entries(prompter.probe_scores, list(prompter.server_labels.values()))
-    assert loaded.read_answer(reply) == prompter.read_answer(reply)
+    assert_same(loaded.read_answer(reply), prompter.read_answer(reply))
     card = prompter.make_card("someone/prompter").text
     assert "own head, computed from all scores of the server's head |" in card
     assert "top_k=60" in card

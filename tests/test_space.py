@@ -20,7 +20,7 @@ import uploads
 import yaml
 from actions import DEMO_BASE, SOURCES, TRAINED, UPLOADED, App
 from adapter_training import KINDS, Task, divide, train
-from conftest import ROOT
+from conftest import ROOT, assert_same
 from demo_models import PIXELS, TOKENS, DemoModels
 from PIL import Image
 
@@ -360,7 +360,8 @@ def test_a_visitor_classifies_looks_inside_trains_and_loads_the_download(app, de
     assert adapters.value == TRAINED
     trained = app.classify(digits, TRAINED, ALICE)
     assert app.upload_adapter(download.value["path"], BOB).value == UPLOADED
-    assert app.classify(digits, UPLOADED, BOB) == trained
+    # The table rounds the scores of which these are some.
+    assert_same(app.classify(digits, UPLOADED, BOB)[1:], trained[1:])
     with pytest.raises(ValueError, match="Train or upload it again"):
         app.classify(digits, TRAINED, BOB)  # it is Alice's
     with pytest.raises(ValueError, match="must be the id of a model on the Hub"):

@@ -8,7 +8,7 @@ import import_official
 import pytest
 import torch
 import train_image_classifier
-from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
@@ -99,13 +99,13 @@ def test_several_sentences_of_a_class_are_averaged():
 def test_the_correction_starts_as_the_identity_and_is_trained(pixel_values):
     plain = logits_of(adapted(two_towers()), pixel_values)
     model = adapted(two_towers(), text_correction=True)
-    assert torch.equal(logits_of(model, pixel_values), plain)
+    assert_same(logits_of(model, pixel_values), plain)
     head = find_head(model).head("default")
     head.correction.data[0, 1] = 0.5
     expected = plain + 0.5 * torch.stack([torch.zeros(4), plain[:, 0], torch.zeros(4)], dim=1)
     torch.testing.assert_close(logits_of(model, pixel_values), expected)
     with model.disable_adapter():
-        assert torch.equal(logits_of(model, pixel_values), head.zero_shot(features_of(model, pixel_values)))
+        assert_same(logits_of(model, pixel_values), head.zero_shot(features_of(model, pixel_values)).detach())
     weight, bias = head.linear()
     features = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
     torch.testing.assert_close(features @ weight.mT + bias, head(features))
@@ -132,13 +132,13 @@ def test_a_stranger_loads_it_with_every_loader(form, pixel_values, tmp_path):
         "base_model_class": "CLIPModel",
         "parent_library": "transformers.models.clip.modeling_clip",
     }
-    assert_nearly_equal(logits_of(AutoPeftModel.from_pretrained(tmp_path / "adapter"), pixel_values), expected)
+    assert_same(logits_of(AutoPeftModel.from_pretrained(tmp_path / "adapter"), pixel_values), expected)
     quick = PeftModel.from_pretrained(
         type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter", low_cpu_mem_usage=True
     )
-    assert_nearly_equal(logits_of(quick, pixel_values), expected)
+    assert_same(logits_of(quick, pixel_values), expected)
     classifier = load_classifier(tmp_path / "adapter")
-    assert_nearly_equal(logits_of(classifier.model, pixel_values), expected)
+    assert_same(logits_of(classifier.model, pixel_values), expected)
     found = classifier.pipeline()(Image.new("RGB", (40, 32), "red"))
     assert {each["label"] for each in found} == set(NAMES)
     assert sum(each["score"] for each in found) == pytest.approx(1, abs=1e-4)
@@ -156,21 +156,21 @@ def test_a_model_without_a_head_gets_one_and_gives_it_back(architecture, pixel_v
         assert torch.equal(answer(model, pixel_values), before)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with model.disable_adapter():  # a copy follows its own switches
-            assert_nearly_equal(logits_of(copied, pixel_values), expected)
+            assert_same(logits_of(copied, pixel_values), expected)
     torch._dynamo.reset()  # which counts compilations of all models together
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(logits_of(compiled, pixel_values), expected)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_vit(architecture), tmp_path)
-    assert_nearly_equal(logits_of(loaded, pixel_values), expected)
+    assert_same(logits_of(loaded, pixel_values), expected)
     inside = tiny_vit(architecture)
     inside.load_adapter(str(tmp_path))
-    assert_nearly_equal(logits_of(inside.eval(), pixel_values), expected)
+    assert_same(logits_of(inside.eval(), pixel_values), expected)
     unloaded = model.unload()
     assert type(unloaded) is kind
     assert str(unloaded) == structure
     assert unloaded.config.to_dict() == config
-    assert_nearly_equal(answer(unloaded, pixel_values), before)
+    assert_same(answer(unloaded, pixel_values), before)
 
 
 @pytest.mark.parametrize(("architecture", "reference"), [("ViTModel", "ViTFor"), ("Dinov2Model", "Dinov2For")])
@@ -226,11 +226,11 @@ def test_a_mixed_batch_has_texts_of_each_adapter_and_of_none(pixel_values):
     names = ["default", "other", "__base__", "default"]
     mixed = logits_of(model, pixel_values, adapter_names=names)
     model.set_adapter("other")
-    assert_nearly_equal(mixed[1:2], logits_of(model, pixel_values[1:2]))
+    assert_same(mixed[1:2], logits_of(model, pixel_values[1:2]))
     model.set_adapter("default")
-    assert_nearly_equal(mixed[[0, 3]], logits_of(model, pixel_values[[0, 3]]))
+    assert_same(mixed[[0, 3]], logits_of(model, pixel_values[[0, 3]]))
     with model.disable_adapter():
-        assert_nearly_equal(mixed[2:3], logits_of(model, pixel_values[2:3]))
+        assert_same(mixed[2:3], logits_of(model, pixel_values[2:3]))
 
 
 def test_without_texts_of_its_own_the_base_cannot_answer_in_a_mixed_batch(pixel_values):
@@ -344,7 +344,7 @@ def test_a_network_of_the_paper_becomes_a_classifier_by_its_texts(pixel_values, 
     with torch.no_grad():
         images = torch.nn.functional.normalize(base.get_image_features(pixel_values).pooler_output, dim=-1)
         expected = base.logit_scale.exp() * images @ texts.mT
-    assert_nearly_equal(logits_of(model, pixel_values), expected)
+    assert_same(logits_of(model, pixel_values), expected)
 
 
 @pytest.mark.parametrize("source", ["text tower", "file"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import train_image_classifier
-from conftest import assert_nearly_equal, layers_of, move_adapter, tiny_config
+from conftest import assert_same, layers_of, move_adapter, tiny_config
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from smoke_material import smoke_arguments
@@ -78,15 +78,15 @@ def test_prompts_act_as_tokens_without_a_position(name, pixel_values, tmp_path):
     model = move_adapter(get_peft_model(base, tiny_config(head="frozen"))).eval()
     prompts = prompt_layer(model).prompts("default", pixel_values)
     prompted = answer(model, pixel_values)
-    assert_nearly_equal(prompted, answer_beside(tiny_timm(name), prompts, pixel_values))
+    assert_same(prompted, answer_beside(tiny_timm(name), prompts, pixel_values))
     assert (prompted - before).abs().max() > 1e-3
     with model.disable_adapter():  # torch's attention pool has another path for frozen weights
-        assert_nearly_equal(answer(model, pixel_values), before)
+        assert_same(answer(model, pixel_values), before)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_timm(name), tmp_path)
-    assert_nearly_equal(answer(loaded, pixel_values), prompted)
+    assert_same(answer(loaded, pixel_values), prompted)
     unloaded = model.unload()
-    assert_nearly_equal(answer(unloaded, pixel_values), before)
+    assert_same(answer(unloaded, pixel_values), before)
     assert str(unloaded) == structure
     assert type(unloaded.timm_model) is kind
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import answer, assert_nearly_equal, edit_json, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_same, edit_json, move_adapter, tiny_config, tiny_vit
 from make_golden import ADAPTERS, GOLDEN, golden_images
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -66,7 +66,7 @@ def test_a_newer_field_that_is_off_is_left_out_with_a_warning(loader, off, saved
     edit(folder, pgn_peft_version="9.1", temperature=off)
     with pytest.warns(UserWarning, match=f"Leaving out `temperature`.*by pgn_peft 9.1, newer.*{pgn_peft.__version__}"):
         model = LOADERS[loader](folder)
-    assert_nearly_equal(answer(model, golden_images()), expected)
+    assert_same(answer(model, golden_images()), expected)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_newer_version_alone_is_no_reason_to_warn(load, saved):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*pgn_peft")
         model = load(folder)
-    assert_nearly_equal(answer(model, golden_images()), expected)
+    assert_same(answer(model, golden_images()), expected)
 
 
 def test_an_unknown_field_of_this_version_is_pefts_business(saved):
@@ -110,7 +110,7 @@ def test_an_unknown_field_of_this_version_is_pefts_business(saved):
     edit(folder, added_by_a_later_peft=3)
     with pytest.warns(UserWarning, match="Unexpected keyword arguments .'added_by_a_later_peft'"):
         model = PeftModel.from_pretrained(tiny_vit(), folder)
-    assert_nearly_equal(answer(model, golden_images()), expected)
+    assert_same(answer(model, golden_images()), expected)
     with pytest.raises(TypeError, match="unexpected keyword argument 'librarysize'"):
         PGNConfig(librarysize=3)
 

@@ -18,8 +18,10 @@ from pgn_peft.tuner.backbones import SUPPORTED, architecture_of
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.head import find_head
 from pgn_peft.tuner.layer import PGNLayer
-from pgn_peft.tuner.saved_weights import PREFIX
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
+
+# What PEFT puts before the names of tensors in a file.
+PREFIX = "base_model.model."
 
 
 def unwrap(model: Any) -> Any:
@@ -38,8 +40,8 @@ def prompt_layer(model: Any) -> PGNLayer:
         layer = next((module for module in model.modules() if isinstance(module, PGNLayer)), None)
     if layer is None:
         raise TypeError(
-            f"`model` must carry a PGN adapter, but got {type(model).__name__}. Make one with "
-            "get_peft_model(model, PGNConfig(...)), or load one with load_classifier(adapter_id)."
+            f"This {type(model).__name__} carries no PGN adapter. Make one by get_peft_model(model, PGNConfig(...)), or "
+            "load one by load_classifier(adapter_id)."
         )
     return layer
 
@@ -57,10 +59,7 @@ def find_layer(model: nn.Module, adapter_name: str = "default") -> PGNLayer:
     """
     layer = prompt_layer(model)
     if adapter_name not in layer.configs:
-        raise ValueError(
-            f"`adapter_name` must be one of the model's adapters, {', '.join(layer.configs) or 'none'}, but got "
-            f"{adapter_name!r}. Load it first."
-        )
+        raise ValueError(f"No adapter is called {adapter_name!r}. There are {', '.join(layer.configs) or 'none'}.")
     return layer
 
 
@@ -84,12 +83,10 @@ def active_adapter(model: Any) -> tuple[str, PGNConfig]:
     active = prompt_layer(model).active_adapters
     model = unwrap(model)
     if not active or active[0] not in model.peft_config:
-        raise ValueError(
-            f"`model` must have an active adapter, but got {list(active)}. Activate one: set_adapter(name)."
-        )
+        raise ValueError("No adapter is active: all have been deleted.")
     head = find_head(model)
     if head is not None:
-        head.record_problem_type()
+        head.record_labels()
     config = copy.copy(model.peft_config[active[0]])
     config.inference_mode = True
     # PEFT records this for a model's first adapter only.

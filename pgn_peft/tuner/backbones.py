@@ -223,19 +223,20 @@ def find_backbone(model: nn.Module, target_modules: list[str] | None = None) -> 
         supported = SUPPORTED[architecture]
         if target_modules is not None and not _ends_with(supported.embeddings, target_modules[0]):
             raise ValueError(
-                f"`target_modules` must be [{supported.embeddings!r}] for a {name}, but got {target_modules!r}. "
-                "Leave it out."
+                f"A {name} makes its tokens in {supported.embeddings!r}, not in {target_modules[0]!r}. An adapter saved "
+                "with this `target_modules` was made for another architecture; in a new config leave it out."
             )
+        if supported.carries:
+            _check_timm(model.get_submodule(supported.embeddings.rpartition(".")[0]))
         return supported
 
     prefix = max((prefix for prefix in REFUSED if name.startswith(prefix)), key=len, default=None)
     if prefix is not None:
-        raise TypeError(f"`model` must be one of {_supported_names()}, but got a {name}: {REFUSED[prefix]}.")
+        raise TypeError(f"PGN cannot adapt a {name}: {REFUSED[prefix]}. It adapts {', '.join(SUPPORTED)}.")
     if target_modules is None:
         raise TypeError(
-            f"`model` must be one of {_supported_names()}, but got a {name}. PGN needs a Vision Transformer that "
-            "classifies from token 0. If this is a look-alike of one, name the module that makes its tokens: "
-            "PGNConfig(target_modules='...embeddings')."
+            f"PGN does not know a {name}. It adapts {', '.join(SUPPORTED)}. For a look-alike that classifies from "
+            "token 0 name the module that makes its tokens: PGNConfig(target_modules='...embeddings')."
         )
     return _find_look_alike(model, target_modules[0])
 
@@ -262,8 +263,8 @@ def find_layers(model: nn.Module, embeddings: str) -> list[str]:
     ]
     if len(lists) != 1:
         raise ValueError(
-            f"`prompt_depth` must be 1 for a {type(model).__name__}, in which {len(lists)} lists of "
-            f"`num_hidden_layers` layers were found beside the embeddings, but got more. Leave it out."
+            f"{len(lists)} lists of encoder layers were found in this {type(model).__name__}, so they cannot have "
+            "prompts of their own: set prompt_depth=1."
         )
     name, layers = lists[0]
     return [f"{name}.{index}" for index in range(len(layers))]
@@ -276,25 +277,37 @@ def architecture_of(model: nn.Module) -> str | None:
 
 def _find_look_alike(model: nn.Module, target: str) -> Backbone:
     matches = [name for name, _ in model.named_modules() if _ends_with(name, target)]
-    if len(matches) != 1:
-        found = f"{len(matches)} modules: {', '.join(matches)}" if matches else "no module"
-        raise ValueError(
-            f"`target_modules` must name one module of the model, but got {target!r}, which is the name of {found}. "
-            "`dict(model.named_modules())` lists the names."
-        )
-    embeddings = model.get_submodule(matches[0])
     # A wrapped module forwards these attributes, so an adapter can be added to a look-alike that has one.
-    if not (hasattr(embeddings, "cls_token") and hasattr(embeddings, "patch_embeddings")):
+    found = [model.get_submodule(name) for name in matches]
+    if len(found) != 1 or not (hasattr(found[0], "cls_token") and hasattr(found[0], "patch_embeddings")):
         raise ValueError(
-            f"`target_modules` must name the embeddings of a ViT, with `cls_token` and `patch_embeddings`, but got "
-            f"{target!r}, a {type(embeddings).__name__}. Name the module that turns pixels into tokens."
+            f"target_modules={target!r} matches {', '.join(matches) or 'no module'}. It must be the name of one "
+            "module, a ViT's embeddings with `cls_token` and `patch_embeddings`; `dict(model.named_modules())` lists "
+            "all names."
         )
     return Backbone(matches[0], HEAD if hasattr(model, HEAD) else None)
 
 
+def _check_timm(backbone: Any) -> None:
+    """Refuse models of timm other than Vision Transformers and EVAs with one head.
+
+    Raises:
+        TypeError: the model is none, or has two heads.
+        ValueError: it pools nothing, or drops tokens in training, and would drop prompts.
+    """
+    name, names = type(backbone).__name__, {base.__name__ for base in type(backbone).__mro__}
+    # Hybrids make their tokens of a CNN's features.
+    patch_embed = getattr(backbone, "patch_embed", None)
+    plain = isinstance(getattr(patch_embed, "proj", None), nn.Conv2d) and not hasattr(patch_embed, "backbone")
+    if not names & {"VisionTransformer", "Eva"} or not hasattr(backbone, "_pos_embed") or not plain:
+        raise TypeError(f"Of timm's models PGN adapts VisionTransformer and Eva, but this is a {name}.")
+    if hasattr(backbone, "head_dist"):
+        raise TypeError(f"A {name} averages two heads. Load the checkpoint as DeiTForImageClassification.")
+    if not backbone.global_pool and backbone.attn_pool is None:
+        raise ValueError(f"global_pool={backbone.global_pool!r} leaves a head no vector of an image. Use e.g. 'avg'.")
+    if getattr(backbone.patch_drop, "prob", 0):
+        raise ValueError("`patch_drop_rate` would drop prompts too. Make the model without it.")
+
+
 def _ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
-
-
-def _supported_names() -> str:
-    return ", ".join(SUPPORTED)

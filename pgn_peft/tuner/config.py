@@ -1,124 +1,297 @@
-"""`PGNConfig`: the configuration of an adapter, and its files."""
+"""`PGNConfig`: the configuration of an adapter. `resolve.py` fills what is left open from the model."""
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import functools
 import inspect
 import textwrap
+import warnings
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft import PeftConfig, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from pgn_peft.tuner.fields import PGNFields, PGNPeftType, own_fields
-from pgn_peft.tuner.forward_compatibility import name_newer, reads_newer
-from pgn_peft.tuner.saved_weights import check_saved_weights, checksums_of_parts, find_weights
-from pgn_peft.utils.checksums import compare_file, record, with_checksums
-from pgn_peft.utils.files import COMPLETE, finish_save, read_settings, replacing
-
-# Containers of an adapter's modules, which have checksums of their own.
-PARTS = ("pgn_generator", "pgn_library", "pgn_head")
+from pgn_peft.nn.generator import MIXINGS
+from pgn_peft.nn.trunk import NORMS, TRUNKS
+from pgn_peft.utils.labels import PROBLEM_TYPES, normalize_id2label
+from pgn_peft.version import __version__
 
 
-@with_checksums(CONFIG_NAME)
-@reads_newer
+class PGNPeftType(str, enum.Enum):  # noqa: UP042  (PEFT reads the name off str(member), "PGNPeftType.PGN")
+    """The method's name in PEFT. PEFT's own `PeftType` is a closed enum, which a plug-in cannot extend."""
+
+    PGN = "PGN"
+
+
+# Fields of saved adapters that have another name now, or are no longer used.
+RENAMED = {"slot_prompts": "static_prompts", "initial_logit_std": "mixing_init_std"}
+REMOVED = ("checksums", "image_offset", "text_correction")
+
+
+def _field(default: Any, description: str, *, minimum: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """Declare a field with its description for users, the smallest number, and all values of a string."""
+    return dataclasses.field(default=default, metadata={"help": description, "minimum": minimum, "choices": choices})
+
+
+def _reads_saved_fields(config_class: type[PGNConfig]) -> type[PGNConfig]:
+    """Let the constructor take the fields of adapters that earlier versions saved.
+
+    PEFT's loaders pass the fields of a file to the constructor, so no other place sees them. Fields that nobody knows
+    are left to PEFT, which drops them with a warning.
+    """
+    init = config_class.__init__
+
+    @functools.wraps(init)
+    def __init__(self: PGNConfig, *args: Any, **fields: Any) -> None:  # noqa: N807
+        fields = {RENAMED.get(name, name): value for name, value in fields.items() if name not in REMOVED}
+        if fields.get("prompt_layout") == "dense":
+            fields["prompt_layout"] = "additive"
+        init(self, *args, **fields)
+
+    config_class.__init__ = __init__  # type: ignore[method-assign]
+    return config_class
+
+
+@_reads_saved_fields
 @dataclass
-class PGNConfig(PGNFields):
+class PGNConfig(PeftConfig):
     """Configuration of a Prompt Generation Network adapter.
 
     A field left at None is filled from the model when the adapter is created, and saved with it.
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: a field has an impossible value.
+        ValueError: a field has an impossible value. Fields that do not fit each other or the model are found when the
+            adapter is created.
 
     Source: arXiv:2210.06466. Differs by default from the official code, whose form is `generator_image_size=None`
-    (its released checkpoints saw 224 px), `slot_prompts=False` and `initial_logit_std=0`.
+    (its released checkpoints saw 224 px), `static_prompts=False` and `mixing_init_std=0`.
     """
 
+    num_virtual_tokens: int | None = _field(
+        None,
+        "Prompts per image, P. None: 16; all patches of the image in pixel space; one row of patches with "
+        "prompt_layout='append', where other numbers must fill whole rows and columns.",
+        minimum=1,
+    )
+    library_size: int = _field(
+        64,
+        "Learned vectors that prompts are mixed from, L. The official checkpoints have 128 or 256. Unused by the "
+        "'static' generator.",
+        minimum=1,
+    )
+    prompt_depth: int | str | None = _field(
+        1,
+        "Number of encoder layers, from the first on, with prompts of their own. 1, the paper's form: prompts are "
+        "appended once and stay. 'all': every layer, which was 2 to 6 points more accurate on three of four data "
+        "sets. Each layer has a library of its own; all share an image's coefficients. With generator='static' this "
+        "is VPT-deep. In latent space only.",
+        minimum=1,
+    )
+    generator: str = _field(
+        "resnet10",
+        "'resnet10', the CNN of the official code, or 'static': P learned prompts, the same for every image (the "
+        "input-independent control, VPT-shallow); in pixel space one for all patches of all images.",
+        choices=(*TRUNKS, "static"),
+    )
+    generator_image_size: int | None = _field(
+        64,
+        "The generator sees the image with its shorter side resized to this many pixels. None: not resized, as in the "
+        "official code. 64 costs a twelfth of 224, and was as accurate as 112.",
+        minimum=8,
+    )
+    generator_width: int = _field(
+        16, "Channels of the generator's stem. Parameters and cost of the CNN grow with its square.", minimum=1
+    )
+    generator_norm: str = _field(
+        "batch",
+        "'batch', as in the official code, or 'group', which needs no running statistics.",
+        choices=tuple(NORMS),
+    )
+    generator_rank: int | None = _field(
+        None,
+        "Length of the queries (one for each prompt of an image) and keys (one for each library entry) whose products "
+        "are the mixing logits; 8 needs a twentieth of the parameters. None: one linear layer, the official form.",
+        minimum=1,
+    )
+    mixing: str = _field(
+        "softmax", "'softmax' over the library, or 'sigmoid' for each of its entries.", choices=tuple(MIXINGS)
+    )
+    static_prompts: bool | None = _field(
+        None,
+        "Also learn a static prompt for each of the P slots, to which the generated part is added. None: in latent "
+        "space, where it was more accurate. False: the paper's form.",
+    )
+    prompt_dropout: float | None = _field(
+        None,
+        "In training, the share of images whose prompts are mixed by the mean coefficients of their batch, instead of "
+        "their own. None: 0.5 where several layers have prompts, which otherwise overfit a few images; else 0.",
+        minimum=0,
+    )
+    initializer_range: float = _field(
+        0.02,
+        "Standard deviation of the initial library, or of the static prompts. Changes of pixels start at zero.",
+        minimum=0,
+    )
+    mixing_init_std: float | None = _field(
+        None,
+        "Standard deviation of the offsets that the mixing logits start from. 0, as in the official code: all prompts "
+        "start as nearly the same mixture. 4: each prompt starts near a library entry of its own. None: 4 with "
+        "'softmax', 0 with 'sigmoid'.",
+        minimum=0,
+    )
+    prompt_space: str = _field(
+        "latent",
+        "'latent': prompts are tokens, as in the paper. 'pixel': prompts become part of the image as valid pixels, so "
+        "that the unmodified model is adapted through its input alone.",
+        choices=("latent", "pixel"),
+    )
+    prompt_layout: str | None = _field(
+        None,
+        "'additive', in pixel space: a prompt for each patch of the image is added to its pixels. 'append', in latent "
+        "space: prompts fill rows of patches below the image, ready for prompt inversion. None: 'additive' in pixel "
+        "space, none in latent space.",
+    )
+    image_size: int | None = _field(
+        None, "Side of the square images with a `prompt_layout`, in pixels. None: the model's own.", minimum=8
+    )
+    image_mean: list[float] | None = _field(None, "The image processor's mean of each channel, for pixel space.")
+    image_std: list[float] | None = _field(
+        None, "The image processor's standard deviation of each channel, for pixel space."
+    )
+    jpeg_quality: int | None = _field(
+        None,
+        "In pixel space, send half of the prompted images through JPEG of this quality in training, for a server that "
+        "gets JPEG of this quality or better, or PNG. None: 8-bit pixels, as in PNG.",
+        minimum=1,
+    )
+    head: str = _field(
+        "trained",
+        "'trained': the adapter owns a classification head for its own labels. 'frozen': the model's head and labels "
+        "are used, and only the prompts are trained. 'text': images are compared with a text for each class, as CLIP "
+        "does, and only the prompts are trained; give the texts by `use_texts`.",
+        choices=("trained", "frozen", "text"),
+    )
+    label_mapping: list[int] | None = _field(
+        None,
+        "With head='frozen': for each of the adapter's classes the index of the model's class that stands for it. See "
+        "`frequency_mapping`.",
+    )
+    id2label: dict[int, str] | None = _field(
+        None,
+        "Names of the adapter's classes by index, 0 to n-1. None: the model's own labels, or LABEL_0 to LABEL_{n-1} "
+        "where `num_labels` differs from the model's.",
+    )
+    num_labels: int | None = _field(None, "Number of classes, instead of or beside `id2label`.", minimum=1)
+    problem_type: str | None = _field(
+        None,
+        "'single_label_classification', 'multi_label_classification' or 'regression', as in Transformers. None: "
+        "inferred from the labels of the first batch.",
+        choices=PROBLEM_TYPES,
+    )
+    target_modules: str | list[str] | None = _field(
+        None,
+        "Name of the module that makes the tokens. None: found from the architecture. Name it for a look-alike of a "
+        "supported ViT.",
+    )
+    modules_to_save: list[str] | None = _field(
+        None,
+        "Further modules to train and save in full. The classification head is left out: the adapter owns one.",
+    )
+    hidden_size: int | None = _field(None, "Recorded: the backbone's width D.", minimum=1)
+    head_features: int | None = _field(
+        None, "Recorded where they are not D: the features that a head takes.", minimum=1
+    )
+    num_channels: int | None = _field(None, "Recorded: the channels of the backbone's images.", minimum=1)
+    patch_size: int | None = _field(
+        None, "Recorded with a `prompt_layout`: the side of the backbone's patches, in pixels.", minimum=1
+    )
+    pgn_peft_version: str | None = _field(None, "Recorded: the version of pgn_peft that made the adapter.")
+
+    def __post_init__(self) -> None:
+        self.task_type = _read_task_type(self.task_type)
+        super().__post_init__()
+        self.peft_type = PGNPeftType.PGN
+        self.pgn_peft_version = self.pgn_peft_version or __version__
+        if self.prompt_depth is None:
+            self.prompt_depth = "all"
+        for field in own_fields():
+            setattr(self, field.name, _read_value(field, getattr(self, field.name)))
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]
+        if self.modules_to_save is not None:
+            names = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
+            self.modules_to_save = sorted(names)
+        if self.id2label is not None:
+            self.id2label = normalize_id2label(self.id2label)
+        for name in ("label_mapping", "image_mean", "image_std"):
+            kind = int if name == "label_mapping" else float
+            if getattr(self, name) is not None:
+                setattr(self, name, [kind(value) for value in getattr(self, name)])
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, with checksums; see `PeftConfig.save_pretrained`.
-
-        Called by a `PeftModel` it records the checksum of the weights too, which are there already.
+        """Write adapter_config.json; see `PeftConfig.save_pretrained`.
 
         Raises:
-            OSError: the folder cannot be written to.
+            ValueError: a `PeftModel` has just written the weights as a pickle.
         """
-        # PEFT's models pass this argument, after the weights are written. Transformers' models write them afterwards,
-        # so that what lies there now may be those of an earlier save.
-        weights_are_written = "auto_mapping_dict" in kwargs
-        weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
-        if weights_are_written:  # a save that was interrupted before is not completed over them
-            Path(save_directory, COMPLETE, SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
-        with replacing(Path(save_directory)) as folder:
-            super().save_pretrained(str(folder), **kwargs)
-            if weights_are_written and weights.is_file():
-                record(folder / CONFIG_NAME, [weights], checksums_of_parts(weights))
-            else:
-                record(folder / CONFIG_NAME)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PGNConfig:
-        """Load the configuration of a saved adapter and check its weights; see `PeftConfig.from_pretrained`.
-
-        From the Hub this fetches the weights too, which a loader would do next.
-
-        Raises:
-            FileNotFoundError: there are no weights beside the configuration.
-            OSError: a save was interrupted, and its files cannot be moved to their places.
-            ValueError: there is no configuration; the weights cannot be read or are not what it describes; or one of
-                the two was changed after it was saved. PEFT would find that out after it had changed the model, or
-                not at all.
-        """
-        finish_save(Path(pretrained_model_name_or_path, subfolder or ""))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        # The width is recorded when an adapter is made; without it there are no weights to check.
-        if config.hidden_size is not None:
-            download_kwargs, _, _ = cls._split_kwargs(kwargs)
-            with name_newer(config.pgn_peft_version):
-                folder = find_weights(str(pretrained_model_name_or_path), subfolder, download_kwargs)
-                check_saved_weights(folder, config)
-            compare_file(folder / SAFETENSORS_WEIGHTS_NAME, config.saved_checksums, CONFIG_NAME)
-            for part in PARTS:  # the file's checksum includes them
-                config.saved_checksums.pop(part, None)
-            config.weights_file = folder / SAFETENSORS_WEIGHTS_NAME
-        return config
-
-    def check_weights_file(self) -> None:
-        """Refuse, where the configuration was read from a file, weights that were replaced since then.
-
-        Called once, when the tensors that a loader has read go into the model. Another process that saves there
-        meanwhile could have mixed two adapters: safetensors opens a file twice.
-
-        Raises:
-            OSError: the file has another checksum.
-        """
-        file, self.weights_file = self.weights_file, None
-        if file is None or not file.is_file():
-            return
-        try:
-            compare_file(file, self.saved_checksums, CONFIG_NAME)
-        except ValueError as error:
-            raise OSError(
-                f"`{file}` must not be written to while it is loaded, but got other content. Load it again."
-            ) from error
-
-    @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read the fields of a configuration's file.
-
-        Raises:
-            ValueError: the file does not hold a JSON object, or the config is of another method.
-        """
-        settings = read_settings(Path(path_json_file))
-        if settings.get("peft_type") != PGNPeftType.PGN.value:
+        pickle, weights = Path(save_directory, WEIGHTS_NAME), Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        # PEFT's models pass this argument, after they have written the weights.
+        written = "auto_mapping_dict" in kwargs and pickle.is_file()
+        if written and (not weights.is_file() or weights.stat().st_mtime < pickle.stat().st_mtime):
             raise ValueError(
-                f"`peft_type` must be {PGNPeftType.PGN.value!r}, but got {settings.get('peft_type')!r} in "
-                f"{str(path_json_file)!r}. Load adapters of other methods with PEFT."
+                f"safe_serialization=False has written {pickle}, a pickle, which `load_classifier` never opens. "
+                "Delete that file, and save without this option."
             )
-        return super().from_json_file(path_json_file, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def own_fields() -> list[dataclasses.Field[Any]]:
+    """List the fields that PGN adds to those of PEFT's configs."""
+    return [field for field in dataclasses.fields(PGNConfig) if "minimum" in field.metadata]
+
+
+def _read_task_type(task_type: Any) -> None:
+    """Ignore the task type of an image task, which PEFT does not have.
+
+    Raises:
+        ValueError: it is one of PEFT's, all of which pass `input_ids` to the model.
+    """
+    if task_type is not None and task_type in list(TaskType):
+        raise ValueError(
+            f"task_type={str(task_type)!r} is a task of texts: PEFT would pass `input_ids` to the model. Leave it out."
+        )
+    if task_type is not None:
+        warnings.warn(f"Ignoring task_type={task_type!r}: PEFT has no image task.", stacklevel=4)
+
+
+def _read_value(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Return a field's value as the plain type that it has in a file.
+
+    Raises:
+        TypeError: it should be a number, or True or False, and is none.
+        ValueError: it is too small, or not among the choices.
+    """
+    name, minimum, choices = field.name, field.metadata["minimum"], field.metadata["choices"]
+    if value is None and (field.default is None or name == "generator_image_size"):
+        return None
+    if choices and value not in choices:
+        raise ValueError(f"`{name}` is {value!r}. Choose one of {', '.join(choices)}.")
+    if "bool" in str(field.type) and not isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r}. Write True or False.")
+    if minimum is None or (name == "prompt_depth" and value == "all"):
+        return value
+    fraction = "float" in str(field.type)
+    if isinstance(value, bool) or not isinstance(value, Real if fraction else Integral):
+        raise TypeError(f"`{name}` is {value!r}. It must be {'a number' if fraction else 'an integer'}.")
+    if not minimum <= value < float("inf"):
+        raise ValueError(f"`{name}` is {value!r}. It must be at least {minimum}.")
+    return float(value) if fraction else int(value)
 
 
 def _describe_fields() -> str:

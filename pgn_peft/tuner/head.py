@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pgn_peft.nn.text_head import TextHead
-from pgn_peft.tuner.batch_adapters import BASE, adapters_of_batch, map_by_adapter
-from pgn_peft.tuner.build import make_head
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.offloading import loaded
+from pgn_peft.tuner.mixed_batch import BASE, adapters_of_batch, map_by_adapter
+from pgn_peft.tuner.prompts import make_head
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
 from pgn_peft.utils.labels import Labels, number_labels
-
-if TYPE_CHECKING:
-    from pgn_peft.tuner.layer import PGNLayer
 
 logger = logging.getLogger(__name__)
 
@@ -33,32 +29,26 @@ class PGNHead(PGNTunerLayer):
         base_layer: the model's head, features (B, F) to logits (B, number of labels); None: the model has none, and
             `make_classifier` has added this layer.
         model_config: the model's `PretrainedConfig`, or None for a model that has none.
-        embeddings: the layer that makes the prompts; an added head goes to its device.
+        embeddings: the wrapped embeddings; a head that is added goes to their device.
     """
 
     adapter_layer_names = ("pgn_head",)
-    other_param_names = ("configs", "label_mapping")
+    other_param_names = ("configs",)
 
-    def __init__(self, base_layer: nn.Module | None, model_config: Any, embeddings: PGNLayer) -> None:
-        super().__init__()
+    def __init__(self, base_layer: nn.Module | None, model_config: Any, embeddings: PGNTunerLayer) -> None:
+        super().__init__(nn.Identity().train(embeddings.training) if base_layer is None else base_layer)
         self.is_added = base_layer is None
-        self.base_layer = nn.Identity().train(embeddings.training) if base_layer is None else base_layer
-        self.pgn_head = nn.ModuleDict()
         self.configs: dict[str, PGNConfig] = {}
-        self.label_mapping: dict[str, list[int]] = {}
         self.shows_features = False  # answer with features where there is no head for logits
         self._own_labels = labels_of(self.base_layer, model_config)
         self.base_labels = Labels({}) if self.is_added else self._own_labels
         self._embeddings = (embeddings,)  # a tuple, so that it is not a submodule here too
         self._disable_adapters = embeddings.disable_adapters
-        self.merged_adapters: list[str] = []
-        self._active_adapter: list[str] = []
         self._model_config = model_config
         self._shown: str | None = None  # the adapter whose labels the model's config shows
-        self.training = self.base_layer.training
 
     @property
-    def anchor(self) -> nn.Module:
+    def reference_module(self) -> nn.Module:
         """The head of the base, or without one its embeddings."""
         return self._embeddings[0].base_layer if self.is_added else self.base_layer
 
@@ -69,19 +59,13 @@ class PGNHead(PGNTunerLayer):
         One with `head="text"` waits for its texts.
         """
         self.configs[adapter_name] = config
-        self.label_mapping.pop(adapter_name, None)
-        if config.label_mapping is not None:
-            self.label_mapping[adapter_name] = config.label_mapping
-        if config.head == "frozen":
-            self._forget(self.pgn_head, adapter_name)
-            return
         head = make_head(config)
-        base = cast(nn.Linear, self.base_layer)  # or a quantised one: `record_labels`
+        base = cast(nn.Linear, self.base_layer)  # or a quantised one: `resolve`
         if isinstance(head, nn.Linear) and self.base_labels.id2label == config.id2label:
-            with torch.no_grad(), loaded(base):
+            with torch.no_grad():
                 head.weight.copy_(plain_weight(base))
                 head.bias.copy_(base.bias if base.bias is not None else torch.zeros(()))
-        self.pgn_head[adapter_name] = self._settle(head)
+        self.add_adapter_module("pgn_head", adapter_name, head)
 
     def head(self, adapter_name: str | None) -> nn.Linear | TextHead | None:
         """Return the head of an adapter; None if it uses the model's own."""
@@ -113,8 +97,8 @@ class PGNHead(PGNTunerLayer):
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (B, number of the active adapter's labels).
 
-        In a mixed batch each image has the head of its own adapter; all have the same labels. A model without a head
-        of its own, its adapters switched off, answers by the texts of the active one: zero-shot.
+        In a mixed batch each image has the head of its own adapter. A model without a head of its own, its adapters
+        switched off, answers by the texts of the active one: zero-shot.
         """
         if self.is_added and self.shows_features:
             return features
@@ -136,8 +120,9 @@ class PGNHead(PGNTunerLayer):
             weight = head.weight  # a method, where `torch.ao.quantization.quantize_dynamic` has replaced the layer
             return head(features.to(weight.dtype) if isinstance(weight, Tensor) else features)
         logits = self.base_layer(features)
-        if adapter_name in self.label_mapping:
-            return logits[..., torch.tensor(self.label_mapping[adapter_name], device=logits.device)]
+        config = None if adapter_name is None else self.configs.get(adapter_name)
+        if config is not None and config.label_mapping is not None:
+            return logits[..., torch.tensor(config.label_mapping, device=logits.device)]
         return logits
 
     def _zero_shot(self, features: Tensor) -> Tensor:
@@ -154,13 +139,10 @@ class PGNHead(PGNTunerLayer):
         """Refuse a head without texts.
 
         Raises:
-            ValueError: none have been given, or a file has some that are no unit vectors.
+            ValueError: none have been given.
         """
         if isinstance(head, TextHead) and not head.is_set and not head.look():
-            raise ValueError(
-                "`text_embeds` must be unit vectors, given before an adapter with head='text' is used, but got none "
-                "or others. Call use_texts(model, embed_texts(...))."
-            )
+            raise ValueError("No text embeddings: call use_texts(model, embed_texts(...)) first.")
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; the first one's head is used, and its labels are written into the model's config."""
@@ -188,27 +170,31 @@ class PGNHead(PGNTunerLayer):
         self._show(None)
 
     def _show(self, adapter_name: str | None) -> None:
-        self.record_problem_type()
+        self.record_labels()
         self._shown = adapter_name if adapter_name in self.configs else None
         if hasattr(self._model_config, "id2label"):
             shown = self._own_labels if self.is_added and self.head(self._shown) is None else self.labels(self._shown)
             shown.show_in(self._model_config)
 
-    def record_problem_type(self) -> None:
-        """Record the problem type that Transformers inferred from the first labels in the adapter's config.
+    def record_labels(self) -> None:
+        """Record the labels in the model's config, where users rename classes, in the config of the adapter in use.
 
-        Transformers' losses write it into the model's config only, where the next adapter's would replace it.
+        Transformers' losses write the problem type there too, which they infer from the first labels.
         """
         config = None if self._shown is None else self.configs.get(self._shown)
-        if config is not None and config.problem_type is None:
-            config.problem_type = getattr(self._model_config, "problem_type", None)
+        if config is None:
+            return
+        config.problem_type = config.problem_type or getattr(self._model_config, "problem_type", None)
+        names = Labels.of(self._model_config)
+        if config.id2label is not None and names is not None and len(names.id2label) == config.num_labels:
+            config.id2label = names.id2label
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for name, head in self.pgn_head.items():
             if isinstance(head, TextHead) and not head.is_set and not head.look():
                 logger.warning("saving %r without its texts: give it `text_embeds` first, by use_texts(...)", name)
         # Whatever saves an adapter reads the state dict first, and writes the config afterwards.
-        self.record_problem_type()
+        self.record_labels()
         super()._save_to_state_dict(*args, **kwargs)
 
 
@@ -227,19 +213,16 @@ def plain_weight(linear: nn.Linear) -> Tensor:
     if type(weight) is nn.Parameter and weight.is_floating_point():
         return weight
     # Each library packs weights differently, but its layer maps unit vectors to the columns of the weight.
-    dtype = next((tensor.dtype for tensor in (weight, linear.bias) if _is_float(tensor)), torch.float32)
-    units = torch.eye(linear.in_features, dtype=dtype, device=weight.device)
+    floats = (tensor.dtype for tensor in (weight, linear.bias) if tensor is not None and tensor.is_floating_point())
+    units = torch.eye(linear.in_features, dtype=next(floats, torch.float32), device=weight.device)
     columns = linear(units)  # (D, M), the bias added to each
     return (columns if linear.bias is None else columns - linear.bias).mT
 
 
-def _is_float(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_floating_point()
-
-
 def labels_of(head: nn.Module, model_config: Any) -> Labels:
-    """Read a model's own labels from its config; if there are none, number the outputs of its linear head."""
+    """Read a model's own labels from its config; where they do not fit its linear head, number the outputs of that."""
     labels = Labels.of(model_config)
-    if labels is None:
-        labels = Labels(number_labels(getattr(head, "out_features", 0)))
+    outputs = getattr(head, "out_features", None)
+    if labels is None or (outputs is not None and outputs != len(labels.id2label)):
+        labels = Labels(number_labels(outputs or 0))
     return labels

@@ -2,126 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pgn_peft.tuner.adapters import prompt_layer
-from pgn_peft.tuner.batch_adapters import BASE, running_batch
-from pgn_peft.tuner.head import find_head
-from pgn_peft.tuner.layer import PGNLayer
+# PEFT's name for the model without an adapter.
+BASE = "__base__"
+
+
+@dataclass
+class _MixedBatch:
+    """A batch whose images have adapters of their own.
+
+    Args:
+        names: of each image's adapter.
+        passes: rows of the images that go through the model together.
+        running: names of the adapters of the current pass's images.
+        inputs: positional and keyword arguments of the whole batch.
+    """
+
+    names: tuple[str, ...]
+    passes: list[list[int]]
+    running: tuple[str, ...]
+    inputs: tuple[Any, dict[str, Any]] = field(default=((), {}))
+
+
+# By thread. Empty where none runs a mixed batch, which is what a compiled model is specialised on.
+_BATCHES: dict[int, _MixedBatch] = {}
+
+
+def adapters_of_batch() -> tuple[str, ...] | None:
+    """Return for each image the name of its adapter if this thread runs a mixed batch, else None."""
+    batch = _BATCHES.get(threading.get_ident()) if _BATCHES else None
+    return None if batch is None else batch.running
 
 
 @contextmanager
-def mixed_batch(
-    tuner: BaseTuner, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[None]:
+def running_batch(names: Sequence[str], fit_key: Callable[[str], Hashable]) -> Iterator[None]:
     """Give each image of a batch its own adapter, within the context and in this thread only.
 
     Threads may do so side by side on one model, as long as none of them adds, activates or deletes an adapter.
 
     Args:
-        tuner: the `PGNModel` around the model that will be called.
-        adapter_names: for each image the name of its adapter, or "__base__".
-        args: positional arguments of the call.
-        kwargs: its keyword arguments.
+        names: for each image the name of its adapter, or "__base__".
+        fit_key: a function of an adapter's name. Images whose adapters have the same key share a pass.
+    """
+    passes: dict[Hashable, list[int]] = {}
+    for row, name in enumerate(names):
+        passes.setdefault(fit_key(name), []).append(row)
+    thread = threading.get_ident()
+    _BATCHES[thread] = _MixedBatch(tuple(names), list(passes.values()), tuple(names))
+    try:
+        yield
+    finally:
+        del _BATCHES[thread]
+
+
+def split_batch(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Leave the model the images of the first of several passes; a forward pre-hook. `join_passes` runs the others."""
+    batch = _BATCHES.get(threading.get_ident()) if _BATCHES else None
+    if batch is None or len(batch.passes) < 2 or batch.running != batch.names:
+        return None
+    batch.inputs = args, kwargs
+    return _start_pass(batch, batch.passes[0])
+
+
+def join_passes(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Run the other passes of a mixed batch, and put their outputs together; a forward hook.
+
+    An adapter with fewer labels than another one in the batch has logits of minus infinity for the rest.
 
     Raises:
-        TypeError: `adapter_names` is not a list of strings, or `pixel_values` is not a tensor.
-        ValueError: the model is in training mode; a name is unknown; there are more or fewer names than images; the
-            adapters have different labels, other numbers of tokens, or modules of their own; or another argument is a
-            tensor.
+        ValueError: an output besides the logits has another shape in one of the passes.
     """
-    names = _check_names(tuner, adapter_names)
-    layer = prompt_layer(tuner)
-    layer.check_inputs(tuner.model, args, dict(kwargs))
-    _check_arguments(names, args, kwargs)
-    pixel_values = args[0] if args else kwargs["pixel_values"]
-    _check_token_counts(layer, names, tuple(pixel_values.shape[-2:]))
-    with running_batch(names):
-        yield
+    batch = _BATCHES.get(threading.get_ident()) if _BATCHES else None
+    if batch is None or len(batch.passes) < 2 or (not batch.inputs[0] and not batch.inputs[1]):
+        return output
+    inputs, passes = batch.inputs, batch.passes
+    outputs = [output]
+    batch.passes = []  # so that the calls below are single passes
+    for rows in passes[1:]:
+        batch.inputs = inputs
+        some_args, some_kwargs = _start_pass(batch, rows)
+        outputs.append(model(*some_args, **some_kwargs))
+    order = torch.tensor([row for rows in passes for row in rows]).argsort()
+    return _join(outputs, order)
 
 
-def _check_names(tuner: BaseTuner, adapter_names: Any) -> tuple[str, ...]:
-    if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
-        raise TypeError(
-            f"`adapter_names` must be a list with a name for each image, but got {adapter_names!r}. Write "
-            f"[name] * len(pixel_values), or use set_adapter for one adapter; {BASE!r} is the model without any."
-        )
-    if tuner.training:
+def _start_pass(batch: _MixedBatch, rows: list[int]) -> tuple[Any, dict[str, Any]]:
+    args, kwargs = batch.inputs
+    batch.running = tuple(batch.names[row] for row in rows)
+    if args:
+        return (args[0][rows], *args[1:]), kwargs
+    return args, {**kwargs, "pixel_values": kwargs["pixel_values"][rows]}
+
+
+def _join(outputs: Sequence[Any], order: Tensor) -> Any:
+    """Join the outputs of several passes, and bring the images into the order of the batch."""
+    first = outputs[0]
+    if isinstance(first, Mapping):
+        return type(first)(**{name: _join([output[name] for output in outputs], order) for name in first})
+    if isinstance(first, (tuple, list)):
+        return tuple(_join(parts, order) for parts in zip(*outputs, strict=True))
+    if not isinstance(first, Tensor):
+        return first
+    if first.ndim == 2:
+        widest = max(output.shape[1] for output in outputs)
+        outputs = [F.pad(output, (0, widest - output.shape[1]), value=-torch.inf) for output in outputs]
+    if any(output.shape[1:] != first.shape[1:] for output in outputs) and first.ndim != 2:
         raise ValueError(
-            f"`adapter_names` must be used in eval mode, but got {list(adapter_names)!r} in training mode. Call "
-            "model.eval(); an adapter is trained as the active one: set_adapter."
+            "The adapters of this mixed batch add different numbers of prompts, so hidden states and attentions do "
+            "not fit into one tensor. Leave those outputs out, or run a batch for each adapter."
         )
-    names = tuple(adapter_names)
-    configs: Mapping[str, Any] = tuner.peft_config
-    unknown = [name for name in dict.fromkeys(names) if name != BASE and name not in configs]
-    if unknown:
-        raise ValueError(
-            f"`adapter_names` must hold loaded adapters, {', '.join((*configs, BASE))}, but got "
-            f"{', '.join(map(repr, unknown))}. Load it first: load_adapter(path, adapter_name)."
-        )
-    for name, config in configs.items():
-        if config.modules_to_save:
-            raise ValueError(
-                f"`adapter_names` must not be used beside an adapter with `modules_to_save`, but got {name!r}, which "
-                f"has {config.modules_to_save!r}: it would answer for all images. Delete it, or use set_adapter."
-            )
-    _check_labels(tuner, names)
-    return names
+    return torch.cat(list(outputs))[order.to(first.device)]
 
 
-def _check_labels(tuner: BaseTuner, names: Sequence[str]) -> None:
-    head = find_head(tuner)
-    if head is None or not names:
-        return
-    labels = {name: head.labels(None if name == BASE else name).id2label for name in names}
-    with_texts = head.texts_of_base(names)
-    if head.is_added and BASE in labels and with_texts is not None:
-        labels[BASE] = head.labels(with_texts).id2label  # zero-shot
-    first, *others = labels
-    for name in others:
-        if labels[name] != labels[first]:
-            described = [
-                f"{key!r} with {', '.join([*labels[key].values()][:5]) or 'features'}" for key in (first, name)
-            ]
-            raise ValueError(
-                f"`adapter_names` must name adapters with the same labels in one batch, but got "
-                f"{' and '.join(described)}. Their logits do not fit into one tensor; use a batch for each."
-            )
+def map_by_adapter(
+    names: Sequence[str], batch: Tensor, function: Callable[[str, Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Apply a function adapter by adapter.
 
+    Args:
+        names: the adapter of each image.
+        batch: (B, ...).
+        function: called once for each adapter with its name and its images (b, ...), returns tensors (b, ...).
 
-def _check_arguments(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    batch_size = len(args[0] if args else kwargs["pixel_values"])
-    if len(names) != batch_size:
-        raise ValueError(
-            f"`adapter_names` must have a name for each of the {batch_size} images, but got {len(names)}. Repeat a "
-            "name for each image that it is for."
-        )
-    further = {f"argument {place}": value for place, value in enumerate(args) if place} | dict(kwargs)
-    for name, value in further.items():
-        if isinstance(value, Tensor) and name != "pixel_values":
-            raise ValueError(
-                f"`{name}` must be left out with `adapter_names`, but got a tensor {tuple(value.shape)}. A mixed "
-                "batch is for inference; compute a loss from its logits."
-            )
-
-
-def _check_token_counts(layer: PGNLayer, names: Sequence[str], image_size: tuple[int, int]) -> None:
-    counts = {name: layer.token_counts(name, image_size) for name in names}
-    first, *others = counts or [BASE]
-    for name in others:
-        if counts[name] != counts[first]:
-            described = " and ".join(f"{key!r} ({_describe_tokens(*counts[key])})" for key in (first, name))
-            raise ValueError(
-                f"`adapter_names` must name adapters with equally many tokens in one batch, but got {described}. "
-                "All tokens of a ViT attend to each other, so these images cannot share a pass; use a batch for each."
-            )
-
-
-def _describe_tokens(height: int, width: int, num_prompts: int, depth: int) -> str:
-    layers = "" if depth == 1 else f" in each of {depth} layers"
-    return f"images of {height} x {width} pixels, {num_prompts} prompts{layers}"
+    Returns:
+        The function's results (B, ...), in the order of `batch`.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    places: list[int] = []
+    for name in dict.fromkeys(names):
+        rows = [row for row, other in enumerate(names) if other == name]
+        parts.append(function(name, batch[rows]))
+        places += rows
+    order = torch.tensor(places, device=batch.device).argsort()
+    return tuple(torch.cat(results)[order] for results in zip(*parts, strict=True))

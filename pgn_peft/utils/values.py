@@ -38,6 +38,11 @@ def filled(value: T | None) -> T:
     return cast(T, value)
 
 
+def not_none(value: T | None) -> T:
+    """Return a value that is never None at this point, such as a field of a resolved config."""
+    return cast(T, value)
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of the strings `choices`."""
     if not isinstance(value, str):

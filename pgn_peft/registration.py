@@ -33,8 +33,7 @@ def register() -> None:
     import peft.mapping
     from peft.utils import peft_types
 
-    from pgn_peft.tuner.config import PGNConfig
-    from pgn_peft.tuner.fields import PGNPeftType
+    from pgn_peft.tuner.config import PGNConfig, PGNPeftType
     from pgn_peft.tuner.model import PGNModel
 
     name = PGNPeftType.PGN.value
