@@ -52,6 +52,12 @@ def test_answers_come_as_dictionaries_and_as_objects():
             read_entries(wrong)
 
 
+@pytest.mark.parametrize("score", ["12.3%", float("nan"), "none"])
+def test_scores_that_are_no_numbers_are_named(score):
+    with pytest.raises(ValueError, match=f"The score of 'cat' is {score!r}. Pass finite numbers"):
+        read_entries([{"label": "dog", "score": 0.3}, {"label": "cat", "score": score}])
+
+
 def test_a_stock_pipeline_and_the_adapted_model_give_the_same_scores():
     mapping = [7, 3, 11]
     model = make(label_mapping=mapping, id2label={0: "river", 1: "forest", 2: "sea"})

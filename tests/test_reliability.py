@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_trainer import make_trainer
 from train_image_classifier import writing_to
 
-from pgn_peft import ImagePrompter, PGNConfig, load_classifier
+from pgn_peft import PGNConfig, load_classifier
 from pgn_peft.hub import classifier as classifier_module
 from pgn_peft.training import last_complete_checkpoint
 from pgn_peft.utils.files import COMPLETE, replacing
@@ -113,19 +113,6 @@ def test_transformers_own_save_over_an_earlier_one_leaves_no_wrong_checksums(sav
         model.peft_config["default"].save_pretrained(str(saved))
         save_file(tensors, saved / WEIGHTS, metadata={"format": "pt"})
         assert torch.allclose(fault_files.logits(PeftModel.from_pretrained(material.base(), saved)), expected)
-
-
-def test_prompters_files_are_compared_too(material, tmp_path):
-    folder = Path(shutil.copytree(material.root / "prompter", tmp_path / "prompter"))
-    flip(folder / "prompter.safetensors", -5)
-    with pytest.raises(ValueError, match="prompter.safetensors` must have the SHA-256 checksum"):
-        ImagePrompter.from_pretrained(folder)
-    shutil.copy(material.root / "prompter/prompter.safetensors", folder)
-    ImagePrompter.from_pretrained(folder)
-    text = (folder / "prompter_config.json").read_text(encoding="utf-8")
-    (folder / "prompter_config.json").write_text(text.replace("LABEL_0", "LABEL_9", 1), encoding="utf-8")
-    with pytest.raises(ValueError, match="`prompter_config.json` must hold the fields that were saved"):
-        ImagePrompter.from_pretrained(folder)
 
 
 # Saving that is interrupted.

@@ -108,14 +108,45 @@ def test_missing_classes_are_refused_and_zeros_are_half_the_smallest(layers):
     assert found[3].isnan()
 
 
-def test_the_scale_of_scores_is_found():
-    assert find_scale([0.7, 0.2, 0.1], True) == "softmax"
-    assert find_scale([0.7, 0.2], False) == "softmax"
-    assert find_scale([0.7, 0.0, 0.0], True) == "softmax"  # zeros: rounded
-    assert find_scale([0.7, 0.9, 0.1], True) == "sigmoid"
-    assert find_scale([0.1, 0.2, 0.1], True) == "sigmoid"
-    assert find_scale([0.7, -0.2, 0.1], True) == "logits"
-    assert find_scale([1.7, 0.2, 0.1], False) == "logits"
+@pytest.mark.parametrize(
+    ("scores", "complete", "scale"),
+    [
+        ([0.7, 0.2, 0.1], True, "softmax"),
+        ([0.7, 0.2], False, "softmax"),
+        ([0.7, 0.0, 0.0], True, "softmax"),  # zeros: rounded
+        ([0.7, 0.9, 0.1], True, "sigmoid"),
+        ([0.1, 0.2, 0.1], True, "sigmoid"),
+        ([0.7, -0.2, 0.1], True, "logits"),
+        ([101.0, 0.2], False, "logits"),
+        ([70.1, 20.2, 9.6], True, "percent"),
+        ([70.0, 21.0, 3.0, 0.0], True, "percent"),  # rounded to whole numbers
+    ],
+)
+def test_the_scale_of_scores_is_found(scores, complete, scale):
+    assert find_scale([scores], complete) == scale
+
+
+def test_scores_in_percent_are_read_as_probabilities(layers):
+    weight, bias, own_weight, own_bias, features = layers
+    scores, expected = (features @ weight.mT + bias).softmax(1), features @ own_weight.mT + own_bias
+    head = exact_score_head(weight, bias, own_weight, own_bias, [str(n) for n in range(40)])
+    assert (head.read(map(entries, 100 * scores)) - expected).abs().max() < 1e-3
+    labels = expected.argmax(1)
+    fitted, in_percent = (fit_to_answers(map(entries, part), labels, 3) for part in (scores, 100 * scores))
+    assert in_percent.scale == "percent"
+    assert in_percent.report.kind == fitted.report.kind
+    assert in_percent.report.accuracy == fitted.report.accuracy
+    assert (in_percent.read(map(entries, 100 * scores)) - fitted.read(map(entries, scores))).abs().max() < 1e-3
+    few = [entries(100 * row)[:5] for row in scores]  # of the same classes
+    with pytest.raises(ValueError, match="can be percentages or logits. Divide percentages by 100"):
+        fit_to_answers(few, labels, 3)
+
+
+def test_the_probe_is_also_compared_in_percent():
+    prompter = make_prompter(make(), PROCESSOR)
+    reply = entries(100 * prompter.probe_scores, list(prompter.server_labels.values()))
+    assert prompter.check_server(reply) < 1e-3
+    assert prompter.check_server(reply[:5]) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -334,7 +365,7 @@ def test_an_exact_head_is_saved_and_the_card_says_so(tmp_path):
 def test_a_damaged_score_head_is_refused(change, message, tmp_path):
     make_prompter(make(), PROCESSOR).save_pretrained(tmp_path)
     file = tmp_path / "prompter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None}
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["score_head"] |= change
     file.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
@@ -344,7 +375,7 @@ def test_a_damaged_score_head_is_refused(change, message, tmp_path):
 def test_files_without_a_score_head_still_load(tmp_path):
     make_prompter(make(), PROCESSOR).save_pretrained(tmp_path)
     file, weights = tmp_path / "prompter_config.json", tmp_path / "prompter.safetensors"
-    config = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None}
+    config = json.loads(file.read_text(encoding="utf-8"))
     del config["score_head"], config["normalized_features"]
     file.write_text(json.dumps(config), encoding="utf-8")
     save_file({name: value for name, value in load_file(weights).items() if "score_head" not in name}, weights)

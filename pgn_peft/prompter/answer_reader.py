@@ -202,7 +202,10 @@ class AnswerReader(nn.Module):
             )
         entries = read_entries(answer)
         scores = [score for _, score in entries]
-        if len(scores) == len(self.probe_scores) and find_scale(scores, complete=True) == "logits":
+        complete = len(scores) == len(self.probe_scores)
+        if complete and find_scale([scores], complete) == "logits":
             scores = torch.tensor(scores).softmax(0).tolist()
+        elif scores and max(scores) > 1:  # percentages, or no scores of this model: compared below
+            scores = [score / 100 for score in scores]
         found = by_label(zip((label for label, _ in entries), scores, strict=True))
         return compare_with_probe(found, self.probe_scores.tolist(), filled(self.server_labels))

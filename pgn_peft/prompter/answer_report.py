@@ -65,7 +65,7 @@ def describe(entries: Sequence[tuple[str, float]], head: ScoreHead | None, num_c
         num_classes: number of the server's classes, where it is known.
     """
     values = [score for _, score in entries]
-    scale = find_scale(values, num_classes is not None and len(entries) >= num_classes)
+    scale = find_scale([values], num_classes is not None and len(entries) >= num_classes)
     precision = Precision.of(values)
     error: float | None = None
     readable: bool | None = None

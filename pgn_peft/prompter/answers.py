@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,14 +19,26 @@ def read_entries(answer: Iterable[Any]) -> list[tuple[str, float]]:
 
     Raises:
         TypeError: `answer` is not a list of entries with `label` and `score`.
+        ValueError: a score is not a finite number.
     """
     try:
-        return [(str(_get(entry, "label")), float(_get(entry, "score"))) for entry in answer]
+        entries = [(str(_get(entry, "label")), _get(entry, "score")) for entry in answer]
+        return [(label, _to_number(label, score)) for label, score in entries]
     except (TypeError, KeyError, AttributeError) as error:
         raise TypeError(
             f"`answer` must be a list of entries with `label` and `score`, but got {answer!r}. Pass on what the "
             "server answered for one image."
         ) from error
+
+
+def _to_number(label: str, score: Any) -> float:
+    try:
+        number = float(score)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"The score of {label!r} is {score!r}. Pass finite numbers, and percentages without a sign.")
+    return number
 
 
 def by_label(entries: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pgn_peft.utils.checksums import FIELD, compare_file, record
 from pgn_peft.utils.files import finish_save, replacing
 from pgn_peft.utils.sources import find_folder
 from pgn_peft.utils.tensors import compare_tensors
 
 CONFIG_FILE = "prompter_config.json"
 WEIGHTS_FILE = "prompter.safetensors"
+COUNTER = ".num_batches_tracked"
 
 
 def write_files(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -28,8 +29,7 @@ def write_files(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str,
     """
     with replacing(folder) as staged:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged / WEIGHTS_FILE)
-        staged.joinpath(CONFIG_FILE).write_text(json.dumps(settings), encoding="utf-8")
-        record(staged / CONFIG_FILE, [staged / WEIGHTS_FILE])
+        staged.joinpath(CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def find_files(name_or_path: str | Path, revision: str | None, token: str | None) -> Path:
@@ -50,31 +50,25 @@ def find_files(name_or_path: str | Path, revision: str | None, token: str | None
     return folder
 
 
-def read_tensors(folder: Path, settings: Mapping[str, Any], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read the tensors that the configuration declares.
+def read_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read the tensors that the configuration declares, and convert them to the expected dtypes.
 
     Args:
         folder: the prompter's.
-        settings: its configuration, whose checksums are compared too.
-        expected: tensors of the same names, shapes and dtypes, on any device.
+        expected: tensors of the same names and shapes, on any device.
 
     Raises:
         ValueError: the file is damaged, or holds other tensors.
     """
     file = folder / WEIGHTS_FILE
     try:
-        content = file.read_bytes()  # once, so that another process cannot replace it in between
-        tensors = load(content)
+        tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(
             f"`{file}` must be a complete safetensors file, but got: {error}. Save or fetch the prompter again."
         ) from error
+    # BatchNorm counts training steps there. Tools convert and average it with the weights; nothing reads it.
+    counters = {name: torch.zeros_like(expected[name], device="cpu") for name in expected if name.endswith(COUNTER)}
+    tensors |= counters
     compare_tensors(expected, tensors, str(file))
-    for name, tensor in tensors.items():
-        if tensor.dtype != expected[name].dtype:
-            raise ValueError(
-                f"`{file}` must hold {name} as {expected[name].dtype}, but got {tensor.dtype}. Save or fetch the "
-                "prompter again."
-            )
-    compare_file(file, settings.get(FIELD), CONFIG_FILE, content)
-    return tensors
+    return {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}

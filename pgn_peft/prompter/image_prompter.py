@@ -25,7 +25,6 @@ from pgn_peft.prompter.answer_reader import AnswerReader
 from pgn_peft.prompter.card import make_prompter_card
 from pgn_peft.prompter.embedding_head import EmbeddingHead
 from pgn_peft.prompter.score_head import ScoreHead
-from pgn_peft.utils.checksums import compare_settings
 from pgn_peft.utils.files import read_settings
 from pgn_peft.utils.markdown import list_names
 from pgn_peft.utils.onnx import export_module
@@ -211,8 +210,7 @@ class ImagePrompter(AnswerReader):
                 f"`{folder / files.CONFIG_FILE}` must be the configuration of a prompter, but got "
                 f"{type(error).__name__}: {error}. Save or fetch the prompter again."
             ) from error
-        compare_settings(described, files.CONFIG_FILE)
-        prompter.load_state_dict(files.read_tensors(folder, described, prompter.state_dict()), assign=True)
+        prompter.load_state_dict(files.read_tensors(folder, prompter.state_dict()), assign=True)
         return prompter.requires_grad_(False).eval()
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:

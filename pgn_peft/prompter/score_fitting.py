@@ -38,11 +38,10 @@ def fit_to_answers(answers: Iterable[Iterable[Any]], labels: Sequence[int] | Ten
         )
     rows = torch.stack([as_row(entries, names) for entries in read])
     complete = not bool(rows.isnan().any())
-    scales = [find_scale([score for _, score in entries], complete) for entries in read]
-    scale = next((name for name in ("logits", "sigmoid") if name in scales), "softmax")
+    scale = find_scale([[score for _, score in entries] for entries in read], complete)
     scores, classes = log_scores(rows, scale), check_classes(labels, len(rows), num_labels)
     heads = [fit_score_head(scores, classes, num_labels, names, scale)]
-    if scale == "softmax":
+    if scale in ("softmax", "percent"):
         heads.append(fit_label_mapping(scores, classes, num_labels, names))
     return max(heads, key=lambda head: head.report.accuracy or 0.0)
 

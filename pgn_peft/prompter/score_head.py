@@ -112,7 +112,7 @@ class ScoreHead(nn.Module):
                 f"{', '.join(repr(label) for label, _ in entries[:5]) or 'none'}. The server runs another model; fit "
                 "a head to its answers: prompter.fit_answers(answers, labels)."
             )
-        scale = self.scale or find_scale([score for _, score in entries], not bool(row.isnan().any()))
+        scale = self.scale or find_scale([[score for _, score in entries]], not bool(row.isnan().any()))
         return self(log_scores(row[None], scale).to(self.weight.device))[0]
 
 

@@ -10,25 +10,41 @@ from decimal import Decimal
 import torch
 from torch import Tensor
 
-SCALES = ("softmax", "sigmoid", "logits")
+SCALES = ("softmax", "sigmoid", "logits", "percent")
 
 
-def find_scale(scores: Sequence[float], complete: bool) -> str:
-    """Find out what function a server applies to its model's logits.
+def find_scale(answers: Sequence[Sequence[float]], complete: bool) -> str:
+    """Find out what a server's scores are.
 
     Args:
-        scores: all scores of one answer.
-        complete: whether these are the scores of all classes.
+        answers: the scores of one answer or of several, of one server.
+        complete: whether each answer holds the scores of all classes.
 
     Returns:
-        "logits" if a score lies outside of [0, 1]; "softmax" if the scores sum to at most 1, and to 1 if they are
-        complete; else "sigmoid". Rounding may change the sum by a tenth, and by more where it makes scores 0.
+        "logits" if a score is negative or above 100; "percent" if one is above 1 and all classes sum to about 100.
+        With scores up to 1, "softmax" if they sum to at most 1, and to 1 if they are complete; else "sigmoid".
+        Rounding can change the sum by a tenth, and by more where it makes scores 0.
+
+    Raises:
+        ValueError: the scores can be percentages as well as logits.
     """
-    if min(scores) < 0 or max(scores) > 1:
+    smallest, largest = min(map(min, answers)), max(map(max, answers))
+    if smallest < 0 or largest > 100:
         return "logits"
-    total = sum(scores)
-    too_small = complete and min(scores) > 0 and total < 0.9
-    return "sigmoid" if total > 1.1 or too_small else "softmax"
+    if largest > 1:
+        if not (complete and all(map(_sums_to_100, answers))):
+            raise ValueError(
+                f"Scores from {smallest:g} to {largest:g} that do not sum to 100 can be percentages or logits. Divide "
+                "percentages by 100, or turn logits into probabilities, before you pass them."
+            )
+        return "percent"
+    too_small = complete and any(min(scores) > 0 and sum(scores) < 0.9 for scores in answers)
+    return "sigmoid" if too_small or any(sum(scores) > 1.1 for scores in answers) else "softmax"
+
+
+def _sums_to_100(scores: Sequence[float]) -> bool:
+    # Percentages without decimals can lose much of the sum; logits are never exactly 0.
+    return abs(sum(scores) - 100) <= (10 if 0 in scores else 1)
 
 
 def log_scores(scores: Tensor, scale: str) -> Tensor:
@@ -45,6 +61,8 @@ def log_scores(scores: Tensor, scale: str) -> Tensor:
     scores = scores.double()
     if scale == "logits":
         return scores
+    if scale == "percent":
+        scores = scores / 100
     positive = torch.where(scores > 0, scores, torch.inf)
     floor = (positive.amin(dim=1, keepdim=True) / 2).clamp(max=0.5)
     scores = torch.where(scores > 0, scores, scores + floor)  # NaN stays NaN
@@ -97,7 +115,7 @@ class Precision:
             step = torch.full_like(scores, 10.0**-self.decimals)
         if scale == "logits":
             return step / 2
-        slope = scores if scale == "softmax" else scores * (1 - scores).clamp(min=1e-7)
+        slope = scores if scale in ("softmax", "percent") else scores * (1 - scores).clamp(min=1e-7)
         return (step / 2 / slope).nan_to_num(nan=1.0).clamp(max=1.0)
 
 
