@@ -69,6 +69,29 @@ def test_a_zip_of_images_has_the_classes_of_its_folders(files, classes, tmp_path
         assert Image.open(file).getpixel((0, 0)) == {"red": (255, 0, 0), "blue": (0, 0, 255)}[name]
 
 
+@pytest.mark.parametrize(
+    ("encoding", "name", "read"),
+    [
+        ("utf-8", "\u732b", "\u732b"),
+        ("utf-8", "cafe\u0301", "caf\u00e9"),
+        ("cp437", "caf\u00e9", None),
+        ("gbk", "\u72d7", None),  # these bytes are also Korean and Japanese letters
+    ],
+)
+def test_names_in_a_zip_are_read_as_utf_8_or_refused(encoding, name, read, tmp_path, monkeypatch):
+    # `zipfile` marks other names than ASCII as UTF-8; the tools of many systems do not.
+    monkeypatch.setattr(
+        zipfile.ZipInfo, "_encodeFilenameFlags", lambda self: (self.filename.encode(encoding), self.flag_bits)
+    )
+    zip_of(tmp_path / "images.zip", {**colours(), f"{name}/0.png": png(), f"{name}/1.png": png()})
+    if read is None:
+        with pytest.raises(ValueError, match="not in UTF-8.*Give the folders names in plain letters"):
+            uploads.read_zip(tmp_path / "images.zip", tmp_path / "read")
+    else:
+        images = uploads.read_zip(tmp_path / "images.zip", tmp_path / "read")
+        assert {name for _, name in images} == {"red", "blue", read}
+
+
 def truncated(path):
     zip_of(path, colours())
     path.write_bytes(path.read_bytes()[:300])
