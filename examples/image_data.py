@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
     recipe = find_recipe(arguments.dataset)
     splits = name_splits(_read(recipe.dataset, recipe.configuration), arguments.dataset)
     splits = {name: name_columns(splits[name], arguments, recipe) for name in SPLIT_NAMES if name in splits}
-    splits = DatasetDict(number_classes(splits))
+    splits = DatasetDict(number_classes(leave_out_unlabelled(splits)))
     check_classes(splits, splits["train"].features["label"].names)
     if "validation" not in splits:
         has_test = "test" in splits
@@ -133,6 +134,14 @@ def name_columns(rows: Dataset, arguments: DataArguments, recipe: Recipe) -> Dat
     return rows.cast_column("image", UprightImage())
 
 
+def leave_out_unlabelled(splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Leave out splits without labels, all of which are -1 or null, as the test split of a competition has them."""
+    bare = [name for name, rows in splits.items() if name != "train" and set(rows["label"]) <= {-1, None}]
+    if bare:
+        say(f"left out: splits without labels: {list_names(bare)}")
+    return {name: rows for name, rows in splits.items() if name not in bare}
+
+
 def number_classes(splits: dict[str, Dataset]) -> dict[str, Dataset]:
     """Number the classes of all splits together: in the order of the training split's list, or else sorted."""
     labels = {name: _read_labels(rows) for name, rows in splits.items()}
@@ -158,7 +167,7 @@ def _read_labels(rows: Dataset) -> list[Any]:
     feature = rows.features["label"]
     if isinstance(feature, ClassLabel):
         return [None if label in (None, -1) else feature.names[label] for label in rows["label"]]
-    return list(rows["label"])
+    return [None if label == -1 else label for label in rows["label"]]
 
 
 def find_parquet(source: str) -> dict[str, list[str]]:
@@ -172,6 +181,8 @@ def find_parquet(source: str) -> dict[str, list[str]]:
 
 
 def _read(source: str, configuration: str | None) -> dict[str, Dataset]:
+    if zipfile.is_zipfile(source):
+        raise SystemExit(f"{source!r} is a zip file: unpack it, and give the folder with a subfolder for each class.")
     if files := find_parquet(source):
         return {name: read_parquet(names) for name, names in files.items()}
     return read_folder(Path(source)) if Path(source).is_dir() else read_source(source, configuration)

@@ -234,6 +234,9 @@ def check_images(splits: dict[str, Any]) -> None:
         encoded = rows.select_columns("image").cast_column("image", Image(decode=False))
         check = check_image if split == "train" else open_image
         for index, row in enumerate(tqdm(encoded, desc=f"checking the images of {split}", leave=False, disable=None)):
+            if row["image"] is None:
+                bad.append(f"image {index} of {split} is missing (null): drop such rows first")
+                continue
             path, content = row["image"]["path"], row["image"]["bytes"]
             if content is None and "://" in path:
                 continue

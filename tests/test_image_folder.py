@@ -194,6 +194,21 @@ def test_images_that_cannot_be_read_are_named_before_training(tmp_path):
         load(folder)["train"][:]
 
 
+def test_a_missing_image_is_named(tmp_path):
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": [wide(np.zeros((4, 4), np.uint8)), None] * 20, "label": [0, 0, 1, 1] * 10}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(SystemExit, match=r"image \d+ of train is missing \(null\): drop such rows first"):
+        load(tmp_path)
+
+
+def test_a_zip_must_be_unpacked(tmp_path):
+    make(tmp_path / "images", "cat", "dog")
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "images")
+    with pytest.raises(SystemExit, match="is a zip file: unpack it"):
+        load(archive)
+
+
 # Classes
 
 
@@ -237,6 +252,14 @@ def test_numbers_are_classes_in_their_order(tmp_path):
 def test_classes_that_cannot_be_learned_are_refused(train, validation, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         load(write_labels(tmp_path, train=train, validation=validation))
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["numbers", "class lists"])
+def test_a_test_split_without_labels_is_left_out(listed, tmp_path, capsys):
+    feature = [ClassLabel(names=["a", "b"])] if listed else []
+    write_labels(tmp_path, train=[0, 1, *feature], validation=[1, *feature], test=[-1, -1, *feature])
+    assert set(load(tmp_path)) == {"train", "validation"}
+    assert "left out: splits without labels: test" in capsys.readouterr().out
 
 
 CAFE, DECOMPOSED = "caf\u00e9", "cafe\u0301"
