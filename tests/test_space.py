@@ -20,7 +20,7 @@ import uploads
 import yaml
 from actions import DEMO_BASE, SOURCES, TRAINED, UPLOADED, App
 from adapter_training import KINDS, Task, divide, train
-from conftest import ROOT
+from conftest import HANG, ROOT
 from demo_models import PIXELS, TOKENS, DemoModels
 from PIL import Image
 
@@ -345,7 +345,7 @@ def test_training_stops_when_its_time_is_over_or_nobody_watches(task, tmp_path, 
     assert stop.is_set()
     for thread in threading.enumerate():
         if thread.name == adapter_training.THREAD:
-            thread.join(timeout=30)  # it ends by itself
+            thread.join(timeout=HANG)  # it ends by itself
     assert adapter_training.THREAD not in {thread.name for thread in threading.enumerate()}
 
 
