@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,17 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from huggingface_hub.errors import HFValidationError
-from image_folder import METADATA, SPLIT_NAMES, UprightImage, check_images, count, list_names, read_folder, say
+from image_folder import (
+    METADATA,
+    SPLIT_NAMES,
+    UprightImage,
+    check_images,
+    count,
+    list_names,
+    normalise_names,
+    read_folder,
+    say,
+)
 from recipes import RECIPES, Recipe
 from transformers import AutoImageProcessor
 
@@ -62,7 +73,7 @@ def load_splits(arguments: DataArguments, seed: int) -> DatasetDict:
     recipe = find_recipe(arguments.dataset)
     splits = name_splits(_read(recipe.dataset, recipe.configuration), arguments.dataset)
     splits = {name: name_columns(splits[name], arguments, recipe) for name in SPLIT_NAMES if name in splits}
-    splits = DatasetDict(number_classes(splits))
+    splits = DatasetDict(number_classes(leave_out_unlabelled(splits)))
     check_classes(splits, splits["train"].features["label"].names)
     if "validation" not in splits:
         has_test = "test" in splits
@@ -123,27 +134,40 @@ def name_columns(rows: Dataset, arguments: DataArguments, recipe: Recipe) -> Dat
     return rows.cast_column("image", UprightImage())
 
 
+def leave_out_unlabelled(splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Leave out splits without labels, all of which are -1 or null, as the test split of a competition has them."""
+    bare = [name for name, rows in splits.items() if name != "train" and set(rows["label"]) <= {-1, None}]
+    if bare:
+        say(f"left out: splits without labels: {list_names(bare)}")
+    return {name: rows for name, rows in splits.items() if name not in bare}
+
+
 def number_classes(splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Number classes that are given by names or numbers, over all splits together."""
-    if all(isinstance(rows.features["label"], ClassLabel) for rows in splits.values()):
-        return splits
+    """Number the classes of all splits together: in the order of the training split's list, or else sorted."""
     labels = {name: _read_labels(rows) for name, rows in splits.items()}
+    feature = splits["train"].features["label"]
     found = {label for values in labels.values() for label in values if label is not None}
-    numbers = all(isinstance(label, (int, float)) for label in found)
-    classes = sorted(found) if numbers else sorted(map(str, found))
-    index = {label if numbers else str(label): place for place, label in enumerate(classes)}
-    feature = ClassLabel(names=[str(label) for label in classes])
+    numbers = bool(found) and all(isinstance(label, (int, float)) for label in found)
+    given = [str(label) for label in (sorted(found) if numbers else sorted(map(str, found)))]
+    if isinstance(feature, ClassLabel):
+        given = [*feature.names, *(name for name in given if name not in feature.names)]
+    place_of: dict[str, int] = {}
+    place_of_given = {}
+    for name, composed in zip(given, normalise_names(given), strict=True):
+        place_of_given[name] = place_of.setdefault(composed, len(place_of))
     for name, rows in splits.items():
-        column = [None if label is None else index[label if numbers else str(label)] for label in labels[name]]
-        splits[name] = rows.remove_columns("label").add_column("label", column, feature=feature)
+        column = [None if label is None else place_of_given[str(label)] for label in labels[name]]
+        features = ClassLabel(names=list(place_of))
+        splits[name] = rows.remove_columns("label").add_column("label", column, feature=features)
     return splits
 
 
 def _read_labels(rows: Dataset) -> list[Any]:
+    """Return the name or number of each image's class; None where it has none."""
     feature = rows.features["label"]
     if isinstance(feature, ClassLabel):
-        return [None if label in (None, -1) else feature.int2str(label) for label in rows["label"]]
-    return list(rows["label"])
+        return [None if label in (None, -1) else feature.names[label] for label in rows["label"]]
+    return [None if label == -1 else label for label in rows["label"]]
 
 
 def find_parquet(source: str) -> dict[str, list[str]]:
@@ -157,6 +181,8 @@ def find_parquet(source: str) -> dict[str, list[str]]:
 
 
 def _read(source: str, configuration: str | None) -> dict[str, Dataset]:
+    if zipfile.is_zipfile(source):
+        raise SystemExit(f"{source!r} is a zip file: unpack it, and give the folder with a subfolder for each class.")
     if files := find_parquet(source):
         return {name: read_parquet(names) for name, names in files.items()}
     return read_folder(Path(source)) if Path(source).is_dir() else read_source(source, configuration)
@@ -202,16 +228,9 @@ def check_classes(splits: dict[str, Dataset], names: list[str]) -> None:
         SystemExit: an image has no class, or one that the training images have not.
     """
     found = {split: set(rows["label"]) for split, rows in splits.items()}
-    for split, rows in splits.items():
-        labels = found[split]
+    for split, labels in found.items():
         if None in labels or -1 in labels:
             raise SystemExit(f"`label` must be there for every image, but got none for some in {split!r}. Drop them.")
-        if rows.features["label"].names != names or not labels <= set(range(len(names))):
-            raise SystemExit(
-                f"`label` must have the same classes in all splits, but got other ones in {split!r}: "
-                f"{list_names(rows.features['label'].names)}; not {list_names(names)}. Rebuild the splits from one "
-                "data set."
-            )
         if untrained := [names[label] for label in sorted(labels - found.get("train", labels))]:
             raise SystemExit(
                 f"`label` must be a class of the training images, but got others in {split!r}: "

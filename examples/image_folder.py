@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -117,6 +118,20 @@ def read_folder(folder: Path) -> dict[str, Dataset]:
     return {split: _make_rows(folder, split, classes, depth, names) for split, classes in splits.items()}
 
 
+def normalise_names(names: list[str]) -> list[str]:
+    """Write names of classes in one form of Unicode (NFC): "é" is one character or two, by system and program.
+
+    Prints which names are one class that was spelt in both forms.
+    """
+    composed = [unicodedata.normalize("NFC", name) for name in names]
+    spellings: dict[str, set[str]] = {}
+    for name, given in zip(composed, names, strict=True):
+        spellings.setdefault(name, set()).add(given)
+    if several := sorted(name for name, given in spellings.items() if len(given) > 1):
+        say(f"one class, though written in two forms of Unicode: {list_names(several)}")
+    return composed
+
+
 def _is_utf_8(name: str) -> bool:
     try:
         return bool(name.encode())
@@ -156,9 +171,9 @@ def _find_splits(folder: Path, images: list[Path]) -> tuple[dict[str, dict[str, 
 def _group(files: list[Path], place: int) -> dict[str, list[Path]]:
     """Sort files by one part of their paths."""
     groups: dict[str, list[Path]] = {}
-    for file in files:
-        groups.setdefault(file.parts[place], []).append(file)
-    return groups
+    for name, file in zip(normalise_names([file.parts[place] for file in files]), files, strict=True):
+        groups.setdefault(name, []).append(file)
+    return dict(sorted(groups.items()))
 
 
 def _say_what_is_left_out(folder: Path, images: list[Path], others: list[Path], loose: list[str]) -> None:
@@ -219,6 +234,9 @@ def check_images(splits: dict[str, Any]) -> None:
         encoded = rows.select_columns("image").cast_column("image", Image(decode=False))
         check = check_image if split == "train" else open_image
         for index, row in enumerate(tqdm(encoded, desc=f"checking the images of {split}", leave=False, disable=None)):
+            if row["image"] is None:
+                bad.append(f"image {index} of {split} is missing (null): drop such rows first")
+                continue
             path, content = row["image"]["path"], row["image"]["bytes"]
             if content is None and "://" in path:
                 continue

@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pgn_peft import load_classifier
+from pgn_peft.hub.image_size import made_size
 from pgn_peft.nn.image_files import is_image_file, list_files, open_image
 
 
@@ -66,6 +67,8 @@ def predict(options: argparse.Namespace) -> float:
         subfolder=options.subfolder,
     )
     classify = classifier.pipeline(device=options.device)
+    # A processor that resizes the shorter side and cuts nothing off leaves images of different shapes.
+    fixed = made_size(classifier.image_processor, (64, 96)) == made_size(classifier.image_processor, (96, 64))
     top_k = min(options.top_k, classifier.model.config.num_labels)
     header = ["image", "label", "score"]
     header += [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "score")]
@@ -77,7 +80,7 @@ def predict(options: argparse.Namespace) -> float:
         rows = csv.writer(output)
         rows.writerow(header)
         while batch := [pair for _, pair in zip(range(options.batch_size), images, strict=False)]:
-            answers = classify([image for _, image in batch], top_k=top_k, batch_size=len(batch))
+            answers = classify([image for _, image in batch], top_k=top_k, batch_size=len(batch) if fixed else 1)
             for (file, _), answer in zip(batch, answers, strict=True):
                 cells = [cell for entry in answer for cell in (entry["label"], f"{entry['score']:.6f}")]
                 rows.writerow([file.relative_to(folder).as_posix(), *cells])

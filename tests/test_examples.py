@@ -18,14 +18,14 @@ import pytest
 import torch
 import train_image_classifier
 from adapter_arguments import AdapterArguments
-from conftest import ENVIRONMENT, ROOT, answer, assert_same, tiny_vit, with_output
+from conftest import ENVIRONMENT, ROOT, answer, assert_same, tiny_config, tiny_vit, with_output
 from huggingface_hub import ModelCard
-from peft import AutoPeftModel
+from peft import AutoPeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, BitImageProcessor
+from transformers import AutoImageProcessor, BitImageProcessor, CLIPImageProcessor
 
-from pgn_peft import load_classifier
+from pgn_peft import Classifier, load_classifier
 
 pytestmark = pytest.mark.slow
 
@@ -223,7 +223,7 @@ def test_splits_with_different_classes_are_refused(material, tmp_path):
     images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
     images.to_parquet(tmp_path / "train.parquet")
     images.cast_column("label", ClassLabel(names=["blue", "green"])).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(SystemExit, match="same classes in all splits, but got other ones in 'test'"):
+    with pytest.raises(SystemExit, match="a class of the training images, but got others in 'test': green"):
         image_data.load_splits(image_data.DataArguments(dataset=str(tmp_path)), seed=0)
 
 
@@ -438,6 +438,22 @@ def test_a_folder_of_images_becomes_a_csv(finished, material, tmp_path, capsys):
     assert f"skipping {images / 'blue/cut.jpg'}: " in captured.err
     with pytest.raises(SystemExit, match="`images` must all be readable, but got .*broken.png"):
         predict.main([*command, "--strict"])
+
+
+def test_images_of_any_shape_go_through_a_processor_that_cuts_nothing_off(tmp_path, capsys):
+    import predict
+
+    model = get_peft_model(tiny_vit(), tiny_config(id2label={0: "blue", 1: "red"}))
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    model.get_base_model().name_or_path = model.peft_config["default"].base_model_name_or_path = str(tmp_path / "vit")
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
+    Classifier(model, processor).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "images").mkdir()
+    for number, size in enumerate([(40, 32), (32, 64), (50, 50)]):
+        Image.new("RGB", size).save(tmp_path / f"images/{number}.png")
+    command = ["--adapter", str(tmp_path / "adapter"), "--images", str(tmp_path / "images")]
+    predict.main([*command, "--output", str(tmp_path / "out.csv")])
+    assert len(predictions(tmp_path / "out.csv")) == 3
 
 
 def test_what_cannot_be_predicted_is_refused(finished, tmp_path):

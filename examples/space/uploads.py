@@ -39,6 +39,8 @@ SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 Image.MAX_IMAGE_PIXELS = 25 * 10**6  # an image of twice as many is refused
 
+MARKED_UTF_8 = 0x800  # among a file's flags in a zip
+
 Labelled = list[tuple[Path, str]]  # images with the names of their classes
 Damages = (
     zipfile.BadZipFile,
@@ -102,7 +104,10 @@ def read_zip(file: Path, folder: Path) -> Labelled:
         ValueError: it is no zip, is too large, has no classes, or holds an image that cannot be read.
     """
     with _opened(file) as archive, _removed_after_errors(folder):
-        members = [member for member in archive.infolist() if _may_be_image(member)]
+        members = archive.infolist()
+        for member, name in zip(members, member_names(members), strict=True):
+            member.filename = name
+        members = [member for member in members if _may_be_image(member)]
         paths = [_path(member) for member in members]
         targets = [folder / f"{index}{path.suffix.lower()}" for index, path in enumerate(paths)]
         images = list(zip(targets, _classes(paths), strict=True))
@@ -116,6 +121,31 @@ def read_zip(file: Path, folder: Path) -> Labelled:
             if max(image.size) == LARGEST_SIDE:  # it may have been larger
                 image.save(target, "PNG")
         return images
+
+
+def member_names(members: list[zipfile.ZipInfo]) -> list[str]:
+    """Return the names in a zip as they were written.
+
+    A zip marks names that are in UTF-8. Other names are in an encoding of the computer that made the zip: UTF-8 if all
+    of them can be read so, or else one that cannot be known, because most encodings have letters for all bytes.
+
+    Raises:
+        ValueError: names are in another encoding than UTF-8.
+    """
+    names = []
+    for member in members:
+        name = member.orig_filename
+        if not member.flag_bits & MARKED_UTF_8:  # `zipfile` has read it as CP437
+            try:
+                name = name.encode("cp437").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"The names in this zip are not in UTF-8 ({name!r} is one of them), and their encoding is not "
+                    "known. Give the folders names in plain letters (a-z), or make the zip with UTF-8 names: zip on "
+                    "Linux and macOS does, 7-Zip with the parameter cu=on."
+                ) from error
+        names.append(name)
+    return names
 
 
 def read_adapter(file: Path, folder: Path) -> Path:
