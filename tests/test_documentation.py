@@ -12,13 +12,13 @@ import torch
 import yaml
 from conftest import tiny_vit
 from peft import get_peft_model
+from pgn_peft.tuner.fields import own_fields
 from PIL import Image
 from tiny_clip import tokenizer, two_towers
 
 import pgn_peft
 from pgn_peft import Classifier, PGNConfig
 from pgn_peft.prompter import EmbeddingsClient
-from pgn_peft.tuner.fields import own_fields
 from pgn_peft.utils.citation import CITATION
 
 ROOT = Path(__file__).parents[1]

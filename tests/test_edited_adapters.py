@@ -17,7 +17,9 @@ PIXELS = {"prompt_space": "pixel", "num_virtual_tokens": None, "image_mean": [0.
 FORMS = {"first layer": {}, "every layer": {"prompt_depth": "all"}, "pixels": PIXELS}
 
 LOADERS = {
-    "PeftModel": lambda adapter, base: PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(base), adapter),
+    "PeftModel": lambda adapter, base: PeftModel.from_pretrained(
+        ViTForImageClassification.from_pretrained(base), adapter
+    ),
     "low_cpu_mem_usage": lambda adapter, base: PeftModel.from_pretrained(
         ViTForImageClassification.from_pretrained(base), adapter, low_cpu_mem_usage=True
     ),

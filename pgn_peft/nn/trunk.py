@@ -21,8 +21,8 @@ class BatchNorm2d(nn.BatchNorm2d):
       the last batch of an epoch can have this shape;
     - its weight is frozen: the statistics belong to the adapter, and a frozen adapter must not change.
 
-    Its counter of batches, which only cumulative averages need, is not part of a saved file: tools that average or cast
-    weights change its type and shape.
+    Its counter of batches, which only cumulative averages need, is not part of a saved file: tools that average or
+    cast weights change its type and shape.
     """
 
     def __init__(self, num_features: int) -> None:

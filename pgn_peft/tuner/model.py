@@ -215,8 +215,8 @@ class PGNModel(BaseTuner):
         unknown = [name for name in adapter_names if name != BASE and name not in configs]
         if unknown:
             raise ValueError(
-                f"`adapter_names` has {unknown[0]!r}. There are {', '.join(configs)}, and {BASE!r} for the model without "
-                "any."
+                f"`adapter_names` has {unknown[0]!r}. There are {', '.join(configs)}, and {BASE!r} for the model "
+                "without any."
             )
         if self.training or kwargs.get("labels") is not None:
             raise ValueError("`adapter_names` is for inference: call model.eval(), and pass no labels.")
@@ -294,8 +294,8 @@ class PGNModel(BaseTuner):
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError(
-                f"The weights of adapter {adapter_name!r} do not fit its configuration: {'; '.join(problems[:5])}{more}. "
-                f"It was made for {config.base_model_name_or_path!r}; if that is this model, fetch the adapter again."
+                f"The weights of adapter {adapter_name!r} do not fit its configuration: {'; '.join(problems[:5])}"
+                f"{more}. It was made for {config.base_model_name_or_path!r}; if that is this model, fetch it again."
             )
         return remapped
 

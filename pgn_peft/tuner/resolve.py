@@ -199,7 +199,7 @@ def _label_rules(config: PGNConfig, model: nn.Module, backbone: Backbone) -> lis
         (head is not None and not isinstance(plain_head, (nn.Linear, nn.Identity)),
          f"The head {backbone.head!r} is a {type(plain_head).__name__}, and PGN replaces linear heads only."),
         (head is None and number is not None and backbone.read is None,
-         f"A {name} cannot get a classification head. Leave the labels out, or load its ForImageClassification class."),
+         f"A {name} cannot get a classification head. Leave the labels out, or load a ForImageClassification class."),
         (head is None and number is not None and config.head == "frozen",
          f"head='frozen' needs a model with a head, and a {name} has none. Leave the labels out for features."),
         (head is None and number is not None and not can_get_head(model),
