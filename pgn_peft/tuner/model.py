@@ -154,7 +154,7 @@ class PGNModel(BaseTuner):
             setattr(parent, name, layer)
             # Trainer then averages the losses of accumulated batches, which those of regression and of several labels
             # per image need: they are means, and ignore the number of labels that Trainer would let them divide by.
-            self.model.accepts_loss_kwargs = False  # type: ignore[assignment]
+            self.model.accepts_loss_kwargs = False
             if backbone.carries:
                 append_prompts(parent)
         return layer
@@ -206,9 +206,9 @@ class PGNModel(BaseTuner):
             return nullcontext()
         layer = next(module for module in self.model.modules() if isinstance(module, PGNLayer))
         head, configs = find_head(self.model), cast("Mapping[str, PGNConfig]", self.peft_config)
-        images = args[0] if args else kwargs.get("pixel_values")
+        images: Any = args[0] if args else kwargs.get("pixel_values")
         layer.check_inputs(self.model, (images,), {**kwargs, "pixel_values": None})
-        if isinstance(adapter_names, str) or len(adapter_names) != len(cast(Tensor, images)):
+        if isinstance(adapter_names, str) or len(adapter_names) != len(images):
             raise ValueError(
                 f"`adapter_names` is {adapter_names!r}, and needs one name for each of {len(images)} images."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import cast
 
 from torch import nn
 
@@ -122,7 +123,7 @@ def _fill_from_backbone(config: PGNConfig, model: nn.Module, backbone: Backbone)
     if config.prompt_depth != 1:
         layers = find_layers(model, backbone.embeddings)
         config.prompt_depth = len(layers) if config.prompt_depth == "all" else config.prompt_depth
-        too_deep = int(not_none(config.prompt_depth)) > len(layers)
+        too_deep = cast(int, config.prompt_depth) > len(layers)
         _refuse([(too_deep, f"prompt_depth={config.prompt_depth}, but the model has {len(layers)} layers.")])
     if config.prompt_layout is None:
         config.num_virtual_tokens = config.num_virtual_tokens or 16
