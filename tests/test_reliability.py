@@ -1,25 +1,19 @@
-"""Damage is found, nothing saved is lost: a part of benchmarks/faults.py, and what it found."""
+"""Files of adapters: edited or rewritten they load, damaged they are refused (a part of benchmarks/faults.py)."""
 
-import os
+import json
 import shutil
-from pathlib import Path
 
 import fault_files
 import fault_images
 import pytest
 import torch
-from conftest import edit_json, move_adapter, tiny_config, tiny_vit
+from conftest import PIXEL, answer, assert_same, move_adapter, refused, tiny_config, tiny_vit
 from fault_outcomes import Tally
-from fault_processes import Pair, classify, kill_at_operation, one_of
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_trainer import make_trainer
-from train_image_classifier import writing_to
+from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
 
-from pgn_peft import PGNConfig, load_classifier
-from pgn_peft.hub import classifier as classifier_module
-from pgn_peft.training import last_complete_checkpoint
-from pgn_peft.utils.files import COMPLETE, replacing
+from pgn_peft import Classifier, PGNConfig, load_classifier
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -30,12 +24,7 @@ def material(tmp_path_factory):
     return fault_files.Material(tmp_path_factory.mktemp("material"))
 
 
-@pytest.fixture
-def saved(material, tmp_path):
-    """A folder with an adapter, its processor and its card."""
-    return Path(shutil.copytree(material.root / "generated", tmp_path / "adapter"))
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("campaign", "cases"),
     [
@@ -52,192 +41,94 @@ def test_no_damage_is_accepted_in_silence(campaign, cases, material):
     assert sum(counts.total() for counts in tally.counts.values()) >= cases
 
 
-def flip(file, place, bit=0):
-    content = bytearray(file.read_bytes())
-    content[place] ^= 1 << bit
-    file.write_bytes(content)
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with an adapter, its processor and its card; its base lies in `tmp_path / "base"`."""
+    tiny_vit().save_pretrained(tmp_path / "base")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base")
+    model = move_adapter(get_peft_model(base, tiny_config(id2label={0: "cat", 1: "dog"}))).eval()
+    Classifier(model, ViTImageProcessor(size={"height": 32, "width": 32})).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
-LOADERS = {
-    "load_classifier": lambda folder, base: load_classifier(folder),
-    "PeftModel": lambda folder, base: PeftModel.from_pretrained(base, folder),
-    "PGNConfig": lambda folder, base: PGNConfig.from_pretrained(folder),
-    "Transformers": lambda folder, base: base.load_adapter(str(folder)),
+def edit_config(folder, **fields):
+    file = folder / CONFIG
+    settings = json.loads(file.read_text(encoding="utf-8")) | fields
+    file.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def edit_weights(folder, change):
+    tensors = {name: change(name, tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def move_base(folder):
+    shutil.move(folder.parent / "base", folder.parent / "moved")
+    edit_config(folder, base_model_name_or_path=str(folder.parent / "moved"))
+
+
+def count_in(dtype, shape=()):
+    """A change of BatchNorm's counters, as averaging tools leave them."""
+    return lambda name, tensor: torch.zeros(shape, dtype=dtype) if "num_batches_tracked" in name else tensor
+
+
+def write_with_carriage_returns(folder):
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    (folder / CONFIG).write_text(text.replace("\n", "\r\n"), encoding="utf-8", newline="")
+
+
+# What people and tools do to saved files, each with the tolerance of the answers afterwards.
+EDITS = {
+    "the base is moved": (move_base, 1e-5),
+    "a label is renamed": (lambda folder: edit_config(folder, id2label={"0": "cat", "1": "hound"}), 1e-5),
+    "a revision is added": (lambda folder: edit_config(folder, revision="main"), 1e-5),
+    "an unknown key is added": (lambda folder: edit_config(folder, from_another_tool=1), 1e-5),
+    "cloned with carriage returns": (write_with_carriage_returns, 1e-5),
+    "the same weights in another file": (lambda folder: edit_weights(folder, lambda name, tensor: tensor), 1e-5),
+    "weights in bfloat16": (
+        lambda folder: edit_weights(folder, lambda name, t: t.bfloat16() if t.is_floating_point() else t),
+        0.1,
+    ),
+    "all tensors in half precision": (lambda folder: edit_weights(folder, lambda name, tensor: tensor.half()), 0.05),
+    "counters are floats": (lambda folder: edit_weights(folder, count_in(torch.float32)), 1e-5),
+    "counters are empty": (lambda folder: edit_weights(folder, count_in(torch.int64, (0,))), 1e-5),
 }
 
 
-@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
-def test_a_flipped_bit_in_a_weight_is_refused(load, saved, material):
-    flip(saved / WEIGHTS, -5)  # in the last number's mantissa: a valid file, with another weight
-    with pytest.raises(ValueError, match=rf"({WEIGHTS}|`pgn_\w+)` must h\w+ .*remove `checksums` from {CONFIG}"):
-        load(saved, material.base())
-
-
-@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
-@pytest.mark.parametrize(("old", "new"), [('"cat"', '"bat"'), ('"mixing"', '"mixinf"'), (": 16", ": 17")])
-def test_a_changed_letter_in_the_configuration_is_refused(old, new, load, saved, material):
-    text = (saved / CONFIG).read_text(encoding="utf-8")
-    assert old in text
-    (saved / CONFIG).write_text(text.replace(old, new, 1), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"`{CONFIG}` must hold the fields that were saved"):
-        load(saved, material.base())
-
-
-def test_a_changed_processor_is_refused_by_the_loader_that_reads_it(saved, material):
-    edit_json(saved / "preprocessor_config.json", image_mean=[0.5, 0.4, 0.2])
-    with pytest.raises(ValueError, match="preprocessor_config.json` must have the SHA-256 checksum"):
-        load_classifier(saved)
-    PeftModel.from_pretrained(material.base(), saved)  # which does not read it
-
-
-def test_what_is_changed_on_purpose_is_taken_without_checksums_and_gets_new_ones(saved, material):
-    tensors = load_file(saved / WEIGHTS)
-    save_file({name: tensor * 2 for name, tensor in tensors.items()}, saved / WEIGHTS, metadata={"format": "pt"})
-    edit_json(saved / CONFIG, base_model_name_or_path=str(material.root / "base"), checksums=None)
-    model = PeftModel.from_pretrained(material.base(), saved)
-    model.save_pretrained(saved)
-    flip(saved / WEIGHTS, -5)
-    with pytest.raises(ValueError, match=f"{WEIGHTS}` must have the SHA-256 checksum"):
-        PeftModel.from_pretrained(material.base(), saved)
-
-
-def test_transformers_own_save_over_an_earlier_one_leaves_no_wrong_checksums(saved, material, tmp_path):
-    """It writes the configuration first, so that the weights that lie beside it are the earlier ones."""
-    model = material.base()
-    model.load_adapter(str(saved))
-    for _ in range(2):
-        move_adapter(model, seed=5)
-        expected = fault_files.logits(model)
-        tensors = {f"base_model.model.{n}": t for n, t in model.state_dict().items() if "pgn_" in n}
-        tensors = {name.replace(".default", ""): tensor for name, tensor in tensors.items()}
-        model.peft_config["default"].save_pretrained(str(saved))
-        save_file(tensors, saved / WEIGHTS, metadata={"format": "pt"})
-        assert torch.allclose(fault_files.logits(PeftModel.from_pretrained(material.base(), saved)), expected)
-
-
-# Saving that is interrupted.
-
-
-@pytest.fixture(scope="module")
-def pair(material):
-    """Two adapters and two prompters that take each other's place."""
-    return Pair(material)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("what", ["adapter", "prompter"])
-def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new(what, pair, tmp_path):
-    save, load = (pair.save, pair.load_with_peft) if what == "adapter" else (pair.save_prompter, pair.load_prompter)
-    for place in range(200):
-        finished, outcome = kill_at_operation(save, load, tmp_path / "saved", place)
-        assert outcome == ("accepted and right", ""), f"killed before file operation {place}"
-        if finished:
-            break
-    assert 5 < place < 199
-
-
-def test_a_save_that_fails_leaves_the_old_and_names_the_folder(pair, tmp_path, monkeypatch):
-    pair.save(0, tmp_path)
-    before = fault_files.listing(tmp_path)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    for function in ("pgn_peft.hub.publishing.save_file", "pgn_peft.utils.files.os.fsync"):
-        with monkeypatch.context() as patch:
-            patch.setattr(function, full)
-            with pytest.raises(OSError, match=rf"`save_directory` must .*{tmp_path}.*No space left on device"):
-                pair.save(1, tmp_path)
-        assert fault_files.listing(tmp_path) == before
-
-
-def test_an_interrupted_save_is_not_completed_over_later_weights(pair, material, tmp_path):
-    pair.save(0, tmp_path / "adapter")
-    pair.save(1, tmp_path / "other")
-    (tmp_path / "adapter" / COMPLETE).mkdir()
-    shutil.copy(tmp_path / "other" / WEIGHTS, tmp_path / "adapter" / COMPLETE)
-    pair.save_as_peft_does(0, tmp_path / "adapter")
-    assert pair.load_with_peft(tmp_path / "adapter")[0] == "accepted and right"
-    assert not (tmp_path / "adapter" / COMPLETE).exists()
-
-
-def test_two_processes_that_complete_a_save_at_the_same_time(tmp_path):
-    """One finds the other's files on their way, and moves them first."""
-    (tmp_path / COMPLETE).mkdir()
-    (tmp_path / COMPLETE / "a.txt").write_text("theirs")
-    with replacing(tmp_path) as staged:
-        (staged / "b.txt").write_text("ours")
-    assert (tmp_path / "a.txt").read_text() == "theirs"
-    assert (tmp_path / "b.txt").read_text() == "ours"
-    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt"}
-
-
-def test_an_adapter_that_is_replaced_while_it_is_loaded_is_the_first_one(pair, tmp_path, monkeypatch):
-    """The model was that of one adapter, and the image processor that of another one."""
-    pair.save(0, tmp_path)
-    load = classifier_module.AutoImageProcessor.from_pretrained
-
-    def save_and_load(*arguments, **options):
-        pair.save(1, tmp_path)
-        return load(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(classifier_module.AutoImageProcessor, "from_pretrained", save_and_load)
-        found = classify(tmp_path)
-    assert one_of(found, pair.answers[:1])
-    assert not one_of(found, pair.answers[1:])
-
-
-@pytest.mark.parametrize("load", [load_classifier, PeftModel.from_pretrained], ids=["load_classifier", "PeftModel"])
-def test_weights_that_are_replaced_after_they_were_checked_are_refused(load, saved, material, monkeypatch):
-    read = PGNConfig.from_pretrained.__func__
-
-    def read_and_replace(cls, *arguments, **options):
-        config = read(cls, *arguments, **options)
-        flip(saved / WEIGHTS, -5)
-        return config
-
-    monkeypatch.setattr(PGNConfig, "from_pretrained", classmethod(read_and_replace))
-    arguments = (material.base(), saved) if load is not load_classifier else (saved,)
-    with pytest.raises(OSError, match=rf"`{saved}.*` must not be written to while it is loaded"):
-        load(*arguments)
-
-
-def test_weights_that_were_saved_over_since_training_began_do_not_hinder_loading_others(saved, material):
-    """A configuration can be the recipe of a new adapter, which is saved in its place and goes back to its best."""
-    model = get_peft_model(material.base(), PGNConfig.from_pretrained(saved)).train()
-    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    flip(saved / WEIGHTS, -5)
-    model.load_state_dict(best)
-
-
-# Training.
-
-
-def test_a_checkpoint_on_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path / "run")
-
-    def full(*_, **__):
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # torch's words
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(
-        OSError, match=r"`output_dir` must take the checkpoint of step 2, but got .*run.*unexpected pos"
+@pytest.mark.xfail(raises=(ValueError, AssertionError), reason="checksums still refuse edited files")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, about the unknown key
+@pytest.mark.parametrize("edit", EDITS)
+def test_files_are_meant_to_be_edited(edit, saved, pixel_values):
+    expected = answer(load_classifier(saved).model, pixel_values)
+    change, tolerance = EDITS[edit]
+    change(saved)
+    for load in (
+        lambda: load_classifier(saved).model,
+        lambda: AutoPeftModel.from_pretrained(saved),
+        lambda: PeftModel.from_pretrained(tiny_vit(), saved),
+        lambda: AutoModelForImageClassification.from_pretrained(saved),
     ):
-        trainer.train()
+        model = load().eval()
+        assert_same(answer(model, pixel_values), expected, tolerance)
+        assert model.config.id2label[1] == ("hound" if "renamed" in edit else "dog")
 
 
-def test_a_checkpoint_with_a_flipped_bit_is_passed_over(tmp_path):
-    make_trainer(tmp_path).train()
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
-    flip(tmp_path / "checkpoint-4" / WEIGHTS, -5)
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+@pytest.mark.xfail(raises=FileNotFoundError, reason="reading a config still asks for the weights")
+@pytest.mark.parametrize("fields", [{}, PIXEL], ids=["latent", "pixel"])
+def test_a_config_is_read_without_weights_and_is_the_recipe_of_another_adapter(fields, tmp_path):
+    get_peft_model(tiny_vit(), tiny_config(**fields)).save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    config = PGNConfig.from_pretrained(tmp_path)
+    model = get_peft_model(tiny_vit(), config)
+    assert model.peft_config["default"].hidden_size == 32
 
 
 def test_one_run_at_a_time_writes_to_an_output_folder(tmp_path):
+    from train_image_classifier import writing_to
+
     with writing_to(str(tmp_path), False, True):
         second = writing_to(str(tmp_path), True, True)
-        with pytest.raises(SystemExit, match="`output_dir` must be written to by one run at a time, but got"):
+        with pytest.raises(SystemExit, match="output_dir"):
             second.__enter__()
         with writing_to(str(tmp_path), False, False):  # another process of the same run
             pass
@@ -247,23 +138,8 @@ def test_one_run_at_a_time_writes_to_an_output_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# Names.
-
-
-@pytest.mark.parametrize("name", ["../outside", "/outside", "a/b", "a\\b", "C:", "a\nb", "a\0b", "\udc80", "a" * 101])
-def test_names_of_adapters_are_names_of_folders(name, tmp_path):
-    with pytest.raises(ValueError, match=r"`adapter_name` must be a (name for a folder|word)"):
-        get_peft_model(tiny_vit(), tiny_config(num_labels=2), adapter_name=name)
-
-
-@pytest.mark.parametrize("subfolder", ["../other", "a/../../other", "/other"])
+@pytest.mark.parametrize("subfolder", ["../other", "/other"])
 def test_a_subfolder_lies_inside(subfolder, saved):
     shutil.copytree(saved, saved.parent / "other")
-    with pytest.raises(ValueError, match="`subfolder` must lie in the adapter's repository or folder, but got"):
+    with refused(ValueError, "subfolder"):
         load_classifier(saved, subfolder=subfolder)
-
-
-def test_a_class_name_that_no_file_can_hold_is_refused():
-    with pytest.raises(ValueError, match=r"`id2label` must hold text that can be written .*udc80"):
-        PGNConfig(id2label={0: "cat", 1: "d\udc80g"})
-    assert PGNConfig(id2label={0: "Katze", 1: "\N{SNOWMAN}"}).num_labels is None
