@@ -369,6 +369,10 @@ def loaded_everywhere(adapter):
     yield load_classifier(adapter).model
 
 
+@pytest.mark.xfail(
+    Version(transformers.__version__) < Version("5.22"),  # seen in 5.10.4, and no longer in 5.22
+    reason="Transformers leaves the base's modules in their place",
+)
 def test_modules_that_were_trained_along_are_restored_by_every_loader(pixel_values, tmp_path):
     """huggingface/transformers#48595, #34469: one loader left them as in the base, and the model in training mode."""
     model, adapter = saved_classifier(tmp_path)
@@ -379,7 +383,7 @@ def test_modules_that_were_trained_along_are_restored_by_every_loader(pixel_valu
 
 def test_weights_without_metadata_are_loaded(pixel_values, tmp_path):
     """safetensors/safetensors#549: tools that write a file anew leave out the metadata that loaders asked for."""
-    model, adapter = saved_classifier(tmp_path)
+    model, adapter = saved_classifier(tmp_path, modules_to_save=None)
     weights = adapter / "adapter_model.safetensors"
     save_file(load_file(weights), weights)
     with safe_open(weights, "pt") as file:
