@@ -76,7 +76,6 @@ def test_each_image_gets_what_its_adapter_gives_it_alone(architecture, group):
     assert_same(by_name, expected, valid_pixels="pixel" in group)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="a batch is not split into groups yet")
 def test_adapters_with_other_numbers_of_tokens_share_a_batch():
     model = serve(ADAPTERS | {"longer": {"num_virtual_tokens": 5}})
     names = ["latent", "longer", "__base__", "deep", "pixel", "latent"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -129,6 +130,8 @@ class PGNModel(BaseTuner):
             layer.update_layer(adapter_name, config)
         elif current_key == (backbone.head or HEAD):
             if not isinstance(target, PGNHead):
+                if hasattr(self.model, "config"):  # whose labels change; another model may share it
+                    self.model.config = copy.copy(self.model.config)
                 own_head = None if backbone.head is None else target
                 target = PGNHead(own_head, getattr(self.model, "config", None), layer)
                 setattr(parent, target_name, target)
