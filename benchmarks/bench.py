@@ -15,19 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import peft
 import torch
 import transformers
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import far_domains
 import image_data
-from smoke_material import smoke_arguments
 
 from pgn_peft.nn.images import to_pixels
 from pgn_peft.nn.preprocessing import Preprocessing, normalize
@@ -125,19 +132,21 @@ def digits() -> datasets.DatasetDict:
     )
 
 
-def make_smoke(folder: str | Path, num_labels: int | None = None) -> tuple[str, str]:
-    """Make a folder of red and blue images and a tiny ViT, for `--smoke`; return both paths.
-
-    Args:
-        folder: where; empty.
-        num_labels: of the ViT's classifier; None: two.
-    """
-    smoke_arguments(Path(folder))
-    data, model = f"{folder}/images", f"{folder}/vit"
-    if num_labels is not None:
-        torch.manual_seed(0)
-        ViTForImageClassification(ViTConfig.from_pretrained(model, num_labels=num_labels)).save_pretrained(model)
-    return data, model
+def make_smoke(folder: str | Path, num_labels: int = 2) -> tuple[str, str]:
+    """Make a folder of red and blue images and a tiny ViT with so many labels, for `--smoke`; return both paths."""
+    data, model = Path(folder, "images"), str(Path(folder, "vit"))
+    generator = np.random.default_rng(0)
+    for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
+        data.joinpath(name).mkdir(parents=True)
+        for index in range(40):
+            pixels = np.array(colour) + generator.integers(-40, 40, size=(40, 36, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(data / name / f"{index}.jpg")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    tiny = ViTConfig(image_size=32, patch_size=8, num_labels=num_labels, **sizes)
+    ViTForImageClassification(tiny).save_pretrained(model)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(model)
+    return str(data), model
 
 
 def load_backbone(path: str, side: int | None) -> Any:
