@@ -14,7 +14,7 @@ from pgn_peft.tuner.fields import PGNFields, PGNPeftType, own_fields
 from pgn_peft.tuner.forward_compatibility import name_newer, reads_newer
 from pgn_peft.tuner.saved_weights import check_saved_weights, checksums_of_parts, find_weights
 from pgn_peft.utils.checksums import compare_file, record, with_checksums
-from pgn_peft.utils.files import COMPLETE, finish_save, read_settings, replacing
+from pgn_peft.utils.files import read_settings, replacing
 
 # Containers of an adapter's modules, which have checksums of their own.
 PARTS = ("pgn_generator", "pgn_library", "pgn_head")
@@ -48,8 +48,6 @@ class PGNConfig(PGNFields):
         # so that what lies there now may be those of an earlier save.
         weights_are_written = "auto_mapping_dict" in kwargs
         weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
-        if weights_are_written:  # a save that was interrupted before is not completed over them
-            Path(save_directory, COMPLETE, SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
         with replacing(Path(save_directory)) as folder:
             super().save_pretrained(str(folder), **kwargs)
             if weights_are_written and weights.is_file():
@@ -72,7 +70,6 @@ class PGNConfig(PGNFields):
                 the two was changed after it was saved. PEFT would find that out after it had changed the model, or
                 not at all.
         """
-        finish_save(Path(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         # The width is recorded when an adapter is made; without it there are no weights to check.
         if config.hidden_size is not None:

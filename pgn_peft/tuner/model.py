@@ -106,6 +106,7 @@ class PGNModel(BaseTuner):
         self.injections = {**self.injections, adapter_name: injection}
         if injection.adds_head:
             make_classifier(model)
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]  # Trainer then averages over accumulated batches
         super().inject_adapter(
             model,
             adapter_name,
