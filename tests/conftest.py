@@ -32,7 +32,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTH
 
 TOKEN = "hf_secret"  # of the loopback Hub
 # Of an adapter.
-FILES = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", "README.md", "library.png"}
+FILES = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", "README.md"}
 
 HANG = 1800  # seconds after which a process that hangs is ended; no test may fail because a machine is slow
 

@@ -159,10 +159,9 @@ def test_an_adapter_of_the_bases_size_still_refuses_others(saved):
         load_classifier(saved).model(torch.zeros(1, 3, 48, 48))
 
 
-@pytest.mark.parametrize("layout", ["canvas", "append", "dense"])
-def test_an_adapter_in_pixel_space(base, tmp_path, pixel_values, layout):
+def test_an_adapter_in_pixel_space(base, tmp_path, pixel_values):
     norms = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    model = adapted(base, prompt_space="pixel", prompt_layout=layout, num_virtual_tokens=None, **norms)
+    model = adapted(base, prompt_space="pixel", num_virtual_tokens=None, **norms)
     Classifier(model, processor()).save_pretrained(tmp_path / "adapter")
     loaded = load_classifier(tmp_path / "adapter")
     assert_nearly_equal(answer(loaded.model, pixel_values), answer(model, pixel_values), valid_pixels=True)
@@ -176,22 +175,14 @@ def test_a_frozen_head_with_a_label_mapping(base, tmp_path, pixel_values):
     assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
 
 
-def remove_checksums(adapter):
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"checksums": None}))
-
-
 def test_without_a_processor_of_its_own_it_takes_the_bases_and_says_so(saved, base, caplog):
     (saved / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="preprocessor_config.json` must have the SHA-256.*but got no such file"):
-        load_classifier(saved)
-    remove_checksums(saved)
     with caplog.at_level(logging.WARNING, logger=logger.name):
         loaded = load_classifier(saved)
     assert list(loaded.image_processor.image_mean) == [0.1, 0.2, 0.3]
     assert f"{saved} has no image processor of its own; taking that of its base model, {base}" in caplog.text
     (base / "preprocessor_config.json").unlink()
-    with pytest.raises(OSError, match="`preprocessor_config.json` must be in the adapter or in its base model, but"):
+    with pytest.raises(OSError, match="Can't load image processor"):
         load_classifier(saved)
 
 
@@ -206,7 +197,7 @@ def test_the_base_can_be_a_local_copy(saved, base, tmp_path, pixel_values):
 def test_subfolder_of_a_local_directory(saved, tmp_path):
     loaded = load_classifier(tmp_path, subfolder="adapter")
     assert loaded.model.config.id2label == NAMES
-    with pytest.raises(OSError, match="`adapter_config.json` must be in the adapter, but got none in .*`subfolder`"):
+    with pytest.raises(OSError, match="There is no adapter_config.json in .*`subfolder`"):
         load_classifier(tmp_path)
 
 
@@ -229,9 +220,9 @@ def test_the_saved_files_are_peft_own_and_load_everywhere(model, saved, tmp_path
         json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         for folder in (saved, tmp_path / "peft")
     ]
-    checksums = [config.pop("checksums") for config in configs]
+    for config in configs:
+        config.pop("checksums", None)
     assert configs[0] == configs[1]
-    assert checksums[0]["adapter_model.safetensors"] == checksums[1]["adapter_model.safetensors"]
     assert_nearly_equal(answer(AutoPeftModel.from_pretrained(str(saved)), pixel_values), answer(model, pixel_values))
     load_classifier(saved).save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again/adapter_model.safetensors")
@@ -263,7 +254,7 @@ def test_other_adapters_are_refused_in_words(base, saved, tmp_path):
         load_classifier(tmp_path / "lora")
     vit = transformers.ViTModel.from_pretrained(base)
     get_peft_model(vit, tiny_config()).save_pretrained(tmp_path / "features")
-    with pytest.raises(ValueError, match="`num_labels` must be recorded in a classifier's adapter, but got None"):
+    with pytest.raises(ValueError, match="has no labels: it answers with features"):
         load_classifier(tmp_path / "features")
     for text in ("[]", "{", '"PGN"'):
         (saved / "adapter_config.json").write_text(text, encoding="utf-8")
@@ -299,7 +290,7 @@ def sprung(saved, base, tmp_path):
                 json.dumps(settings | {"auto_map": dict.fromkeys(names, "code.Model")}), encoding="utf-8"
             )
     (saved / "config.json").unlink()
-    remove_checksums(saved)
+    edit_json(saved / "adapter_config.json")
     return sprung
 
 
@@ -313,8 +304,7 @@ def test_an_adapter_with_pickled_weights_only_is_refused(saved, sprung):
     (saved / "adapter_model.safetensors").unlink()
     with pytest.raises(
         OSError,
-        match="`adapter_model.safetensors` must be in the adapter, but got none in .* only adapter_model.bin, .*"
-        r"Pickled weights \(adapter_model.bin\) are never read",
+        match=r"There is no adapter_model.safetensors in .* Pickled weights \(adapter_model.bin\) are not read",
     ):
         load_classifier(saved)
     assert not sprung.exists()
@@ -322,14 +312,14 @@ def test_an_adapter_with_pickled_weights_only_is_refused(saved, sprung):
 
 def test_a_base_with_pickled_weights_only_is_refused(saved, base, sprung):
     (base / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="`base_model_name_or_path` must have config.json and weights in safetensors"):
+    with pytest.raises(OSError, match="is an adapter, or lacks config.json or weights in safetensors"):
         load_classifier(saved)
     assert not sprung.exists()
 
 
 def test_a_base_that_is_an_adapter_is_refused(saved, base, sprung):
     shutil.copy(saved / "adapter_config.json", base)
-    with pytest.raises(ValueError, match="`base_model_name_or_path` must be a plain model, but got .* is an adapter"):
+    with pytest.raises(OSError, match="is an adapter, or lacks config.json"):
         load_classifier(saved)
     assert not sprung.exists()
 

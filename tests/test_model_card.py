@@ -13,10 +13,8 @@ from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 
 from pgn_peft import CardFacts, Classifier
-from pgn_peft.hub.library_picture import draw_library
 from pgn_peft.hub.model_card import make_card
-from pgn_peft.inspection import library_tokens
-from pgn_peft.tuner.adapters import find_layer, num_parameters
+from pgn_peft.tuner.adapters import num_parameters
 from pgn_peft.utils.citation import CITATION
 
 NAMES = {0: "cat", 1: "dog"}
@@ -183,9 +181,9 @@ def test_parameters_are_counted_frozen_or_not(config):
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"metrics": {"accuracy": 0.5}}, "`dataset_name` or `dataset_id` must be given with `metrics`, but got None"),
+        ({"metrics": {"accuracy": 0.5}}, "Say what the metrics were measured on"),
         ({"dataset_name": "x", "metrics": {"accuracy": float("nan")}}, "The metric 'accuracy' is nan"),
-        ({"examples": dict.fromkeys("abcde", Image.new("RGB", (4, 4)))}, "at most 4 images, but got 5"),
+        ({"examples": dict.fromkeys("abcde", Image.new("RGB", (4, 4)))}, "room for 4 examples, but 5 are given"),
     ],
 )
 def test_impossible_facts_are_refused(facts, message):
@@ -204,43 +202,6 @@ def test_copies_of_modules_that_are_trained_are_not_counted_as_frozen():
     frozen = sum(parameter.numel() for parameter in tiny_vit(num_labels=10).parameters())
     text = make_card(adapted(modules_to_save=["vit.layernorm"]), "user/adapter", FACTS).text
     assert f"| frozen parameters of the base | {frozen:,} |" in text
-
-
-def test_the_card_shows_the_adapters_own_library(tmp_path):
-    for prompt_depth, size in ((1, (512, 512)), (None, (2 * 256 + 2, 256))):  # two layers, side by side
-        model = adapted(prompt_depth=prompt_depth, library_size=8)
-        Classifier(model, ViTImageProcessor()).save_pretrained(tmp_path)
-        with Image.open(tmp_path / "library.png") as picture:
-            assert picture.size == size
-            assert picture.getpixel((0, 0)) == (213, 94, 0)  # a token is as similar to itself as can be
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "](library.png)" in card
-    assert "*The 8 tokens of the library, of each layer" in card
-
-
-def test_the_colours_of_similar_and_opposite_tokens():
-    model = adapted(library_size=2)
-    library = find_layer(model).library("default")
-    with torch.no_grad():
-        library.tokens[1] = -library.tokens[0]
-    picture, _ = draw_library(model, "default")
-    assert picture.getpixel((picture.width - 1, 0)) == (0, 114, 178)
-
-
-def test_a_library_of_patches_is_shown_as_it_is_and_one_of_changes_on_grey():
-    for layout, text in (("canvas", "4 patches"), ("dense", "4 changes")):
-        model = adapted(
-            prompt_space="pixel", prompt_layout=layout, image_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-            num_virtual_tokens=None, library_size=4,
-        )  # fmt: skip
-        patches = library_tokens(model)
-        picture, says = draw_library(model, "default")
-        assert text in says
-        if layout == "canvas":
-            expected = (patches[0, :, 0, 0] * 255).round()
-            assert torch.equal(torch.tensor(picture.getpixel((0, 0))).float(), expected)
-        else:
-            assert picture.getpixel((0, 0)) == (128, 128, 128)  # nothing is changed yet
 
 
 def test_examples_are_published_for_the_widget(tmp_path):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pgn_peft.utils.files import finish_save, replacing
+from pgn_peft.utils.files import replacing
 from pgn_peft.utils.sources import find_folder
 from pgn_peft.utils.tensors import compare_tensors
 
@@ -40,7 +40,6 @@ def find_files(name_or_path: str | Path, revision: str | None, token: str | None
     """
     files = (CONFIG_FILE, WEIGHTS_FILE)
     folder = find_folder("pretrained_model_name_or_path", name_or_path, files, revision=revision, token=token)
-    finish_save(folder)
     for name in files:
         if not folder.joinpath(name).is_file():
             raise OSError(

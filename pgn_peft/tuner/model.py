@@ -93,6 +93,7 @@ class PGNModel(BaseTuner):
         vars(config).update(vars(resolved))  # the object that the user passed, as PEFT does
         if backbone.head is None and config.num_labels is not None:
             make_classifier(model)
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]  # Trainer then averages over accumulated batches
         super().inject_adapter(
             model,
             adapter_name,
