@@ -247,6 +247,8 @@ def _read_config(folder: Path, name: str) -> PGNConfig:
         if not folder.joinpath(file).is_file():
             raise OSError(f"There is no {file} in {name!r}. {remedy}")
     config = PGNConfig.from_pretrained(str(folder))
+    if not isinstance(config, PGNConfig):
+        raise ValueError(f"{name!r} is an adapter of another method, {config.peft_type}. Load it with PEFT.")
     if config.num_labels is None:
         raise ValueError(
             f"The adapter in {name!r} has no labels: it answers with features. Load it with AutoPeftModel."
