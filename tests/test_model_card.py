@@ -16,7 +16,7 @@ from pgn_peft.hub.library_picture import draw_library
 from pgn_peft.hub.model_card import make_card
 from pgn_peft.inspection import library_tokens
 from pgn_peft.tuner.adapters import find_layer, num_parameters
-from pgn_peft.utils.citation import CITATION
+from pgn_peft.utils.markdown import CITATION
 
 NAMES = {0: "cat", 1: "dog"}
 FACTS = CardFacts(

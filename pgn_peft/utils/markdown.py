@@ -6,6 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 LARGEST_LIST = 50  # names that are shown
+CITATION = """\
+@inproceedings{loedeman2024prompt,
+  title     = {Prompt Generation Networks for Input-Space Adaptation of Frozen Vision Transformers},
+  author    = {Loedeman, Jochem and Stol, Maarten and Han, Tengda and Asano, Yuki M.},
+  booktitle = {British Machine Vision Conference},
+  year      = {2024}
+}"""
 
 
 def list_names(id2label: Mapping[int, str] | None) -> str:
