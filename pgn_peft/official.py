@@ -21,7 +21,7 @@ from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.backbones import find_backbone
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.embeddings import patch_projection
-from pgn_peft.utils.tensors import compare_tensors
+from pgn_peft.utils.files import compare_tensors
 
 LIBRARY = "tl_vectors"
 STEM, HEAD = "model.input_net.0", "model.output_net.2"
@@ -120,7 +120,7 @@ def load(path: str | Path, mixing: str = "softmax", generator_image_size: int | 
         )
         library = TokenLibrary(library_size, hidden_size)
     expected = {LIBRARY: library.tokens} | {_official(name): value for name, value in generator.state_dict().items()}
-    compare_tensors(expected, tensors, str(file), holds="those of a released network", remedy=REMEDY)
+    compare_tensors(expected, tensors, str(file), REMEDY)
     generator.load_state_dict(
         {name: tensors[_official(name)].to(value.dtype) for name, value in generator.state_dict().items()}, assign=True
     )

@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import ViTImageProcessor, pipeline
 
 from pgn_peft import PGNConfig, frequency_mapping, make_prompter
-from pgn_peft.prompter.answers import by_label, map_scores, read_entries
+from pgn_peft.prompter.answers import by_label, read_entries
+from pgn_peft.prompter.score_head import one_to_one_head
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD)
@@ -32,30 +33,33 @@ def photos(number=4):
     return [Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(number)]
 
 
-def test_scores_are_mapped_by_index_and_made_to_sum_to_one():
-    server_labels = {0: "crane", 1: "dog", 2: "crane", 3: "owl"}
-    scores = {"crane": 0.5, "dog": 0.3, "owl": 0.1}
-    mapped = map_scores(scores, {0: "river", 1: "forest"}, [3, 1], server_labels)
-    assert mapped == pytest.approx({"river": 0.25, "forest": 0.75})
-    # Cut short: the best is still the best, and nothing is said of how sure the model is.
-    assert map_scores({"crane": 0.5, "dog": 0.3}, {0: "river", 1: "forest"}, [3, 1], server_labels) == {"forest": 0.3}
-    with pytest.raises(ValueError, match="like 'owl', but got 'crane'. Ask the server for all its labels: top_k=4"):
-        map_scores({"crane": 0.5}, {0: "river", 1: "forest"}, [3, 1], server_labels)
+def test_scores_of_mapped_classes_are_normalised():
+    head = one_to_one_head([3, 1], ["crane", "dog", "crane", "owl"])
+
+    def read(**scores):
+        return head.read([[{"label": label, "score": score} for label, score in scores.items()]])[0].softmax(-1)
+
+    torch.testing.assert_close(read(crane=0.5, dog=0.3, owl=0.1).float(), torch.tensor([0.25, 0.75]))
+    torch.testing.assert_close(read(crane=-1.0, dog=3.0, owl=1.0).float(), torch.tensor([1.0, 3.0]).softmax(-1))
+    # Cut short: the best is still the best.
+    assert read(crane=0.5, dog=0.3).argmax() == 1
+    with pytest.raises(ValueError, match=r"lacks 2 of the 2 that are read, such as 'dog'. .*top_k=4 or more"):
+        read(crane=0.5)
 
 
 def test_answers_come_as_dictionaries_and_as_objects():
     entries = [{"label": "a", "score": 0.7}, SimpleNamespace(label="b", score=0.3)]
     assert read_entries(entries) == [("a", 0.7), ("b", 0.3)]
     assert by_label([("a", 0.7), ("b", 0.3), ("a", 0.1), ("b", 0.4)]) == {"a": 0.7, "b": 0.4}
-    for wrong in ("error", [1, 2], [{"label": "a"}], 7):
-        with pytest.raises(TypeError, match="`answer` must be a list of entries with `label` and `score`, but got"):
+    for wrong in ("error", {"error": "busy"}, [1, 2], [{"label": "a"}]):
+        with pytest.raises(TypeError, match="is a list of entries with `label` and `score`; this is none: .*"):
             read_entries(wrong)
 
 
-@pytest.mark.parametrize("score", ["12.3%", float("nan"), "none"])
-def test_scores_that_are_no_numbers_are_named(score):
-    with pytest.raises(ValueError, match=f"The score of 'cat' is {score!r}. Pass finite numbers"):
-        read_entries([{"label": "dog", "score": 0.3}, {"label": "cat", "score": score}])
+def test_scores_that_are_no_numbers_are_named():
+    for score in ("12.3%", float("nan"), None):
+        with pytest.raises(ValueError, match=f"The score of 'cat' is {score!r}. Pass finite numbers"):
+            read_entries([{"label": "dog", "score": 0.3}, {"label": "cat", "score": score}])
 
 
 def test_a_stock_pipeline_and_the_adapted_model_give_the_same_scores():
@@ -86,12 +90,12 @@ def test_a_head_of_the_adapters_own_classifies_features_at_the_client():
     with torch.no_grad():
         features = tiny_vit(num_labels=20).vit(prompter.pixel_values(images)).last_hidden_state[:, 0]
     assert (prompter.classify(features) - expected).abs().max() < 0.01 * expected.std()
-    with pytest.raises(ValueError, match="`answer` must be about the adapter's own classes, but got 'LABEL_7'"):
+    with pytest.raises(
+        ValueError, match=r"has the labels \['LABEL_7'\], not the adapter's, whose head cannot be comp"
+    ):
         prompter.read_answer([{"label": "LABEL_7", "score": 1.0}])
     assert prompter.read_answer([{"label": "river", "score": 1.0}])[0]["label"] == "river"
-    with pytest.raises(
-        ValueError, match="`features` must be for an adapter with a head of its own, but got head='frozen'"
-    ):
+    with pytest.raises(ValueError, match="No head for features: use `read_answer`"):
         make_prompter(make(), PROCESSOR).classify(features)
 
 
@@ -104,14 +108,12 @@ def test_a_server_that_sees_what_is_sent_passes():
     assert prompter.check_server(server()(prompter.probe(), top_k=20)) < 1e-3
 
 
-@pytest.mark.parametrize("fault", ["resize", "crop", "jpeg", "other weights", "normalisation"])
+@pytest.mark.parametrize("fault", ["resize", "jpeg", "other weights", "normalisation"])
 def test_a_server_that_sees_something_else_is_found_out(fault):
     prompter = make_prompter(make(), PROCESSOR)
     image, endpoint = prompter.probe(), server()
     if fault == "resize":
         image = image.resize((48, 48)).resize((32, 32))
-    elif fault == "crop":
-        image = image.crop((2, 2, 30, 30))
     elif fault == "jpeg":
         file = io.BytesIO()
         image.save(file, "JPEG", quality=75)
@@ -120,9 +122,7 @@ def test_a_server_that_sees_something_else_is_found_out(fault):
         endpoint = server(seed=1)
     else:
         endpoint = server(ViTImageProcessor(size={"height": 32, "width": 32}))
-    with pytest.raises(
-        ValueError, match="`answer` must be the model's answer to the probe, but got scores that differ by"
-    ):
+    with pytest.raises(ValueError, match="The scores of the probe differ by .* of the largest"):
         prompter.check_server(endpoint(image))
 
 
@@ -135,17 +135,13 @@ def test_classes_that_share_a_name_do_not_disturb_the_probe():
 
 def test_a_server_with_other_labels_is_found_out():
     prompter = make_prompter(make(), PROCESSOR)
-    with pytest.raises(ValueError, match="`answer` must hold the model's labels, but got 'cat'"):
-        prompter.check_server([{"label": "cat", "score": 1.0}])
-    with pytest.raises(ValueError, match="`answer` must hold the model's labels, but got none"):
-        prompter.check_server([])
-
-
-def test_a_model_without_a_head_has_no_probe_scores():
+    for reply, labels in (([{"label": "cat", "score": 1.0}], r"\['cat'\]"), ([], r"\[\]")):
+        with pytest.raises(ValueError, match=f"The answer has the labels {labels}, and not the model's"):
+            prompter.check_server(reply)
     config = tiny_config(prompt_space="pixel", image_mean=MEAN, image_std=STD, num_virtual_tokens=None)
-    prompter = make_prompter(get_peft_model(tiny_vit("ViTModel"), config), PROCESSOR)
-    with pytest.raises(ValueError, match="`probe_scores` must be known to check a server, but got None"):
-        prompter.check_server([{"label": "cat", "score": 1.0}])
+    headless = make_prompter(get_peft_model(tiny_vit("ViTModel"), config), PROCESSOR)
+    with pytest.raises(ValueError, match="a model without a classification head: nothing to compare"):
+        headless.check_server([{"label": "cat", "score": 1.0}])
 
 
 # The label mapping.
@@ -166,15 +162,15 @@ def test_classes_that_share_a_name_are_left_out():
     labels = torch.tensor([0, 1, 1] * 4)
     assert frequency_mapping(logits, labels, 2)[0] == 0
     names = {0: "crane", 1: "dog", 2: "crane"}
-    with pytest.raises(ValueError, match="`num_labels` must be at most 1, .* but got 2"):
+    with pytest.raises(ValueError, match="2 classes cannot be mapped one to one to a model's 1 classes"):
         frequency_mapping(logits, labels, 2, names)
     assert 0 not in frequency_mapping(torch.randn(20, 6), torch.arange(20) % 2, 2, {**names, 3: "a", 4: "b", 5: "c"})
 
 
-@pytest.mark.parametrize("labels", [[0, 0, 2], [0, 1, 3], [0, 1, -1]])
-def test_labels_must_hold_every_class(labels):
-    with pytest.raises(ValueError, match=r"`labels` must hold each of the classes 0..2, but got"):
-        frequency_mapping(torch.randn(3, 5), torch.tensor(labels), 3)
+def test_labels_must_hold_every_class():
+    for labels in ([0, 0, 2], [0, 1, 3], [0, 1, -1]):
+        with pytest.raises(ValueError, match="a class from 0 to 2, and each class at least 1, but there are 3 labels"):
+            frequency_mapping(torch.randn(3, 5), torch.tensor(labels), 3)
 
 
 def test_a_mapped_head_answers_with_the_models_logits_and_shows_the_tasks_labels(pixel_values, tmp_path):
@@ -201,22 +197,7 @@ def test_a_mapped_head_answers_with_the_models_logits_and_shows_the_tasks_labels
     assert not model.base_model.model.classifier.label_mapping
 
 
-@pytest.mark.parametrize(
-    ("fields", "error", "message"),
-    [
-        ({"label_mapping": [1, 1]}, ValueError, r"`label_mapping` must give .* but got \[1\] more than once"),
-        ({"label_mapping": [-1, 2]}, ValueError, r"`label_mapping` must give .* but got \[-1, 2\]"),
-        ({"label_mapping": []}, ValueError, r"`label_mapping` must give .* but got \[\]"),
-        ({"label_mapping": "dog"}, TypeError, "`label_mapping` must be a list of class indices, but got 'dog'"),
-        ({"label_mapping": [0, 1], "num_labels": 3}, ValueError, "an index for each of the 3 classes, but got 2"),
-        ({"label_mapping": [0, 1], "head": "trained"}, ValueError, "`label_mapping` must be None with head='trained'"),
-    ],
-)
-def test_impossible_mappings_are_refused(fields, error, message):
-    with pytest.raises(error, match=message):
-        PGNConfig(**({"head": "frozen"} | fields))
-
-
-def test_a_mapping_to_classes_the_model_has_not_is_refused():
-    with pytest.raises(ValueError, match="`label_mapping` must hold class indices of the model, 0..4, but got 7"):
-        get_peft_model(tiny_vit(), tiny_config(head="frozen", label_mapping=[0, 7]))
+def test_impossible_mappings_are_refused():
+    for mapping in ([1, 1], [-1, 2], [0, 7]):
+        with pytest.raises(ValueError, match="`label_mapping` is"):
+            get_peft_model(tiny_vit(), tiny_config(head="frozen", label_mapping=mapping))

@@ -19,7 +19,7 @@ from tiny_clip import tokenizer, two_towers
 import pgn_peft
 from pgn_peft import Classifier, PGNConfig
 from pgn_peft.prompter import EmbeddingsClient
-from pgn_peft.utils.citation import CITATION
+from pgn_peft.utils.markdown import CITATION
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted(str(path.relative_to(ROOT)) for path in ROOT.joinpath("docs").glob("*.md"))

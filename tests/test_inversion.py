@@ -9,9 +9,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from pgn_peft import PGNConfig, make_prompter
-from pgn_peft.inversion import invert_library, invert_static_prompts
+from pgn_peft.inversion import invert
 from pgn_peft.nn.layout import make_layout
 from pgn_peft.nn.patch_inverse import PatchInverse
+from pgn_peft.nn.preprocessing import Preprocessing
 from pgn_peft.tuner.embeddings import position_tokens
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -40,10 +41,9 @@ def adapted(num_virtual_tokens, architecture="ViTForImageClassification", **over
     ("architecture", "prompts", "overrides"),
     [
         ("ViTForImageClassification", 4, {}),
-        ("DeiTForImageClassification", 9, {}),
-        ("DeiTForImageClassification", 8, {"generator_rank": 2, "slot_prompts": True}),
-        ("ViTForImageClassification", 4, {"mixing": "sigmoid", "slot_prompts": True}),
-        ("ViTForImageClassification", 5 * 5 - 16, {"generator": "static"}),
+        ("DeiTForImageClassification", 8, {"generator_rank": 2, "static_prompts": True}),
+        ("ViTForImageClassification", 4, {"mixing": "sigmoid", "static_prompts": True}),
+        ("ViTForImageClassification", 9, {"generator": "static"}),
     ],
 )
 def test_the_stock_model_gives_the_latent_models_logits(architecture, prompts, overrides, images):
@@ -72,40 +72,34 @@ def test_the_training_resolution_may_be_another_than_the_models_own(images):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_prompts_that_do_not_fill_a_row_are_refused_early_and_late():
-    with pytest.raises(ValueError, match="`num_virtual_tokens` must fill .* but got 3. Use 4, 8, 9, 12, 14"):
-        get_peft_model(tiny_vit(), tiny_config(num_virtual_tokens=3, prompt_layout="append"))
-    with pytest.raises(ValueError, match="`num_virtual_tokens` must fill .* but got 3. Use 4, 8, 9, 12, 14"):
-        make_prompter(adapted(3), processor())
-    model = get_peft_model(tiny_vit(), PGNConfig(prompt_layout="append", generator_width=4))
-    config = model.peft_config["default"]
-    assert (config.num_virtual_tokens, config.image_size, config.patch_size) == (4, 32, 8)
-    with pytest.raises(ValueError, match="`prompt_layout` must be 'append' or None with prompt_space='latent'"):
-        PGNConfig(prompt_layout="canvas")
-
-
-def test_a_projection_of_low_rank_is_refused(images):
-    # 3 * 4 * 4 = 48 pixels a patch for 64 dimensions, as with ViT-L/14 (588 for 1,024).
-    sizes = {"hidden_size": 64, "patch_size": 4, "num_attention_heads": 4}
-    model = move_adapter(get_peft_model(tiny_vit(**sizes), tiny_config(num_virtual_tokens=8, head="frozen"))).eval()
-    with pytest.raises(
-        ValueError, match=r"rank 64 .* but got rank 48 \(48 values per patch\), which leaves up to \d+% of"
-    ):
-        make_prompter(model, processor())
-
-
-def test_tokens_do_not_go_onto_a_canvas():
-    embeddings = tiny_vit().vit.embeddings
-    with pytest.raises(ValueError, match="`layout` must be 'append' for tokens, but got 'canvas'"):
-        invert_library(embeddings, torch.randn(4, 32), make_layout("canvas", (32, 32), 8, 12), MEAN, STD)
+@pytest.mark.parametrize(
+    ("prompts", "overrides", "sizes", "in_range", "message"),
+    [
+        (3, {}, {}, False, "3 prompts do not fill .* to 4 or 8 or 9 or 12 or 14"),
+        (4, {"mixing": "sigmoid"}, {}, True, "`mixing` is 'sigmoid', and in_range=True needs coefficients that sum"),
+        # 3 * 4 * 4 = 48 pixels a patch for 64 dimensions, as with ViT-L/14 (588 for 1,024).
+        (
+            8,
+            {},
+            {"hidden_size": 64, "patch_size": 4, "num_attention_heads": 4},
+            False,
+            r"rank 48 \(48 values per patch\), less than its width 64: up to \d+% of a prompt",
+        ),
+    ],
+)
+def test_prompts_that_cannot_become_pixels_are_refused(prompts, overrides, sizes, in_range, message):
+    model = get_peft_model(tiny_vit(**sizes), tiny_config(num_virtual_tokens=prompts, head="frozen", **overrides))
+    with pytest.raises(ValueError, match=message):
+        make_prompter(move_adapter(model).eval(), processor(), in_range=in_range)
 
 
 def test_in_range_a_slots_own_prompt_is_part_of_what_is_inverted():
     embeddings, layout = tiny_vit().vit.embeddings, make_layout("append", (32, 32), 8, 4)
     one, slots = torch.randn(1, 32), torch.randn(4, 32)
-    found = invert_library(embeddings, one, layout, MEAN, STD, in_range=True, slot_prompts=slots).library
-    expected = invert_static_prompts(embeddings, one + slots, layout, MEAN, STD, in_range=True).library
-    torch.testing.assert_close(found[:, 0], expected)
+    preprocessing = Preprocessing(tuple(MEAN), tuple(STD))
+    found = invert(embeddings, one[None], layout, preprocessing, in_range=True, slot_prompts=slots)["library"]
+    expected = invert(embeddings, (one + slots)[:, None], layout, preprocessing, in_range=True)["library"]
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_pseudo_inverse_and_its_facts():
@@ -143,8 +137,10 @@ def test_pixels_in_range_solve_the_bounded_problem():
     torch.testing.assert_close(inverse.tokens(inverse.pixels_in_range(easy, low, high)), easy, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"generator": "static"}])
-@pytest.mark.parametrize(("scale", "smallest", "largest"), [(40, 0, 1e-6), (4000, 0.05, 1)])
+@pytest.mark.parametrize(
+    ("overrides", "scale", "smallest", "largest"),
+    [({}, 40, 0, 1e-6), ({}, 4000, 0.05, 1), ({"generator": "static"}, 4000, 0.05, 1)],
+)
 def test_inversion_in_range_gives_valid_images_and_says_what_it_lost(overrides, scale, smallest, largest, images):
     """At 40 the null space is room enough, at 4,000 it is not."""
     model = adapted(4, **overrides)
@@ -208,10 +204,3 @@ def test_real_images_at_full_size(shared, shape):
     found = answer(unmodified, prompter.pixel_values(rows["image"][:]), interpolate_pos_encoding=True)
     assert (found - expected).abs().max() < 1e-3
     assert torch.equal(found.argmax(1), expected.argmax(1))
-
-
-def test_inversion_in_range_needs_coefficients_that_sum_to_one():
-    with pytest.raises(
-        ValueError, match="`in_range` must be False for an adapter with mixing='sigmoid', but got True"
-    ):
-        make_prompter(adapted(4, mixing="sigmoid"), processor(), in_range=True)

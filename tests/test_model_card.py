@@ -15,7 +15,7 @@ from transformers import ViTForImageClassification, ViTImageProcessor
 from pgn_peft import CardFacts, Classifier
 from pgn_peft.hub.model_card import make_card
 from pgn_peft.tuner.adapters import num_parameters
-from pgn_peft.utils.citation import CITATION
+from pgn_peft.utils.markdown import CITATION
 
 NAMES = {0: "cat", 1: "dog"}
 FACTS = CardFacts(

@@ -14,8 +14,7 @@ from torch import nn
 
 from pgn_peft.tuner.adapters import active_adapter, num_parameters
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.utils.citation import CITATION
-from pgn_peft.utils.markdown import cell, list_names
+from pgn_peft.utils.markdown import CITATION, cell, list_names
 from pgn_peft.utils.sources import is_repo_id
 from pgn_peft.utils.values import filled
 

@@ -1,11 +1,36 @@
-"""The inverse of a ViT's patch projection: from tokens to the pixels of patches. Plain torch."""
+"""The inverse of a ViT's patch projection, from tokens to the pixels of patches, and its accuracy. Plain torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InversionReport:
+    """Accuracy of a prompt inversion.
+
+    Args:
+        rank: numerical rank of the patch projection, at most D.
+        hidden_size: the backbone's width D. If `rank` is smaller, a part of each token cannot be reached.
+        condition_number: largest over smallest singular value within the rank.
+        token_error: largest relative error `|W x - t| / |t|` of a token, over all library entries and slots (and the
+            image's own patches, where they are compensated).
+        mean_token_error: root of the mean squared error divided by the mean square, over the same tokens.
+        largest_pixel: largest absolute value of a normalised pixel of a prompt. Images stay within about 2.6.
+        in_range: whether all pixels are those of an image.
+    """
+
+    rank: int
+    hidden_size: int
+    condition_number: float
+    token_error: float
+    mean_token_error: float
+    largest_pixel: float
+    in_range: bool
 
 
 class PatchInverse:

@@ -1,4 +1,4 @@
-"""Reading of a server's answers: scores of the task's classes, and a check that images arrive unchanged."""
+"""Reads the labels and scores in a server's answer, and finds out what kind of numbers the scores are."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Of the largest score. Half precision moves a score of the probe by 0.02 of it, JPEG of quality 95 by 1.7, a resize by
-# more than 1 (measured on DeiT-Tiny).
-PROBE_TOLERANCE = 0.25
+import torch
+from torch import Tensor
+
+SCALES = ("softmax", "sigmoid", "logits", "percent")
 
 
 def read_entries(answer: Iterable[Any]) -> list[tuple[str, float]]:
@@ -21,103 +22,93 @@ def read_entries(answer: Iterable[Any]) -> list[tuple[str, float]]:
         TypeError: `answer` is not a list of entries with `label` and `score`.
         ValueError: a score is not a finite number.
     """
-    try:
-        entries = [(str(_get(entry, "label")), _get(entry, "score")) for entry in answer]
-        return [(label, _to_number(label, score)) for label, score in entries]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise TypeError(
-            f"`answer` must be a list of entries with `label` and `score`, but got {answer!r}. Pass on what the "
-            "server answered for one image."
-        ) from error
-
-
-def _to_number(label: str, score: Any) -> float:
-    try:
-        number = float(score)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"The score of {label!r} is {score!r}. Pass finite numbers, and percentages without a sign.")
-    return number
+    entries = []
+    for entry in answer:
+        try:
+            is_mapping = isinstance(entry, Mapping)
+            label, score = (entry["label"], entry["score"]) if is_mapping else (entry.label, entry.score)
+        except (AttributeError, KeyError) as error:
+            raise TypeError(
+                f"An answer about an image is a list of entries with `label` and `score`; this is none: {answer!r}."
+            ) from error
+        try:
+            number = float(score)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"The score of {label!r} is {score!r}. Pass finite numbers, percentages without a sign.")
+        entries.append((str(label), number))
+    return entries
 
 
 def by_label(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return scores by label; the larger one, where two classes have the same label."""
+    """Return scores by label; the larger one if two classes have the same label."""
     scores: dict[str, float] = {}
     for label, score in entries:
         scores[label] = max(score, scores.get(label, score))
     return scores
 
 
-def _get(entry: Any, name: str) -> Any:
-    return entry[name] if isinstance(entry, Mapping) else getattr(entry, name)
+def as_row(entries: Sequence[tuple[str, float]], labels: Sequence[str]) -> Tensor:
+    """Order an answer's scores: (K,) float64 by `labels`, NaN where one is missing."""
+    scores = by_label(entries)
+    return torch.tensor([scores.get(label, math.nan) for label in labels], dtype=torch.float64)
 
 
-def map_scores(
-    scores: Mapping[str, float],
-    id2label: Mapping[int, str],
-    label_mapping: Sequence[int],
-    server_labels: Mapping[int, str],
-) -> dict[str, float]:
-    """Convert scores of the server's classes to scores of the task's.
+def find_scale(answers: Sequence[Sequence[float]], complete: bool) -> str:
+    """Find out what a server's scores are.
 
     Args:
-        scores: by the server's labels.
-        id2label: names of the task's classes by index.
-        label_mapping: for each of them the index of the server's class.
-        server_labels: names of the server's classes by index.
+        answers: the scores of one answer or of several, of one server; empty ones are skipped.
+        complete: whether each answer holds the scores of all classes.
 
     Returns:
-        Scores by the task's labels, normalised to sum 1. If the answer lacks some of them, the other scores are
-        returned as they are: the best label is known then, its probability is not.
+        "logits" if a score is negative or above 100; "percent" if one is above 1 and all classes sum to about 100.
+        With scores up to 1, "softmax" if they sum to at most 1, and to 1 if they are complete; else "sigmoid".
+        Rounding can change the sum by a tenth, and by more where it makes scores 0.
 
     Raises:
-        ValueError: `scores` has none of the classes that the task is mapped to.
+        ValueError: the scores can be percentages as well as logits.
     """
-    names = [server_labels[index] for index in label_mapping]
-    found = {id2label[task]: scores[name] for task, name in enumerate(names) if name in scores}
-    if not found:
-        raise ValueError(
-            f"`answer` must hold labels that the task is mapped to, like {names[0]!r}, but got "
-            f"{', '.join(map(repr, list(scores)[:5]))}. Ask the server for all its labels: top_k={len(server_labels)}."
-        )
-    total = sum(found.values())
-    if len(found) < len(names) or not 0 < total < float("inf"):
-        return found
-    return {label: score / total for label, score in found.items()}
+    answers = [scores for scores in answers if scores] or [[1.0]]
+    smallest, largest = min(map(min, answers)), max(map(max, answers))
+    if smallest < 0 or largest > 100:
+        return "logits"
+    if largest > 1:
+        if not (complete and all(map(_sums_to_100, answers))):
+            raise ValueError(
+                f"Scores from {smallest:g} to {largest:g} that do not sum to 100 can be percentages or logits. Divide "
+                "percentages by 100, or turn logits into probabilities, before you pass them."
+            )
+        return "percent"
+    too_small = complete and any(min(scores) > 0 and sum(scores) < 0.9 for scores in answers)
+    return "sigmoid" if too_small or any(sum(scores) > 1.1 for scores in answers) else "softmax"
 
 
-def compare_with_probe(
-    scores: Mapping[str, float], probe_scores: Sequence[float], server_labels: Mapping[int, str]
-) -> float:
-    """Compare a server's answer to the probe with the unmodified model's scores.
+def _sums_to_100(scores: Sequence[float]) -> bool:
+    # Percentages without decimals can lose much of the sum; logits are never exactly 0.
+    return abs(sum(scores) - 100) <= (10 if 0 in scores else 1)
+
+
+def log_scores(scores: Tensor, scale: str) -> Tensor:
+    """Convert scores to logits, up to one number for each answer.
 
     Args:
-        scores: the server's, by label.
-        probe_scores: the model's, by class index.
-        server_labels: names of the classes by index.
+        scores: (N, K), NaN where a score is missing.
+        scale: one of `SCALES`.
 
     Returns:
-        The largest difference, as a share of the model's largest score.
-
-    Raises:
-        ValueError: `scores` has other labels, or differs by more than rounding.
+        (N, K) float64, NaN where a score is missing. A score of 0 was rounded or underflowed; it counts as half of the
+        smallest positive score of its answer.
     """
-    expected: dict[str, float] = {}
-    for index, score in enumerate(probe_scores):
-        name = server_labels[index]
-        expected[name] = max(score, expected.get(name, 0.0))  # as `by_label` reads the answer
-    unknown = [label for label in scores if label not in expected]
-    if unknown or not scores:
-        raise ValueError(
-            f"`answer` must hold the model's labels, but got {', '.join(map(repr, unknown[:3])) or 'none'}. The "
-            "server runs another model, or gives its classes other names."
-        )
-    difference = max(abs(score - expected[label]) for label, score in scores.items()) / max(expected.values())
-    if not difference <= PROBE_TOLERANCE:
-        raise ValueError(
-            f"`answer` must be the model's answer to the probe, but got scores that differ by {difference:.0%} of the "
-            "largest. The server resizes, crops or re-encodes what it is sent (as JPEG?), or runs another model; "
-            "images must reach the model pixel by pixel."
-        )
-    return difference
+    scores = scores.double()
+    if scale == "logits":
+        return scores
+    if scale == "percent":
+        scores = scores / 100
+    positive = torch.where(scores > 0, scores, torch.inf)
+    floor = (positive.amin(dim=1, keepdim=True) / 2).clamp(max=0.5)
+    scores = torch.where(scores > 0, scores, scores + floor)  # NaN stays NaN
+    if scale == "sigmoid":
+        return torch.logit(torch.where(scores >= 1, 1 - 2**-25, scores))  # a float32 rounds this to 1
+    return scores.log()

@@ -1,22 +1,19 @@
-"""`ScoreHead`: classifies a task from the scores that a closed model gives to its own classes."""
+"""Heads that classify a task at the client: from the scores that a server gives to its own classes, or embeddings."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pgn_peft.prompter.answers import by_label, read_entries
-from pgn_peft.prompter.score_scale import find_scale, log_scores
+from pgn_peft.prompter.answers import as_row, find_scale, log_scores, read_entries
 
-KINDS = ("exact", "ridge", "mapping")
-
-# The largest error of a logit that is no matter: it changes the odds of two classes by a fifth.
-LOGIT_TOLERANCE = 0.1
+KINDS = ("exact", "ridge", "mapping", "one-to-one")
 
 
 @dataclass(frozen=True)
@@ -24,19 +21,18 @@ class ScoreHeadReport:
     """How a `ScoreHead` was made, and what it needs.
 
     Args:
-        kind: "exact": a trained head, taken through the inverse of the server's head; "ridge": fitted on answers by
-            ridge regression on log-scores; "mapping": Bayesian label mapping of answers.
-        top_k: how many of the best scores it reads; None: it needs the scores of all classes.
-        digits: significant decimal digits of the scores with which no logit is wrong by more than 0.1, if all
-            roundings add up. Usually one less is enough; see `ImagePrompter.describe_answer`. None for a mapping.
+        kind: "exact": computed from a trained head and the server's; "ridge": fitted to answers by ridge regression on
+            log-scores; "mapping": Bayesian label mapping, fitted to answers; "one-to-one": one of the server's classes
+            for each of the task's.
+        top_k: how many of the best scores it reads; None: the scores of all classes, which all kinds but "one-to-one"
+            need then.
         rank: rank of the server's centred head; None if the head was fitted.
         condition_number: its largest over its smallest singular value; None if the head was fitted.
-        accuracy: cross-validated, on the answers that the head was fitted on; None for an exact one.
+        accuracy: cross-validated, on the answers that the head was fitted to; None if it was not fitted.
     """
 
     kind: str
     top_k: int | None = None
-    digits: int | None = None
     rank: int | None = None
     condition_number: float | None = None
     accuracy: float | None = None
@@ -74,20 +70,9 @@ class ScoreHead(nn.Module):
 
         Returns:
             (B, M) float64. For a mapping, the logarithms of the task's scores.
-
-        Raises:
-            ValueError: a score is missing that the head needs.
         """
-        scores = scores.double()
-        missing = scores.isnan()
-        if self.report.top_k is None and bool(missing.any()):
-            raise ValueError(
-                f"`answer` must hold the scores of all classes, but got none for {int(missing.any(0).sum())} of "
-                f"{len(self.labels)}. Ask the server for all its labels (top_k={len(self.labels)} or more). If it "
-                "gives only its best ones, fit a head to such answers: prompter.fit_answers(answers, labels)."
-            )
         weight = self.weight.double()
-        if self.report.kind == "mapping":
+        if self.report.kind in ("mapping", "one-to-one"):
             # The best classes of an image can all be new: the task's classes are equal then.
             return (scores.exp().nan_to_num(nan=0.0) @ weight.mT).clamp(min=1e-30).log()
         return centred(scores) @ weight.mT + self.bias.double()
@@ -106,20 +91,18 @@ class ScoreHead(nn.Module):
         if self.report.top_k is not None:
             entries = sorted(entries, key=lambda entry: -entry[1])[: self.report.top_k]
         row = as_row(entries, self.labels)
-        if not entries or (self.report.top_k is None and bool(row.isnan().all())):
+        read = self.weight.ne(0).any(dim=0).cpu()
+        missing = row[read].isnan()
+        if self.report.top_k is None and bool(missing.all() if self.report.kind == "one-to-one" else missing.any()):
             raise ValueError(
-                f"`answer` must hold labels that the head was made for, like {self.labels[0]!r}, but got "
-                f"{', '.join(repr(label) for label, _ in entries[:5]) or 'none'}. The server runs another model; fit "
-                "a head to its answers: prompter.fit_answers(answers, labels)."
+                f"The answer has {len(entries)} labels, such as {[label for label, _ in entries[:3]]}, and lacks "
+                f"{int(missing.sum())} of the {len(missing)} that are read, such as "
+                f"{self.labels[int((read & row.isnan()).nonzero()[0])]!r}. Ask the server for all of its labels "
+                f"(top_k={len(self.labels)} or more). If it gives only its best ones, or runs another model, fit a "
+                "head to its answers: prompter.fit_answers(answers, labels)."
             )
         scale = self.scale or find_scale([[score for _, score in entries]], not bool(row.isnan().any()))
         return self(log_scores(row[None], scale).to(self.weight.device))[0]
-
-
-def as_row(entries: Sequence[tuple[str, float]], labels: Sequence[str]) -> Tensor:
-    """Order an answer's scores: (K,) float64 by `labels`, NaN where one is missing."""
-    scores = by_label(entries)
-    return torch.tensor([scores.get(label, math.nan) for label in labels], dtype=torch.float64)
 
 
 def centred(scores: Tensor) -> Tensor:
@@ -129,14 +112,16 @@ def centred(scores: Tensor) -> Tensor:
     return scores - scores.mean(dim=1, keepdim=True)
 
 
-def needed_digits(weight: Tensor) -> int:
-    """Return how many significant digits scores need for logits (B, M) = log-scores @ weight (M, K)^T + bias.
+def one_to_one_head(label_mapping: Sequence[int], server_labels: Sequence[str]) -> ScoreHead:
+    """Make a head that reads one of the server's classes for each of the task's, and leaves the others out.
 
-    Rounding to s digits changes the logarithm of a score by at most 10^(1 - s) / 2, and a logit by this times the sum
-    of its absolute weights. The centring of log-scores does not add to it, where the rows of the weight sum to 0.
+    Args:
+        label_mapping: for each of the task's classes the index of the server's; see `frequency_mapping`.
+        server_labels: names of the server's classes.
     """
-    amplification = float(weight.double().abs().sum(dim=1).max())
-    return max(1, math.ceil(1 + math.log10(max(amplification, 1e-30) / 2 / LOGIT_TOLERANCE)))
+    weight = torch.zeros(len(label_mapping), len(server_labels))
+    weight[torch.arange(len(label_mapping)), torch.tensor(label_mapping)] = 1
+    return ScoreHead(weight, torch.zeros(len(weight)), server_labels, ScoreHeadReport("one-to-one"))
 
 
 def exact_score_head(
@@ -146,11 +131,11 @@ def exact_score_head(
     head_bias: Tensor | None,
     server_labels: Sequence[str],
 ) -> ScoreHead:
-    """Make a head on features a head on the scores of a server with the same features.
+    """Convert a head on features into a head on the scores of a server with the same features.
 
     With the server's logits W h + b, its log-scores are these up to one number, and centred over the classes they are
     Wc h + bc. If Wc has rank D, the features are h = pinv(Wc) (log-scores - bc), and the head V h + c is an affine map
-    of the log-scores: exactly, but for their rounding.
+    of the log-scores: exactly, except for their rounding.
 
     Args:
         server_weight: (K, D), W.
@@ -173,16 +158,30 @@ def exact_score_head(
     rank = int((singular > singular.amax() * max(weight.shape) * 2**-24).sum()) if kept else 0
     if rank < width:
         raise ValueError(
-            f"`server_weight` must have rank {width}, the width of the features, once it is centred over its "
-            f"{len(kept)} classes, but got {rank}. Fit a head to the server's answers: "
-            "prompter.fit_answers(answers, labels)."
+            f"The {width} features of the server cannot be computed from the scores of {len(kept)} classes, whose "
+            f"centred weights have rank {rank}. Fit a head to the server's answers: prompter.fit_answers(answers, "
+            "labels)."
         )
     mapped = head @ (right.mT / singular) @ left.mT  # V pinv(Wc), (M, K')
     bias = torch.zeros(len(head)).double() if head_bias is None else head_bias.detach().double().cpu()
     if server_bias is not None:
         own = server_bias.detach().double().cpu()[kept]
         bias = bias - mapped @ (own - own.mean())
-    report = ScoreHeadReport(
-        "exact", None, needed_digits(mapped), rank, condition_number=float(singular[0] / singular[-1])
-    )
+    report = ScoreHeadReport("exact", rank=rank, condition_number=float(singular[0] / singular[-1]))
     return ScoreHead(mapped, bias, [names[index] for index in kept], report)
+
+
+class EmbeddingHead(nn.Linear):
+    """A linear layer on embeddings of length 1. Services differ in whether they normalise; this head always does."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits (B, M) of embeddings (B, D) of any length."""
+        return super().forward(F.normalize(features, dim=-1))
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
+        """Make a head with a weight (M, D) and a bias (M,), on the CPU in float32."""
+        head = cls(weight.shape[1], weight.shape[0])
+        zeros = torch.zeros(len(weight))
+        head.load_state_dict({"weight": weight.detach().cpu(), "bias": zeros if bias is None else bias.detach().cpu()})
+        return head.requires_grad_(False).eval()

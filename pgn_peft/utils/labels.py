@@ -19,52 +19,29 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
         The same labels, keyed by the integers 0..n-1 in ascending order.
 
     Raises:
-        TypeError: `id2label` is not a mapping, a key is not an integer, or a name is not a string.
-        ValueError: `id2label` is empty, or its keys are not exactly 0..n-1.
+        TypeError: `id2label` is not a dictionary, or a name is not a string.
+        ValueError: `id2label` is empty, its keys are not exactly 0..n-1, or a name cannot be written to a file.
     """
-    if not isinstance(id2label, Mapping):
-        raise TypeError(
-            f"`id2label` must be a dictionary of class index to name, but got {id2label!r}. "
-            "Write id2label=dict(enumerate(names))."
-        )
-    if not id2label:
+    if not isinstance(id2label, Mapping) or not all(isinstance(name, str) for name in id2label.values()):
+        raise TypeError(f"`id2label` is {id2label!r}. Write a dictionary of names: id2label=dict(enumerate(names)).")
+    labels = {int(key): name for key, name in id2label.items() if str(key).isdecimal()}
+    if not labels or len(labels) != len(id2label) or sorted(labels) != list(range(len(labels))):
         raise ValueError(
-            "`id2label` must name at least one class, but got {}. Leave it out to keep the model's labels."
+            f"`id2label` has the keys {list(id2label)!r}, not 0 to n-1, each once. Number the classes as in the data "
+            "set."
         )
-    labels: dict[int, str] = {}
-    for key, name in id2label.items():
-        if not isinstance(name, str):
-            raise TypeError(f"`id2label` must hold strings, but got {name!r} for class {key!r}. Use str(name).")
-        if not name.isascii():
-            _check_encodable(name)
+    for name in labels.values():
         try:
-            index = int(key)
-        except (TypeError, ValueError):
-            index = None
-        if index is None or isinstance(key, (bool, float)):
-            raise TypeError(f"`id2label` must have integer keys, but got {key!r}. Write dict(enumerate(names)).")
-        labels[index] = name
-    if len(labels) != len(id2label) or sorted(labels) != list(range(len(labels))):
-        raise ValueError(
-            f"`id2label` must have the keys 0 to n-1, each once, but got {list(id2label)!r}. "
-            "Number the classes as the data set's labels do."
-        )
+            name.encode()
+        except UnicodeEncodeError as error:
+            # Python reads names of files, and so of classes, into such text where their encoding is another.
+            raise ValueError(f"The label {name!r} cannot be written to a file ({error}). Rename the class.") from error
     return dict(sorted(labels.items()))
 
 
 def number_labels(num_labels: int) -> dict[int, str]:
     """Name classes by their number, as Transformers does."""
     return {index: f"LABEL_{index}" for index in range(num_labels)}
-
-
-def _check_encodable(name: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        # Python reads names of files, and so of classes, into such text where their encoding is another.
-        raise ValueError(
-            f"`id2label` must hold text that can be written to a file, but got {name!r}: {error}. Rename the class."
-        ) from error
 
 
 @dataclass(frozen=True)

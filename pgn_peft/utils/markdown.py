@@ -7,6 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 LARGEST_LIST = 50  # names that are shown
+CITATION = """\
+@inproceedings{loedeman2024prompt,
+  title     = {Prompt Generation Networks for Input-Space Adaptation of Frozen Vision Transformers},
+  author    = {Loedeman, Jochem and Stol, Maarten and Han, Tengda and Asano, Yuki M.},
+  booktitle = {British Machine Vision Conference},
+  year      = {2024}
+}"""
 # The part of a card that is ours, and the names of the metadata that are.
 OWN_PART = re.compile(r"<!-- pgn-peft: begin \[(.*?)\] -->.*?<!-- pgn-peft: end -->", re.DOTALL)
 # What PEFT adds to a card whenever it saves.

@@ -1,12 +1,10 @@
-"""Local folders and repositories on the Hub: which of them a name means, and what is downloaded."""
+"""Finds the local folder or the repository on the Hub that a name means, and downloads its files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from pgn_peft.utils.files import is_folder
 
 
 def find_folder(
@@ -36,14 +34,17 @@ def find_folder(
         OSError: there is neither a folder nor a repository of that name, the Hub refused or could not be reached, or
             `huggingface_hub` is not installed.
     """
-    if is_folder(name_or_path):
-        return Path(name_or_path)
-    problem = f"`{field}` must be a folder, or the id of a repository that can be read, but got {str(name_or_path)!r}"
+    try:
+        if Path(name_or_path).is_dir():
+            return Path(name_or_path)
+    except OSError:
+        pass  # too long to be the name of a folder
+    problem = f"`{field}`: {str(name_or_path)!r} is not a folder"
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
     except ImportError as error:
-        raise OSError(f"{problem}, which is no folder. For the Hub, run: pip install huggingface_hub") from error
+        raise OSError(f"{problem}. To look for it on the Hub, run: pip install huggingface_hub") from error
     try:
         return Path(
             snapshot_download(
@@ -59,8 +60,8 @@ def find_folder(
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise OSError(
-            f"{problem}{at}: {one_line(error)} Look for a misspelt name; a private repository needs a token "
-            "(`hf auth login`); offline, what was fetched before is found in the cache."
+            f"{problem}, and cannot be read from the Hub{at}: {one_line(error)} Check the name. A private repository "
+            "needs a token (`hf auth login`); offline, what was fetched before is found in the cache."
         ) from error
 
 
