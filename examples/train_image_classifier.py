@@ -72,7 +72,7 @@ from pgn_peft import (
     make_prompter,
     use_texts,
 )
-from pgn_peft.hub.image_size import made_size, makes_another_size
+from pgn_peft.hub.image_processors import made_size, makes_another_size
 from pgn_peft.inspection import prompts_of_other_images
 from pgn_peft.training import EqualStatistics, HeadAlone, head_alone, last_complete_checkpoint, parameter_groups
 from pgn_peft.tuner.adapters import prompt_layer

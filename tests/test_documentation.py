@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import tiny_vit
 from peft import get_peft_model
-from pgn_peft.tuner.fields import own_fields
+from pgn_peft.tuner.config import own_fields
 from PIL import Image
 from tiny_clip import tokenizer, two_towers
 
@@ -167,7 +167,7 @@ def test_every_public_object_and_config_field_is_documented():
 
 
 def test_the_floor_of_peft_is_the_same_everywhere():
-    from pgn_peft.tuner.registration import PEFT_FLOOR
+    from pgn_peft.registration import PEFT_FLOOR
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     floor = next(line for line in project["dependencies"] if line.startswith("peft"))
