@@ -53,7 +53,7 @@ class _Pipeline(transformers.ImageClassificationPipeline):
     def check_model_type(self, supported_models: Any) -> None:
         """Accept every model."""
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]  # as its class does
         """Read an image as `convert_image` does: a path, a URL, base64 or a Pillow image."""
         if isinstance(image, str):
             image = _open_image(image, timeout)
