@@ -248,7 +248,7 @@ def figures_of(name):
     groups = {}
     for row in rows:
         for path, number in numbers_in(row.get("accuracy", {})).items():  # of corruptions: the mean over strengths
-            groups.setdefault((id(row), path.split()[0]), []).append(number)
+            groups.setdefault((id(row), path.partition(" ")[0]), []).append(number)
         settings = {key: value for key, value in row.get("settings", {}).items() if key != "seed"}
         for path, number in numbers_in(row).items():
             groups.setdefault((json.dumps(settings), path), []).append(number)
