@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pgn_peft import PGNConfig
-from pgn_peft.nn.generator import PromptGenerator, resize_shorter_side
 from pgn_peft.nn.preprocessing import normalize
 from pgn_peft.training import parameter_groups
 
@@ -143,30 +142,6 @@ def lora(backbone: PreTrainedModel, material: Material, options: Options) -> Bui
     return Adapted(model, material), with_head(backbone, matrices, options)
 
 
-class GeneratorAlone(nn.Module):
-    """The generator's CNN with a linear head on the images, and no Vision Transformer."""
-
-    def __init__(self, material: Material, options: Options) -> None:
-        super().__init__()
-        self.scale, self.image_size = material.scale, options.generator_image_size
-        self.trunk = PromptGenerator(1, 1).trunk
-        self.classifier = nn.Linear(self.trunk.num_features, len(material.names))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Answer pixels in [0, 1] with logits."""
-        pixel_values = normalize(pixels, *self.scale)
-        if self.image_size is not None:
-            pixel_values = resize_shorter_side(pixel_values, self.image_size)
-        _, features = self.trunk(pixel_values)
-        return self.classifier(features)
-
-
-def generator_alone(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Train the generator's CNN as a classifier. All of it learns at the searched rate."""
-    model = GeneratorAlone(material, options).to(DEVICE)
-    return model, [{"params": list(model.parameters()), "lr": options.rate}]
-
-
 def pgn(backbone: PreTrainedModel, material: Material, options: Options, **config: Any) -> Built:
     """Generate prompts for each image; `config` are fields of `PGNConfig`, which those of the options override."""
     fields = PGN_FIELDS | {
@@ -208,7 +183,6 @@ def pgn_pixel(backbone: PreTrainedModel, material: Material, options: Options) -
 # validation. Full fine-tuning and the head alone are the baselines.
 METHODS: dict[str, tuple[Callable[..., Built], tuple[float, ...]]] = {
     "head": (linear, (HEAD_RATE,)),
-    "generator alone": (generator_alone, (3e-3, 1e-2)),
     "static": (static, (3e-3, 1e-2)),
     "pgn": (pgn, (1e-3, 3e-3)),
     "pgn-lean": (pgn_lean, (1e-3, 3e-3)),
