@@ -4,53 +4,43 @@ The table: every method on every data set, its learning rate chosen on validatio
 
     python benchmarks/adaptation.py --model path/to/deit-tiny-patch16-224 --data path/to/eurosat path/to/cifar100 \
         path/to/flowers17 digits
-    python benchmarks/report.py
+    python benchmarks/report.py --results outputs/adaptation.jsonl
 
 A single cell: `--data digits --methods pgn --seeds 0`. Another setting: `--set library_size=16 --no-test`, with any
-field of `PGNConfig` or of the protocol. `--ablations` runs a list of such settings on validation, at the learning rate
-that the table has chosen, the most informative first; `--ablations train_images` only those that change this field.
+field of `PGNConfig` or of the protocol (below), or `library_rate`; `report.py` lists such runs in a table of changes.
 
 `--protocol small` (the default): 112 px, at most 1,000 training images, 12 epochs: for a CPU, two to three minutes a
 run on one core; start two processes with other `--methods` or `--data` on two cores (they may share a results file).
+`--protocol few --shots 2 8`: two and eight images of each class, chosen by the seed, and 100 steps.
 `--protocol full`: 224 px, all training images: for an accelerator.
 
 Every run is a line of JSON in the results file: settings, accuracy, hardware, versions, seconds. A run that is in it
 is not repeated, so an interrupted benchmark continues where it stopped. The learning rate is chosen from a grid of
 equal size for each method (linear probe and nearest neighbours, which are cheap, have seven and five choices) with the
-first seed, by the accuracy on validation after the last epoch. Only then are the runs with that rate tested, once
-each. What was trained is kept until then in a folder beside the results file.
-
-`--protocol few --shots 2 8`: two and eight images of each class, chosen by the seed, and 100 steps.
-
-`--smoke`: a tiny model on generated images, offline, in seconds.
+first seed, by the accuracy on validation after the last epoch. Only then are all seeds trained with that rate, and
+tested. `--smoke`: a tiny model on generated images, offline, in seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
-from torch import Tensor, nn
-from transformers import set_seed
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 import methods
 import report
-from smoke_material import smoke_arguments
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+from transformers import set_seed
 
 from pgn_peft.inspection import prompts_of_other_images
 
@@ -65,7 +55,6 @@ class Protocol:
         evaluated_images: at most so many validation and test images; None: all.
         epochs: passes over the training images.
         batch_size: images a step.
-        crop: smallest share of a training image that is cut out; 1: no cropping.
         precision: "float32", or "bfloat16" by autocast.
         generator_image_size: side of what the generator sees, in pixels.
         num_virtual_tokens: prompts per image of every method with prompts.
@@ -78,7 +67,6 @@ class Protocol:
     evaluated_images: int | None = None
     epochs: int = 12
     batch_size: int = 25
-    crop: float = 1.0
     precision: str = "bfloat16"
     generator_image_size: int | None = 64
     num_virtual_tokens: int = 16
@@ -94,51 +82,10 @@ PROTOCOLS = {
         side=None, epochs=1, batch_size=8, precision="float32", generator_image_size=None, num_virtual_tokens=4
     ),
 }
-
-# Two learning rates for each method to choose from: those between which each was best in trials on validation.
-METHODS: dict[str, tuple[Callable[..., methods.Built], tuple[float, ...]]] = {
-    "head": (methods.linear, (3e-3,)),
-    "full": (methods.full, (1e-4, 3e-4)),
-    "vpt-deep": (methods.vpt_deep, (3e-4, 1e-3)),
-    "lora": (methods.lora, (1e-3, 3e-3)),
-    "layer-norm": (methods.layer_norm, (3e-3, 1e-2)),
-    "border": (methods.border, (3e-2, 1e-1)),
-    "generator alone": (methods.generator_alone, (3e-3, 1e-2)),
-    "static": (methods.static, (3e-3, 1e-2)),
-    "pgn": (methods.pgn, (1e-3, 3e-3)),
-    "pgn-lean": (methods.pgn_lean, (1e-3, 3e-3)),
-    "pgn-pixel": (methods.pgn_pixel, (3e-2, 1e-1)),
-    "pgn-deep": (methods.pgn_deep, (3e-4, 1e-3)),
-}
 LINEAR = "linear"
 PROBES = (LINEAR, "k-nn")
 CHOICES_OF_C = tuple(10.0**power for power in range(-3, 4))
 CHOICES_OF_K = (1, 3, 5, 10, 20)
-# One thing changed at a time, the most telling first; static prompts beside PGN where it concerns both.
-ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("pgn", {"slot_prompts": False}),
-    ("pgn", {"train_images": 250}),
-    ("static", {"train_images": 250}),
-    *((method, {"train_images": 5000}) for method in ("pgn", "static", "vpt-deep", "pgn-deep")),
-    ("pgn", {"num_virtual_tokens": 4}),
-    ("static", {"num_virtual_tokens": 4}),
-    ("pgn", {"library_rate": 1.0}),
-    ("pgn", {"library_size": 16}),
-    ("pgn", {"library_size": 256}),
-    ("pgn", {"initial_logit_std": 0.0}),
-    ("pgn", {"num_virtual_tokens": 32}),
-    ("static", {"num_virtual_tokens": 32}),
-    ("pgn", {"num_virtual_tokens": 8}),
-    ("static", {"num_virtual_tokens": 8}),
-    ("pgn", {"generator_norm": "group"}),
-    ("pgn", {"mixing": "sigmoid"}),
-    ("pgn", {"generator_image_size": 32}),
-    ("pgn", {"generator_image_size": None}),
-    ("pgn", {"generator_width": 8}),
-    ("pgn", {"slot_prompts": False, "initial_logit_std": 0.0, "library_rate": 1.0}),  # the official form
-)
-# Digits are not the same mirrored, nor are blocks in a fixed order.
-NOT_FLIPPED = ("digits", bench.SHUFFLED)
 
 
 @dataclass(frozen=True)
@@ -176,111 +123,65 @@ def protocol_fields() -> set[str]:
     return {field.name for field in fields(Protocol)}
 
 
-@cache
-def load_material(data: str, model: str, side: int | None, train: int | None, evaluated: int | None) -> bench.Material:
-    """Load a data set; kept, since many runs in a row use the same."""
-    return bench.load_material(data, model, side, train, evaluated)
-
-
 def material_of(cell: Cell) -> bench.Material:
     """Return the images of a cell."""
     common = cell.common
-    material = load_material(cell.data, cell.model, common.side, common.train_images, common.evaluated_images)
-    train = chosen = material.splits["train"]
-    if common.shots is not None:
-        few = bench.few_of_each_class(train.labels, common.shots, cell.seed)
-        chosen = bench.Split(train.pixels[few], train.labels[few])
-    return replace(material, splits=material.splits | {"train": chosen, "unlabelled": train})
+    material = bench.load_material(cell.data, cell.model, common.side, common.train_images, common.evaluated_images)
+    if common.shots is None:
+        return material
+    train = material.splits["train"]
+    few = bench.few_of_each_class(train.labels, common.shots, cell.seed)
+    chosen = bench.Split(train.pixels[few], train.labels[few])
+    return replace(material, splits=material.splits | {"train": chosen})
 
 
-def build(cell: Cell) -> methods.Built:
-    """Make the model of a cell, and what of it is trained."""
-    config = cell.adapter
+def run(cell: Cell, split: str) -> dict[str, Any]:
+    """Train one model, and evaluate it on validation; on test too where that is the split."""
+    set_seed(cell.seed)
+    common, material, config = cell.common, material_of(cell), cell.adapter
     library_rate = config.pop("library_rate", methods.LIBRARY_RATE)
-    common = cell.common
     options = methods.Options(
         cell.rate, common.num_virtual_tokens, common.generator_image_size, config, library_rate=library_rate
     )
-    return METHODS[cell.method][0](bench.load_backbone(cell.model, common.side), material_of(cell), options)
-
-
-def learned(model: nn.Module) -> dict[str, Tensor]:
-    """Return what training has changed: trainable parameters and running statistics."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in trained or "running_" in name}
-
-
-def state_file(results: bench.Results, cell: Cell) -> Path:
-    """Return where what a run has learned is kept until it is tested."""
-    key = hashlib.sha256(json.dumps(cell.settings, sort_keys=True).encode()).hexdigest()[:16]
-    return results.path.parent / f"{results.path.stem}-states" / f"{key}.safetensors"
-
-
-def run(results: bench.Results, cell: Cell) -> dict[str, Any]:
-    """Train one model, keep it, and evaluate it on validation."""
-    set_seed(cell.seed)
-    common, material = cell.common, material_of(cell)
-    model, groups = build(cell)
+    build, _ = methods.METHODS[cell.method]
+    model, groups = build(bench.load_backbone(cell.model, common.side), material, options)
     count = len(material.splits["train"].labels)
     batch_size = min(common.batch_size, count)
-    epochs = common.epochs if common.steps is None else round(common.steps / (count // batch_size))
     loss = bench.train(
         model,
         material.splits["train"],
         groups,
-        epochs=epochs,
+        epochs=common.epochs if common.steps is None else round(common.steps / (count // batch_size)),
         batch_size=batch_size,
-        flip=not cell.data.endswith(NOT_FLIPPED),
-        crop=common.crop,
+        flip=not cell.data.endswith(bench.NOT_FLIPPED),
         precision=common.precision,
     )
-    file = state_file(results, cell)
-    file.parent.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in learned(model).items()}, file)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return {
-        "trainable_parameters": sum(parameter.numel() for parameter in trained),
+    row = {
+        "trainable_parameters": sum(each.numel() for each in model.parameters() if each.requires_grad),
         "train_images": count,
         "train_loss_last_epoch": round(loss, 4),
-        "validation_accuracy": evaluate(model, cell, "validation"),
-        **shuffled(model, cell),
     }
+    for name in dict.fromkeys(("validation", split)):
+        images = material.splits[name]
+        row[f"{name}_accuracy"] = bench.accuracy(bench.predict(model, images.pixels, common.precision), images.labels)
+    if cell.method in ("pgn", "pgn-lean", "pgn-deep"):
+        row["validation_accuracy_shuffled_prompts"] = shuffled(model, material.splits["validation"], common.precision)
+    return row
 
 
-def evaluate(model: nn.Module, cell: Cell, split: str) -> float:
-    """Return the accuracy on a split."""
-    images = material_of(cell).splits[split]
-    return bench.accuracy(bench.predict(model, images.pixels, cell.common.precision), images.labels)
-
-
-def shuffled(model: nn.Module, cell: Cell) -> dict[str, float]:
-    """Return the validation accuracy when every image gets the prompts of another one."""
-    if cell.method not in ("pgn", "pgn-lean", "pgn-deep"):
-        return {}
+def shuffled(model: nn.Module, images: bench.Split, precision: str) -> float:
+    """Return the accuracy when every image gets the prompts of another one."""
     # Splits are sorted by class, and the image before would be one of the same class.
-    images = material_of(cell).splits["validation"]
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(0)).to(bench.DEVICE)
     with prompts_of_other_images(model):
-        logits = bench.predict(model, images.pixels[order], cell.common.precision)
-    return {"validation_accuracy_shuffled_prompts": bench.accuracy(logits, images.labels[order])}
-
-
-def test(results: bench.Results, cell: Cell) -> dict[str, Any]:
-    """Evaluate a finished run on test."""
-    file = state_file(results, cell)
-    if not file.is_file():
-        run(results, cell)
-    model, _ = build(cell)
-    model.load_state_dict(load_file(file, device=str(bench.DEVICE)), strict=False)
-    accuracy = evaluate(model, cell, "test")
-    file.unlink()
-    return {"test_accuracy": accuracy}
+        logits = bench.predict(model, images.pixels[order], precision)
+    return bench.accuracy(logits, images.labels[order])
 
 
 @cache
 def frozen_features(data: str, model: str, common: Protocol) -> dict[str, tuple[Any, Any]]:
     """Return features and labels of all splits, by the frozen backbone."""
-    material = load_material(data, model, common.side, common.train_images, common.evaluated_images)
+    material = bench.load_material(data, model, common.side, common.train_images, common.evaluated_images)
     backbone = bench.load_backbone(model, common.side)
     backbone.classifier = nn.Identity()
     adapted = methods.Adapted(backbone, material)
@@ -319,7 +220,7 @@ def probe(cell: Cell) -> dict[str, Any]:
 
 
 def compare(results: bench.Results, options: argparse.Namespace) -> None:
-    """Run what is missing for the table: choose each method's rate, then train with the other seeds, then test."""
+    """Run what is missing: choose each method's rate, then train and test with all seeds."""
     for data, shots, method in product(options.data, options.shots, options.methods):
         few = () if shots is None else (("shots", shots),)
         cell = Cell(data, options.model, method, None, options.seeds[0], options.protocol, (*few, *options.set))
@@ -329,35 +230,20 @@ def compare(results: bench.Results, options: argparse.Namespace) -> None:
                 seeded = replace(cell, seed=seed)
                 results.get(seeded.settings, lambda cell=seeded: probe(cell))
             continue
-        chosen = choose(results, cell, options.grid, options.rates)
-        for seed in options.seeds:
-            report = replace(chosen, seed=seed)
-            train_once(results, report)
-            if options.test:
-                results.get(report.settings | {"split": "test"}, lambda cell=report: test(results, cell))
+        chosen = choose(results, cell, options.rates or methods.METHODS[method][1][: options.grid])
+        for seed in options.seeds if options.test else ():
+            tested = replace(chosen, seed=seed)
+            results.get(tested.settings | {"split": "test"}, lambda cell=tested: run(cell, "test"))
 
 
-def ablate(results: bench.Results, options: argparse.Namespace) -> None:
-    """Run what is missing of the ablations, with the first seed and the rate that was chosen for the table."""
-    for method, overrides in ABLATIONS:
-        if options.ablations and not overrides.keys() & set(options.ablations):
-            continue
-        for data in options.data:
-            cell = Cell(data, options.model, method, None, options.seeds[0], options.protocol)
-            changed = replace(choose(results, cell, options.grid), overrides=tuple(overrides.items()))
-            if len(material_of(changed).splits["train"].labels) >= overrides.get("train_images", 0):
-                train_once(results, changed)
+def choose(results: bench.Results, cell: Cell, rates: Sequence[float]) -> Cell:
+    """Return the cell with the learning rate that is best on validation."""
 
+    def validated(candidate: Cell) -> float:
+        row = results.get(candidate.settings, lambda: run(candidate, "validation"))
+        return row["validation_accuracy"]
 
-def choose(results: bench.Results, cell: Cell, grid: int, rates: Sequence[float] | None = None) -> Cell:
-    """Return the cell with the learning rate of the grid, or of `rates`, that is best on validation."""
-    candidates = [replace(cell, rate=rate) for rate in rates or METHODS[cell.method][1][:grid]]
-    return max(candidates, key=lambda candidate: train_once(results, candidate)["validation_accuracy"])
-
-
-def train_once(results: bench.Results, cell: Cell) -> dict[str, Any]:
-    """Return the row of a training run, made if it is not there."""
-    return results.get(cell.settings, lambda: run(results, cell))
+    return max((replace(cell, rate=rate) for rate in rates), key=validated)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -370,7 +256,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def main(command_line: list[str] | None = None) -> None:
-    every = (*PROBES, *METHODS)
+    every = (*PROBES, *methods.METHODS)
     in_table = [method for method in every if method not in ("k-nn", "head")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -385,9 +271,6 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--rates", nargs="+", type=float, help="choose from these learning rates instead")
     parser.add_argument("--no-test", dest="test", action="store_false", help="leave the test split alone")
     parser.add_argument("--set", nargs="*", type=parse_override, default=(), help="fields to change, name=value")
-    parser.add_argument(
-        "--ablations", nargs="*", metavar="FIELD", help="change one thing at a time instead; only these, if any"
-    )
     parser.add_argument("--results", default="outputs/adaptation.jsonl", help="file of JSON lines, appended to")
     parser.add_argument("--threads", type=int, help="of this process; by default all cores")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
@@ -397,19 +280,14 @@ def main(command_line: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         if options.smoke:
-            smoke_arguments(Path(folder))
-            options.data, options.model = [f"{folder}/images"], f"{folder}/vit"
-            options.results = f"{folder}/results.jsonl"
+            data, options.model = bench.make_smoke(folder)
+            options.data, options.results = [data], f"{folder}/results.jsonl"
             options.protocol, options.grid, options.seeds = "smoke", 1, (0,)
         if not (options.data and options.model):
             parser.error("--data and --model are required")
         results = bench.Results(options.results)
-        if options.ablations is not None:
-            ablate(results, options)
-        else:
-            compare(results, options)
-        rows = report.read(results.path, options.protocol)
-        print(report.table(rows) if options.test else report.choices(rows))
+        compare(results, options)
+        print(report.report(list(results), "validation" if not options.test else "test"))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,48 @@
-"""Common parts of all benchmarks: images as tensors, a training loop, a file of results that can be continued."""
+"""What all benchmarks share: images as tensors, one training loop, a file of results that can be continued."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
-import far_domains
-import image_data
+import numpy as np
 import peft
 import torch
 import transformers
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, Dinov2ForImageClassification, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import far_domains
+import image_data
 
 from pgn_peft.nn.images import to_pixels
 from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.version import __version__
 
 SHUFFLED = "+shuffled"
+# Digits are not the same mirrored, nor are blocks in a fixed order.
+NOT_FLIPPED = ("digits", SHUFFLED)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -59,6 +73,7 @@ class Material:
         return normalize(pixels.float() / 255, *self.scale)
 
 
+@cache  # many runs in a row use the same images
 def load_material(
     source: str, model: str, side: int | None, max_train: int | None = None, max_evaluated: int | None = None
 ) -> Material:
@@ -117,10 +132,27 @@ def digits() -> datasets.DatasetDict:
     )
 
 
-def load_backbone(path: str, side: int | None) -> Any:
-    """Load a ViT, with its position embeddings resized once and for all if it is to see another image size.
+def make_smoke(folder: str | Path, num_labels: int = 2) -> tuple[str, str]:
+    """Make a folder of red and blue images and a tiny ViT with so many labels, for `--smoke`; return both paths."""
+    data, model = Path(folder, "images"), str(Path(folder, "vit"))
+    generator = np.random.default_rng(0)
+    for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
+        data.joinpath(name).mkdir(parents=True)
+        for index in range(40):
+            pixels = np.array(colour) + generator.integers(-40, 40, size=(40, 36, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(data / name / f"{index}.jpg")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    tiny = ViTConfig(image_size=32, patch_size=8, num_labels=num_labels, **sizes)
+    ViTForImageClassification(tiny).save_pretrained(model)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(model)
+    return str(data), model
 
-    A DINOv2 resizes them by itself; of its tokens `Dinov2ForImageClassification` reads CLS and the average.
+
+def load_backbone(path: str, side: int | None) -> Any:
+    """Load a ViT whose position embeddings are resized if it is to see another image size.
+
+    A DINOv2 resizes them by itself.
     """
     # On CPUs torch's fused attention is many times slower in bfloat16 than the plain one.
     attention = "sdpa" if DEVICE.type == "cuda" else "eager"
@@ -139,32 +171,6 @@ def load_backbone(path: str, side: int | None) -> Any:
     return resized.to(DEVICE)
 
 
-def augment(pixels: Tensor, flip: bool, crop: float) -> Tensor:
-    """Flip and crop images at random, each in its own way.
-
-    Args:
-        pixels: (B, C, H, W) of 8-bit pixels.
-        flip: flip half of them from left to right.
-        crop: smallest share of an image's area that is cut out and resized to the whole; 1: no cropping.
-
-    Returns:
-        (B, C, H, W) float pixels in 0..255.
-    """
-    batch = pixels.float()
-    count = len(batch)
-    if flip:
-        batch = torch.where(torch.rand(count, 1, 1, 1, device=batch.device) < 0.5, batch.flip(-1), batch)
-    if crop < 1:
-        zoom = torch.empty(count, device=batch.device).uniform_(crop, 1).sqrt()
-        shift = (2 * torch.rand(count, 2, device=batch.device) - 1) * (1 - zoom)[:, None]
-        views = torch.zeros(count, 2, 3, device=batch.device)
-        views[:, 0, 0] = views[:, 1, 1] = zoom
-        views[:, :, 2] = shift
-        grid = F.affine_grid(views, list(batch.shape), align_corners=False)
-        batch = F.grid_sample(batch, grid, padding_mode="reflection", align_corners=False)
-    return batch
-
-
 def autocast(precision: str) -> AbstractContextManager:
     """Return the context in which a model computes: "float32", or "bfloat16" by autocast."""
     return torch.autocast(DEVICE.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
@@ -178,12 +184,9 @@ def train(
     epochs: int,
     batch_size: int,
     flip: bool,
-    crop: float = 1.0,
     warm_up: float = 0.05,
     precision: str = "float32",
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-    optimizer_class: type[torch.optim.AdamW] = torch.optim.AdamW,
-    after_epoch: Callable[[], None] = lambda: None,
 ) -> float:
     """Train with AdamW, a linear warm-up and a cosine to zero.
 
@@ -193,13 +196,10 @@ def train(
         groups: what is trained, as for a torch optimizer.
         epochs: passes over the images; a last incomplete batch of each is left out.
         batch_size: images a step.
-        flip: see `augment`.
-        crop: see `augment`.
+        flip: flip half of the images from left to right.
         warm_up: share of the steps in which the learning rate rises.
         precision: see `autocast`.
         loss: pixels (B, C, H, W) in [0, 1] and labels (B,) to a loss; None: cross-entropy of the model's logits.
-        optimizer_class: AdamW, or a variant of it.
-        after_epoch: called after each epoch.
 
     Returns:
         The mean loss of the last epoch.
@@ -209,7 +209,7 @@ def train(
         def loss(batch: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(model(batch).float(), labels)
 
-    optimizer = optimizer_class(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps_per_epoch = len(split.labels) // batch_size
     steps = epochs * steps_per_epoch
     rising = max(1, round(warm_up * steps))
@@ -221,7 +221,10 @@ def train(
         total = torch.zeros((), device=DEVICE)
         order = torch.randperm(len(split.labels)).to(DEVICE)
         for chosen in order[: steps_per_epoch * batch_size].view(-1, batch_size):
-            batch = augment(split.pixels[chosen], flip, crop) / 255
+            batch = split.pixels[chosen].float() / 255
+            if flip:
+                mirrored = torch.rand(batch_size, 1, 1, 1, device=DEVICE) < 0.5
+                batch = torch.where(mirrored, batch.flip(-1), batch)
             with autocast(precision):
                 value = loss(batch, split.labels[chosen])
             optimizer.zero_grad()
@@ -229,7 +232,6 @@ def train(
             optimizer.step()
             rates.step()
             total += value.detach()
-        after_epoch()
         print(f"  epoch {epoch + 1} of {epochs}, loss {total.item() / steps_per_epoch:.3f}", flush=True)
     return total.item() / steps_per_epoch
 
@@ -275,7 +277,7 @@ class Results:
 
 
 def environment() -> dict[str, Any]:
-    """Return the software and hardware behind a figure."""
+    """Return the versions and the hardware that a figure was measured with."""
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()} CPU"
     return {
         "pgn_peft": __version__,
@@ -285,3 +287,10 @@ def environment() -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
     }
+
+
+def markdown(rows: Iterable[Iterable[object]]) -> str:
+    """Write a Markdown table; the first row has the names of the columns."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines.insert(1, "|---" * (lines[0].count(" | ") + 1) + "|")
+    return "\n".join(lines)

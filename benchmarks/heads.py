@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import torch
-from bench import DEVICE, accuracy, load_backbone
+from bench import DEVICE, load_backbone
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,11 +19,6 @@ from transformers import AutoConfig, CLIPVisionModelWithProjection
 
 from pgn_peft.nn.ridge import fit_ridge
 
-# BLM+: k as a share of the task's classes and the smoothing, as in the paper's code; and a second k to choose from, as
-# a share of the server's classes.
-TOP_K_SHARE = 0.15
-SECOND_TOP_K_SHARE = 0.2
-SMOOTHING = 1.0
 # The scale of CLIP's logits.
 CLIP_SCALE = 100.0
 
@@ -105,81 +100,23 @@ def centre(scores: Tensor) -> Tensor:
     return scores.double() - scores.double().mean(1, keepdim=True)
 
 
-class Head(nn.Module):
-    """Base of the heads that read the server's scores."""
+class Mapped(nn.Module):
+    """One class of the server for each of the task's, by name."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, mapping: list[int]) -> None:
         super().__init__()
-        self.scores = server.scores
+        self.scores, self.mapping = server.scores, mapping
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn the server's features (B, D) into the task's logits (B, M)."""
         return self.read(self.scores(features))
 
     def read(self, scores: Tensor) -> Tensor:
-        """Turn the server's answer (B, K), logits or log-probabilities, into the task's logits (B, M)."""
-        raise NotImplementedError
-
-    def observe(self, scores: Tensor, labels: Tensor) -> None:
-        """Take note of the scores (B, K) of a training batch."""
-
-    def end_epoch(self) -> None:
-        """Change the head at the end of an epoch."""
-
-
-class Mapped(Head):
-    """One class of the server for each of the task's: by frequency, or by name."""
-
-    def __init__(self, server: Server, mapping: list[int]) -> None:
-        super().__init__(server)
-        self.mapping = mapping
-
-    def read(self, scores: Tensor) -> Tensor:
-        """Pick the columns."""
+        """Pick the columns of an answer (B, K), logits or log-probabilities."""
         return scores[:, self.mapping]
 
 
-class Bayesian(Head):
-    """BLM+: each of the task's classes is a weighted set of the server's.
-
-    The weights (K, M): each training image adds its k largest probabilities to its true class; rows are divided by
-    their sums, which smoothing increases, and columns by theirs. The task's logits are the server's times the weights.
-    While prompts are trained, the weights of an epoch come from the answers of the epoch before.
-
-    Args:
-        server: the server.
-        num_labels: number of the task's classes, M.
-        k: number of probabilities of an image that count.
-
-    Source: Chen et al., NeurIPS 2024, arXiv:2410.24018, and its code (github.com/tmlr-group/BayesianLM). Differs: k is
-    that of the paper, 0.15 M, or 0.2 K, whichever is better on validation.
-    """
-
-    def __init__(self, server: Server, num_labels: int, k: int) -> None:
-        super().__init__(server)
-        self.num_labels, self.k = num_labels, k
-        self.counts = torch.zeros(len(server.weight), num_labels, device=server.weight.device)
-        self.weights = self.counts.clone()
-
-    def read(self, scores: Tensor) -> Tensor:
-        """Average the scores with each class's weights, which sum to 1."""
-        return scores.float() @ self.weights
-
-    @torch.no_grad()
-    def observe(self, scores: Tensor, labels: Tensor) -> None:
-        """Add a batch to the counts."""
-        values, classes = scores.float().softmax(-1).topk(self.k)
-        kept = torch.zeros_like(scores, dtype=torch.float32).scatter_(1, classes, values)  # (B, K)
-        self.counts += kept.T @ F.one_hot(labels, self.num_labels).float()
-
-    def end_epoch(self) -> None:
-        """Replace the weights by those of the images observed since the last time."""
-        shares = self.counts / (self.counts.sum(1, keepdim=True) + SMOOTHING)
-        self.weights = shares / shares.sum(0).clamp(min=1e-12)
-        self.counts = torch.zeros_like(self.counts)
-
-
-class Trained(Head):
+class Trained(nn.Module):
     """A linear head on the server's features, trained together with the prompts.
 
     With logits z = W h + b of all K classes, an answer determines z up to one number for each image, and so, where the
@@ -187,7 +124,7 @@ class Trained(Head):
     """
 
     def __init__(self, server: Server, num_labels: int) -> None:
-        super().__init__(server)
+        super().__init__()
         centred = (part.double() - part.double().mean(0) for part in (server.weight, server.bias))
         self.centred_weight, self.centred_bias = centred
         self.linear = nn.Linear(server.weight.shape[1], num_labels).to(server.weight.device)
@@ -200,48 +137,38 @@ class Trained(Head):
 
     @torch.no_grad()
     def read(self, scores: Tensor) -> Tensor:
-        """Compute the same from scores: exact, up to the precision of the scores.
+        """Compute the same from an answer (B, K), logits or log-probabilities: exact, up to the scores' precision.
 
         Raises:
             ValueError: the scores do not determine the features.
         """
-        if torch.linalg.matrix_rank(self.centred_weight) < self.centred_weight.shape[1]:
-            raise ValueError(
-                f"`scores` must determine the server's {self.centred_weight.shape[1]} features, but got those of "
-                f"{len(self.centred_weight)} classes. Use the head 'ridge'."
-            )
+        classes, width = self.centred_weight.shape
+        if torch.linalg.matrix_rank(self.centred_weight) < width:
+            raise ValueError(f"The scores of {classes} classes do not determine the server's {width} features.")
         features = (centre(scores) - self.centred_bias) @ torch.linalg.pinv(self.centred_weight).T
         return self.linear(features.float())
 
 
-class Ridge(Head):
+class Ridge(nn.Module):
     """Ridge regression on the centred log-scores of training images, as `fit_to_answers` fits it.
 
     Args:
         server: the server.
-        scores: (N, K) of the training images.
+        features: (N, D) of the training images, prompted or not, of which the server returns the scores.
         labels: (N,).
         num_labels: number of the task's classes, M.
     """
 
-    def __init__(self, server: Server, scores: Tensor, labels: Tensor, num_labels: int) -> None:
-        super().__init__(server)
-        weight, bias, _ = fit_ridge(centre(scores).cpu(), labels.cpu(), num_labels)
-        self.weight, self.bias = weight.to(scores.device), bias.to(scores.device)
+    def __init__(self, server: Server, features: Tensor, labels: Tensor, num_labels: int) -> None:
+        super().__init__()
+        self.scores = server.scores
+        weight, bias, _ = fit_ridge(centre(self.scores(features)).cpu(), labels.cpu(), num_labels)
+        self.weight, self.bias = weight.to(features.device), bias.to(features.device)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Turn the server's features (B, D) into the task's logits (B, M)."""
+        return self.read(self.scores(features))
 
     def read(self, scores: Tensor) -> Tensor:
-        """Apply the map."""
+        """Apply the map to an answer (B, K), logits or log-probabilities."""
         return centre(scores) @ self.weight.mT + self.bias
-
-
-def fit(name: str, server: Server, scores: dict[str, Tensor], labels: dict[str, Tensor], num_labels: int) -> Head:
-    """Fit "blm" or "ridge" to the server's scores for training images; k is chosen on validation."""
-    train, validation = ((scores[split], labels[split]) for split in ("train", "validation"))
-    if name == "ridge":
-        return Ridge(server, *train, num_labels)
-    fitted = []
-    for k in (int(TOP_K_SHARE * num_labels), int(SECOND_TOP_K_SHARE * len(server.weight))):
-        fitted.append(Bayesian(server, num_labels, max(1, k)))
-        fitted[-1].observe(*train)
-        fitted[-1].end_epoch()
-    return max(fitted, key=lambda head: accuracy(head.read(validation[0]), validation[1]))

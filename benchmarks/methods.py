@@ -1,4 +1,4 @@
-"""The methods that `adaptation.py` compares, each as a model and its trained parameters.
+"""The methods that are compared on latent tokens or weights, each as a model and its trained parameters.
 
 Every model takes pixels (B, C, H, W) in [0, 1] and returns logits. All start from the same frozen backbone and a new
 linear head, trained at the same rate for all; the searched learning rate is that of the other parameters.
@@ -12,22 +12,20 @@ from typing import Any
 
 import torch
 from bench import DEVICE, Material
-from peft import LNTuningConfig, LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pgn_peft import PGNConfig
 from pgn_peft.nn.generator import PromptGenerator, resize_shorter_side
-from pgn_peft.nn.layout import to_levels
 from pgn_peft.nn.preprocessing import normalize
-from pgn_peft.training import parameter_groups, start_library_from_images
-from pgn_peft.tuner.backbones import find_backbone, find_layers
+from pgn_peft.training import parameter_groups
 
 HEAD_RATE = 3e-3
 # Fields of PGN's config in all runs, unless a run sets them.
 PGN_FIELDS = {"library_size": 64, "slot_prompts": True, "initial_logit_std": 4.0}
 LEAN_FIELDS = {"generator_width": 4, "generator_rank": 8, "library_size": 32}
-# Learning rate of the library and the slots' prompts, as a multiple of the generator's.
+# Learning rate of the library and the static prompts, as a multiple of the generator's.
 LIBRARY_RATE = 10.0
 Groups = list[dict[str, Any]]
 Built = tuple[nn.Module, Groups]
@@ -40,7 +38,7 @@ class Options:
     Args:
         rate: the learning rate that is searched.
         num_virtual_tokens: prompts per image, P, of all methods with prompts.
-        generator_image_size: side of what the generator sees, in pixels.
+        generator_image_size: side of what the generator sees, in pixels; None: of the image.
         config: further fields of `PGNConfig`.
         library_rate: learning rate of the library, as a multiple of the generator's.
     """
@@ -81,12 +79,12 @@ def with_head(backbone: PreTrainedModel, others: list[nn.Parameter], options: Op
 
 
 def frozen(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Train nothing: the limit of inference."""
+    """Train nothing: the lower bound of inference."""
     return Adapted(backbone.requires_grad_(False), material), []
 
 
 def linear(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Train the head alone, without keeping the frozen features."""
+    """Train the head alone."""
     new_head(backbone, len(material.names))
     return Adapted(backbone, material), [{"params": list(backbone.classifier.parameters()), "lr": HEAD_RATE}]
 
@@ -99,30 +97,30 @@ def full(backbone: PreTrainedModel, material: Material, options: Options) -> Bui
 
 
 class VPTDeep(nn.Module):
-    """Learned prompts before every layer, those of the layer before thrown away (VPT-deep, Jia et al. 2022)."""
+    """Learned prompts before every layer, in place of those of the layer before (VPT-deep, Jia et al. 2022).
+
+    Written without the package, so that it can be compared with `generator="static", prompt_depth=None`.
+    """
 
     def __init__(self, backbone: PreTrainedModel, num_virtual_tokens: int) -> None:
         super().__init__()
         self.backbone, self.num_virtual_tokens = backbone, num_virtual_tokens
-        layers = [backbone.get_submodule(name) for name in find_layers(backbone, find_backbone(backbone).embeddings)]
+        lists = [module for module in backbone.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+        layers = list(max(lists, key=len))
         self.prompts = nn.Parameter(torch.empty(len(layers), num_virtual_tokens, backbone.config.hidden_size))
         nn.init.normal_(self.prompts, std=0.02)
-        self.hooks = [layer.register_forward_pre_hook(self._append(index)) for index, layer in enumerate(layers)]
-        # What reads the tokens may average all of them.
-        self.hooks.append(
-            layers[-1].register_forward_hook(lambda layer, inputs, tokens: tokens[:, :-num_virtual_tokens])
-        )
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(self._append(index))
+        # The head may average all tokens.
+        layers[-1].register_forward_hook(lambda layer, inputs, tokens: tokens[:, :-num_virtual_tokens])
 
     def _append(self, index: int) -> Callable[[nn.Module, tuple], tuple]:
         def hook(layer: nn.Module, inputs: tuple) -> tuple:
             tokens = inputs[0] if index == 0 else inputs[0][:, : -self.num_virtual_tokens]  # (B, N, D)
-            return (torch.cat([tokens, self.prompts_of(index, tokens).to(tokens.dtype)], dim=1), *inputs[1:])
+            prompts = self.prompts[index].expand(len(tokens), -1, -1).to(tokens.dtype)  # (B, P, D)
+            return (torch.cat([tokens, prompts], dim=1), *inputs[1:])
 
         return hook
-
-    def prompts_of(self, index: int, tokens: Tensor) -> Tensor:
-        """Return the prompts (B, P, D) of a layer, which is given tokens (B, N, D)."""
-        return self.prompts[index].expand(len(tokens), -1, -1)
 
     def forward(self, pixel_values: Tensor) -> Any:
         """Answer normalised pixels with the backbone's outputs."""
@@ -139,49 +137,10 @@ def vpt_deep(backbone: PreTrainedModel, material: Material, options: Options) ->
 def lora(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Learn low-rank changes of all query and value projections, through PEFT."""
     new_head(backbone, len(material.names))
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(backbone, config)
+    model = get_peft_model(backbone, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     matrices = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     backbone.classifier.requires_grad_(True)
     return Adapted(model, material), with_head(backbone, matrices, options)
-
-
-def layer_norm(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Tune the scales and shifts of all layers' normalisation, through PEFT."""
-    new_head(backbone, len(material.names))
-    names = [name for name, module in backbone.named_modules() if isinstance(module, nn.LayerNorm)]
-    model = get_peft_model(backbone, LNTuningConfig(target_modules=names))
-    tuned = [parameter for name, parameter in model.named_parameters() if "ln_tuning_layers" in name]
-    backbone.classifier.requires_grad_(True)
-    return Adapted(model, material), with_head(backbone, tuned, options)
-
-
-class Border(nn.Module):
-    """Visual prompting: a learned border, added to the image as valid 8-bit pixels (Bahng et al. 2022)."""
-
-    def __init__(self, model: nn.Module, side: int) -> None:
-        super().__init__()
-        self.model = model
-        width = round(side * 30 / 224)
-        self.border = nn.Parameter(torch.zeros(1, 3, side, side))
-        mask = torch.ones(1, 1, side, side)
-        mask[..., width:-width, width:-width] = 0
-        self.register_buffer("mask", mask)
-
-    def prompted(self, pixels: Tensor) -> Tensor:
-        """Add the border to pixels (B, 3, H, W) in [0, 1]."""
-        return to_levels(pixels + self.border * self.mask)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Answer pixels in [0, 1] with logits."""
-        return self.model(self.prompted(pixels))
-
-
-def border(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Learn a border of pixels, 30 wide at 224 px."""
-    new_head(backbone, len(material.names))
-    model = Border(Adapted(backbone, material), material.splits["train"].pixels.shape[-1]).to(DEVICE)
-    return model, with_head(backbone, [model.border], options)
 
 
 class GeneratorAlone(nn.Module):
@@ -203,62 +162,80 @@ class GeneratorAlone(nn.Module):
 
 
 def generator_alone(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Train the generator's CNN as a classifier of its own. All of it learns at the searched rate."""
+    """Train the generator's CNN as a classifier. All of it learns at the searched rate."""
     model = GeneratorAlone(material, options).to(DEVICE)
     return model, [{"params": list(model.parameters()), "lr": options.rate}]
 
 
-def pgn(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Generate prompts for each image."""
+def pgn(backbone: PreTrainedModel, material: Material, options: Options, **config: Any) -> Built:
+    """Generate prompts for each image; `config` are fields of `PGNConfig`, which those of the options override."""
     fields = PGN_FIELDS | {
         "num_virtual_tokens": options.num_virtual_tokens,
         "generator_image_size": options.generator_image_size,
         "id2label": dict(enumerate(material.names)),
     }
-    model = get_peft_model(backbone, PGNConfig(**(fields | options.config)))
+    model = get_peft_model(backbone, PGNConfig(**(fields | config | options.config)))
     groups = parameter_groups(
         model, options.rate, library_learning_rate=options.rate * options.library_rate, head_learning_rate=HEAD_RATE
     )
     return Adapted(model, material), groups
 
 
-def _changed(options: Options, **fields: Any) -> Options:
-    """Return options with some fields of the adapter's config set."""
-    return replace(options, config=options.config | fields)
-
-
 def static(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Learn the same prompts for all images: VPT-shallow."""
     alike = replace(options, library_rate=1.0)
-    return pgn(backbone, material, _changed(alike, generator="static", slot_prompts=False))
+    return pgn(backbone, material, alike, generator="static", slot_prompts=False)
 
 
 def pgn_lean(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Generate prompts with as few parameters as it takes: a quarter of the width, a factorised head."""
-    return pgn(backbone, material, _changed(options, **LEAN_FIELDS))
+    """Generate prompts with few parameters: a quarter of the width, a factorised head."""
+    return pgn(backbone, material, options, **LEAN_FIELDS)
 
 
 def pgn_deep(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Generate prompts for every layer; a library and static prompts for each learn at the generator's rate."""
-    return pgn(backbone, material, _changed(replace(options, library_rate=1.0), prompt_depth=None))
-
-
-def pgn_dense(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Generate a change of each patch of the image."""
-    mean, std = map(list, material.scale)
-    dense = {"prompt_space": "pixel", "prompt_layout": "dense", "num_virtual_tokens": None, "slot_prompts": False}
-    return pgn(backbone, material, _changed(options, **dense, image_mean=mean, image_std=std))
+    """Generate prompts for every layer; their libraries and static prompts learn at the generator's rate."""
+    return pgn(backbone, material, replace(options, library_rate=1.0), prompt_depth=None)
 
 
 def pgn_pixel(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Generate prompts that are valid pixels: one ring of patches around the image, which is shrunk."""
+    """Generate a change of each patch of the image."""
     mean, std = map(list, material.scale)
-    canvas = {"prompt_space": "pixel", "prompt_layout": "canvas", "num_virtual_tokens": None}
-    changed = _changed(options, **canvas, image_mean=mean, image_std=std, slot_prompts=False)
-    adapted, _ = pgn(backbone, material, changed)
-    start_library_from_images(adapted.model, material.normalized(material.splits["train"].pixels[:500]))
-    # The searched rate is that of the pixels: a generator and a head learn at a rate of their own beside them.
-    groups = parameter_groups(
-        adapted.model, HEAD_RATE, library_learning_rate=options.rate, head_learning_rate=HEAD_RATE
-    )
-    return adapted, groups
+    pixel = {"prompt_space": "pixel", "num_virtual_tokens": None, "slot_prompts": False}
+    return pgn(backbone, material, options, **pixel, image_mean=mean, image_std=std)
+
+
+# name -> how it is built, and two learning rates to choose from: those between which it was best in trials on
+# validation. Full fine-tuning and the head alone are the baselines.
+METHODS: dict[str, tuple[Callable[..., Built], tuple[float, ...]]] = {
+    "head": (linear, (HEAD_RATE,)),
+    "generator alone": (generator_alone, (3e-3, 1e-2)),
+    "static": (static, (3e-3, 1e-2)),
+    "pgn": (pgn, (1e-3, 3e-3)),
+    "pgn-lean": (pgn_lean, (1e-3, 3e-3)),
+    "vpt-deep": (vpt_deep, (3e-4, 1e-3)),
+    "pgn-deep": (pgn_deep, (3e-4, 1e-3)),
+    "lora": (lora, (1e-3, 3e-3)),
+    "full": (full, (1e-4, 3e-4)),
+}
+
+# What time and memory are measured of: how it is built, and the side of what the generator sees (None: the image's).
+MEASURED: dict[str, tuple[Callable[..., Built], int | None]] = {
+    "frozen": (frozen, None),
+    "linear": (linear, None),
+    "static": (static, None),
+    "pgn": (pgn, None),
+    "pgn, 64 px": (pgn, 64),
+    "pgn-dense": (pgn_pixel, 64),
+    "vpt-deep": (vpt_deep, None),
+    "pgn-deep": (pgn_deep, 64),
+    "lora": (lora, None),
+    "full": (full, None),
+}
+
+
+def build_measured(
+    name: str, backbone: PreTrainedModel, material: Material, num_virtual_tokens: int, config: dict[str, Any]
+) -> Built:
+    """Build one of `MEASURED`; `config` are further fields of `PGNConfig`."""
+    build, generator_image_size = MEASURED[name]
+    return build(backbone, material, Options(1e-3, num_virtual_tokens, generator_image_size, config))

@@ -1,8 +1,8 @@
-"""Peers of PGN that adapt a frozen model through the pixels of its input, each as a small module.
+"""Published methods that adapt a frozen model through the pixels of its input, each as a small module.
 
 Every module has `prompted`: pixels (B, C, H, W) in [0, 1] to pixels in [0, 1] that are rounded to 8 bits, so that what
 is trained is an image that can be sent. Gradients pass the rounding unchanged. (The papers add floats, and most do not
-clip them.) `groups` returns its parameters for an optimizer.
+clip them.)
 
 `PEERS` has two learning rates for each, to choose from on validation: that of the paper where it carries over to the
 common loop (AdamW, 12 epochs), and one more. The docstrings have the published rates.
@@ -10,37 +10,16 @@ common loop (AdamW, 12 epochs), and one more. The docstrings have the published 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pgn_peft.nn.layout import to_levels
 from pgn_peft.nn.preprocessing import normalize
-from pgn_peft.nn.resize import resize
 
-# Width of a border or a ring, as a share of the image's side: 30 of 224 pixels in both papers.
+# Width of a border, as a share of the image's side: 30 of 224 pixels in the paper.
 BORDER = 30 / 224
 Scale = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-class NormalizedGradient(torch.optim.AdamW):
-    """AdamW, but groups with `normalized=True` take steps of fixed length, p -= lr * g / |g|, and stay in [0, 1].
-
-    Source: arXiv:2212.10556. Differs: there the pixels may leave the range of images.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update all groups once."""
-        for group in self.param_groups:
-            if group.get("normalized"):
-                for parameter in group["params"]:
-                    step = parameter.grad / (parameter.grad.norm() + 1e-10)
-                    parameter.sub_(group["lr"] * step).clamp_(0, 1)
-                    parameter.grad = None  # AdamW then leaves it alone
-        super().step(closure)
 
 
 class PixelPrompt(nn.Module):
@@ -63,10 +42,6 @@ class PixelPrompt(nn.Module):
         """Change images (B, 3, H, W) in [0, 1]; the result may leave the range."""
         raise NotImplementedError
 
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Return what is trained, as for a torch optimizer."""
-        return [{"params": list(self.parameters()), "lr": learning_rate}]
-
     def pixels_of(self, pattern: Tensor) -> Tensor:
         """Turn a pattern (..., 3, H, W) in the units of normalised pixels into one in those of pixels in [0, 1]."""
         return pattern * torch.tensor(self.scale[1], device=pattern.device)[:, None, None]
@@ -81,38 +56,16 @@ class Border(PixelPrompt):
 
     def __init__(self, side: int, scale: Scale) -> None:
         super().__init__(side, scale)
-        self.width = round(side * BORDER)
+        width = round(side * BORDER)
         outside = torch.ones(side, side, dtype=torch.bool)
-        outside[self.width : -self.width, self.width : -self.width] = False
+        outside[width:-width, width:-width] = False
         self.register_buffer("places", outside.flatten().nonzero()[:, 0])
         self.border = nn.Parameter(torch.zeros(3, len(self.places)))
 
-    def frame(self) -> Tensor:
-        """Return the border as an image (3, H, W), zero inside."""
-        empty = self.border.new_zeros(3, self.side**2)
-        return empty.index_copy(1, self.places, self.border).unflatten(1, (self.side, self.side))
-
     def change(self, pixels: Tensor) -> Tensor:
         """Add the border."""
-        return pixels + self.frame()
-
-
-class Ring(Border):
-    """EVP, enhanced visual prompting: the image is shrunk, and surrounded by a ring of free pixels.
-
-    Source: Wu et al. 2022, arXiv:2212.10556; the ring starts black, as in its code. Published: normalised gradients
-    (see `NormalizedGradient`), rate 70 at 224 px, 1,000 epochs. A step of length 70 over the 70,000 numbers of that
-    ring changes each by 0.26; at 112 px the same change per pixel is a rate of 35.
-    """
-
-    def change(self, pixels: Tensor) -> Tensor:
-        """Shrink the image and surround it."""
-        inner = resize(pixels, (self.side - 2 * self.width,) * 2)
-        return F.pad(inner, (self.width,) * 4) + self.frame()
-
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Return the ring, to be trained with normalised gradients."""
-        return [{"params": [self.border], "lr": learning_rate, "normalized": True}]
+        empty = self.border.new_zeros(3, self.side**2)
+        return pixels + empty.index_copy(1, self.places, self.border).unflatten(1, (self.side, self.side))
 
 
 class Masked(PixelPrompt):
@@ -165,27 +118,8 @@ class LowRank(PixelPrompt):
         return pixels + (self.left[..., None] * self.right[:, None]).sum(2)
 
 
-class Pattern(PixelPrompt):
-    """A full-image pattern of free pixels is added ("full" or "watermarking" in the papers on SMM, ILM-VP and BLM).
-
-    In the units of normalised pixels, from zeros.
-
-    Source: arXiv:2211.11635, arXiv:2406.03150. Published: Adam, rate 0.01, 200 epochs.
-    """
-
-    def __init__(self, side: int, scale: Scale) -> None:
-        super().__init__(side, scale)
-        self.pattern = nn.Parameter(torch.zeros(3, side, side))
-
-    def change(self, pixels: Tensor) -> Tensor:
-        """Add the pattern."""
-        return pixels + self.pixels_of(self.pattern)
-
-
 PEERS: dict[str, tuple[type[PixelPrompt], tuple[float, float]]] = {
     "border": (Border, (0.03, 0.1)),
-    "ring": (Ring, (35.0, 7.0)),
     "smm": (Masked, (0.01, 0.03)),
     "lor-vp": (LowRank, (0.02, 0.006)),
-    "full": (Pattern, (0.01, 0.03)),
 }

@@ -1,37 +1,33 @@
-"""Tables and plots of the runs that `adaptation.py` has made.
+"""Tables of accuracy, and which differences to rely on, from the runs of `adaptation.py` and `input_only.py`.
 
-    python benchmarks/report.py                                   # Markdown, of the README's runs
-    python benchmarks/report.py --results outputs/adaptation.jsonl --plots docs/images
-    python benchmarks/report.py --protocol few --results benchmarks/results/few_images.jsonl
+    python benchmarks/report.py                                   # the README's runs
+    python benchmarks/report.py --results outputs/adaptation.jsonl --against lora
+    python benchmarks/report.py --results benchmarks/results/input_only.jsonl
 
-`--plots FOLDER` also draws `accuracy.png` (every method on every data set) and `parameters.png` (accuracy against the
-number of trained parameters). `--smoke` draws them into a temporary folder.
+Runs that have their protocol in common form a table. Each figure is the mean ± the standard deviation over the seeds;
+in brackets the number of seeds, and of settings that were tried on validation to choose this one.
+
+Differences are paired: two methods with the same seed see the same images. t is the mean difference over the seeds,
+divided by its standard error. A method is called ahead or behind only if t is above 2 or below -2; with three seeds
+this still happens by chance once in five to six comparisons of equals. Everything else is level, or has one seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.transforms import Bbox
-
-from pgn_peft.plotting import OURS, STYLE, THEIRS
+from bench import Results, markdown
 
 RESULTS = Path(__file__).with_name("results") / "adaptation.jsonl"
-# In the order of the tables; with how they are called there.
-NAMES = {
+# In the order of the tables; with how they are called there. Some runs are of methods that were removed since.
+LATENT = {
     "linear": "linear probe",
     "k-nn": "nearest neighbours",
     "head": "linear head",
@@ -47,235 +43,276 @@ NAMES = {
     "layer-norm": "LayerNorm tuning",
     "full": "full fine-tuning",
 }
+INPUT_ONLY = {
+    "none": "no prompts",
+    "static": "tile (static)",
+    "border": "border (VP)",
+    "ring": "ring (EVP)",
+    "lor-vp": "LoR-VP",
+    "full": "full pattern",
+    "smm": "SMM",
+    "pgn-ring": "PGN, ring",
+    "pgn": "**PGN**",
+    "pgn-jpeg": "PGN, trained for JPEG",
+    "latent-static": "latent: static prompts",
+    "latent-pgn": "latent: PGN",
+}
+# What the other methods are compared with, where it is there.
+REFERENCES = ("linear", "none", "static")
+# Settings of `input_only.py` that name a run; the others are its protocol.
+OF_A_RUN = ("method", "head", "learning_rate", "seed", "split", "data")
 
 
-@dataclass
-class Runs:
-    """The runs of one method on one data set with one choice of settings."""
+@dataclass(frozen=True)
+class Run:
+    """One trained model.
 
+    Args:
+        table: what it has in common with all runs that it may be compared with.
+        data: name of the data set, with the number of images of each class where that is small.
+        method: its name.
+        rate: the learning rate; None where there is none to choose.
+        seed: of weights, batches and, where images are few, of their choice.
+        changes: what differs from the protocol; empty in the tables of methods.
+        parameters: number of trained parameters; 0 where the row has none.
+        validation: accuracy; None where it was not evaluated.
+        test: likewise. With prompts in pixel space as PNG files.
+        jpeg: on test, as JPEG files of quality 90.
+        shuffled: on validation, with the prompts of another image.
+    """
+
+    table: str
+    data: str
+    method: str
     rate: float | None
-    parameters: int
-    validation: list[float] = field(default_factory=list)
-    test: list[float] = field(default_factory=list)
-
-    def figure(self, split: str = "test") -> str:
-        """Return mean and standard deviation over the seeds, and how many there are."""
-        values = getattr(self, split)
-        if not values:
-            return "-"
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.3f}{spread}" + (f" ({len(values)})" if len(values) > 1 else "")
+    seed: int
+    changes: str = ""
+    parameters: int = 0
+    validation: float | None = None
+    test: float | None = None
+    jpeg: float | None = None
+    shuffled: float | None = None
 
 
-def read(path: Path, protocol: str) -> list[dict[str, Any]]:
-    """Return the rows of a protocol. With few images of each class, their number becomes part of the data's name."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+@dataclass(frozen=True)
+class Cell:
+    """The tested runs of a method on a data set, one for each seed, and how many settings they were chosen from."""
+
+    runs: list[Run]
+    trials: int
+
+    @property
+    def mean(self) -> float:
+        """The mean test accuracy."""
+        return statistics.mean(run.test for run in self.runs)
+
+    def __str__(self) -> str:
+        tests = [run.test for run in self.runs]
+        spread = f" ± {statistics.stdev(tests):.3f}" if len(tests) > 1 else ""
+        jpeg = [run.jpeg for run in self.runs if run.jpeg is not None]
+        encoded = f", JPEG {statistics.mean(jpeg):.3f}" if jpeg else ""
+        return f"{self.mean:.3f}{spread} ({len(tests)}; {self.trials}){encoded}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one method is ahead of another, over their common seeds."""
+
+    mean: float
+    t: float
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of it."""
+        if self.seeds < 2:
+            return "one seed"
+        return "ahead" if self.t > 2 else "behind" if self.t < -2 else "level"
+
+    def __str__(self) -> str:
+        t = "" if self.seeds < 2 else f"t {self.t:.1f}, "
+        return f"{100 * self.mean:+.1f} ({t}{self.verdict})"
+
+
+Cells = dict[tuple[str, str], Cell]  # by data set and method
+
+
+def read(rows: Iterable[dict[str, Any]]) -> list[Run]:
+    """Turn rows of results into runs; rows of the same run become one."""
+    found: dict[tuple, dict[str, Any]] = {}
     for row in rows:
-        settings = row["settings"]
-        shots = settings["overrides"].pop("shots", None)
-        if shots is not None:
-            settings["data"] += f", {shots}"
-    return [row for row in rows if row["settings"]["protocol"] == protocol]
+        for key, figures in _read_latent(row) if "protocol" in row["settings"] else _read_input_only(row):
+            known = {name: figure for name, figure in figures.items() if figure is not None}
+            found.setdefault(key, {}).update(known)
+    return [Run(*key, **figures) for key, figures in found.items()]
 
 
-def chosen(rows: list[dict[str, Any]]) -> dict[tuple[str, str], Runs]:
-    """Gather the tested runs by data set and method; of several rates the one that is best on the first validation."""
-    found: dict[tuple[str, str], dict[float | None, Runs]] = defaultdict(dict)
-    trained = {_key(row): row for row in rows if "validation_accuracy" in row}
-    for row in sorted(rows, key=lambda row: row["settings"]["seed"]):
-        settings = row["settings"]
-        if settings["overrides"] or "test_accuracy" not in row:
-            continue
-        run = trained[_key(row)]
-        rates = found[settings["data"], settings["method"]]
-        runs = rates.setdefault(settings["rate"], Runs(settings["rate"], run["trainable_parameters"]))
-        runs.test.append(row["test_accuracy"])
-        runs.validation.append(run["validation_accuracy"])
-    return {cell: max(rates.values(), key=lambda runs: runs.validation[0]) for cell, rates in found.items()}
+def _read_latent(row: dict[str, Any]) -> Iterable[tuple[tuple, dict[str, Any]]]:
+    settings, overrides = row["settings"], dict(row["settings"]["overrides"])
+    shots = overrides.pop("shots", None)
+    data = settings["data"] if shots is None else f"{settings['data']}, {shots}"
+    changes = ", ".join(f"{name} {value}" for name, value in overrides.items())
+    table = f"{settings['protocol']}, {settings['model']}"
+    figures = {
+        "parameters": row.get("trainable_parameters"),
+        "validation": row.get("validation_accuracy"),
+        "test": row.get("test_accuracy"),
+        "shuffled": row.get("validation_accuracy_shuffled_prompts"),
+    }
+    yield (table, data, settings["method"], settings["rate"], settings["seed"], changes), figures
 
 
-def _key(row: dict[str, Any]) -> str:
-    return json.dumps({name: value for name, value in row["settings"].items() if name != "split"}, sort_keys=True)
+def _read_input_only(row: dict[str, Any]) -> Iterable[tuple[tuple, dict[str, Any]]]:
+    settings = row["settings"]
+    protocol = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in OF_A_RUN)
+    for head, accuracy in row["heads"].items():
+        tested = settings["split"] == "test"
+        figures = {
+            "parameters": row["trainable_parameters"],
+            "validation": None if tested else accuracy["accuracy"],
+            "test": accuracy.get("png_accuracy", accuracy["accuracy"]) if tested else None,
+            "jpeg": accuracy.get("jpeg90_accuracy"),
+        }
+        name = settings["method"], settings["learning_rate"], settings["seed"]
+        yield (f"head {head}, {protocol}", settings["data"], *name, ""), figures
 
 
-def data_sets(cells: Iterable[tuple[str, str]]) -> list[str]:
-    """Return the data sets' names in the order in which they were run."""
+def chosen(runs: Iterable[Run]) -> Cells:
+    """Gather the tested runs of one table; of several rates the one that is best on validation with the first seed."""
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.seed):
+        groups[run.data, run.method].append(run)
+    cells = {}
+    for place, group in groups.items():
+        validated = {run.rate: run.validation for run in reversed(group) if run.validation is not None}
+        tested = [run for run in group if run.test is not None and not run.changes]
+        if tested:
+            best = max((run.rate for run in tested), key=lambda rate: validated.get(rate, 0))
+            trials = {(run.rate, run.changes) for run in group if run.validation is not None}
+            cells[place] = Cell([run for run in tested if run.rate == best], max(1, len(trials)))
+    return cells
+
+
+def difference(one: Cell, other: Cell) -> Difference | None:
+    """Compare two methods seed by seed; a result that no seed changes is compared with all of the other's."""
+    tests = [{run.seed: run.test for run in cell.runs} for cell in (one, other)]
+    for place, cell in enumerate((one, other)):
+        if len(cell.runs) == 1 and cell.runs[0].rate is None:
+            tests[place] = dict.fromkeys(tests[1 - place], cell.runs[0].test)
+    seeds = tests[0].keys() & tests[1].keys()
+    if not seeds:
+        return None
+    differences = [tests[0][seed] - tests[1][seed] for seed in seeds]
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
+    t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+    return Difference(mean, t, len(seeds))
+
+
+def data_sets(cells: Cells) -> list[str]:
+    """Return the names of the data sets in the order in which they were run."""
     return list(dict.fromkeys(data for data, _ in cells))
 
 
-def table(rows: list[dict[str, Any]], split: str = "test") -> str:
-    """Make a Markdown table: a row a method, a column a data set, mean ± standard deviation (number of seeds)."""
-    cells = chosen(rows)
-    names = data_sets(cells)
-    lines = ["| method | trained parameters | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    for method, name in NAMES.items():
-        here = {data: cells[data, method] for data in names if (data, method) in cells}
-        if here:
-            counts = [runs.parameters for runs in here.values()]
-            span = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-            figures = " | ".join(here[data].figure(split) if data in here else "-" for data in names)
-            lines.append(f"| {name} | {span} | {figures} |")
-    return "\n".join(lines)
+def method_table(cells: Cells, names: dict[str, str]) -> str:
+    """Write a row for each method, and a column for each data set."""
+    columns = data_sets(cells)
+    lines = [["method", "trained parameters", *columns]]
+    for method, name in names.items():
+        counts = sorted({run.parameters for (_, other), cell in cells.items() if other == method for run in cell.runs})
+        if counts:
+            span = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+            lines.append([name, span, *(cells.get((data, method), "-") for data in columns)])
+    return markdown(lines)
 
 
-def choices(rows: list[dict[str, Any]]) -> str:
-    """Make a Markdown table of the validation accuracy at each learning rate, with the seed that chose."""
-    found: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
-    first = min((row["settings"]["seed"] for row in rows), default=0)
-    for row in rows:
-        settings = row["settings"]
-        if "validation_accuracy" in row and settings["seed"] == first and not settings["overrides"]:
-            rate = settings["rate"] if settings["rate"] is not None else row.get("c", row.get("k"))
-            found[settings["data"], settings["method"]][rate] = row["validation_accuracy"]
-    names = data_sets(found)
-    lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for method, name in NAMES.items():
-        figures = [
-            ", ".join(f"{accuracy:.3f} at {rate:g}" for rate, accuracy in found.get((data, method), {}).items()) or "-"
-            for data in names
-        ]
-        if any(figure != "-" for figure in figures):
-            lines.append(f"| {name} | " + " | ".join(figures) + " |")
-    return "\n".join(lines)
+def difference_table(cells: Cells, names: dict[str, str], reference: str) -> str:
+    """Write the differences to one method in points of accuracy, a row for each of the others."""
+    columns = [data for data in data_sets(cells) if (data, reference) in cells]
+    lines = [["points more than " + names[reference].strip("*"), *columns]]
+    for method, name in names.items():
+        here = {data: cells[data, method] for data in columns if (data, method) in cells}
+        if here and method != reference:
+            found = {data: difference(cell, cells[data, reference]) for data, cell in here.items()}
+            lines.append([name, *(found.get(data) or "-" for data in columns)])
+    return markdown(lines)
 
 
-def ablations(rows: list[dict[str, Any]]) -> str:
-    """Make a Markdown table of the runs with something changed, on validation."""
-    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
-    first = min((row["settings"]["seed"] for row in rows), default=0)
-    changed = [row for row in rows if "validation_accuracy" in row and row["settings"]["seed"] == first]
-    methods = {row["settings"]["method"] for row in changed if row["settings"]["overrides"]}
-    for row in changed:
-        settings = row["settings"]
-        if settings["method"] in methods:
-            text = ", ".join(f"{name} {value}" for name, value in settings["overrides"].items())
-            key = (settings["method"], f"{text or '(as in the table)'}, rate {settings['rate']:g}")
-            found[key][settings["data"]] = row
-    names = data_sets((data, "") for cell in found.values() for data in cell)
-    lines = [
-        "| method | what is changed | trained parameters | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 3) + "|",
-    ]
-    for (method, text), cell in found.items():
-        figures = []
-        for data in names:
-            row = cell.get(data)
-            shuffled = None if row is None else row.get("validation_accuracy_shuffled_prompts")
-            figures.append(
-                "-"
-                if row is None
-                else f"{row['validation_accuracy']:.3f}" + (f" ({shuffled:.3f})" if shuffled is not None else "")
-            )
-        parameters = next(iter(cell.values()))["trainable_parameters"]
-        lines.append(f"| {method} | {text} | {parameters:,} | " + " | ".join(figures) + " |")
-    return "\n".join(lines)
+def winner_table(cells: Cells, names: dict[str, str]) -> str:
+    """Write for each data set the best method, of how many trials, and what is level with it."""
+    lines = [["data", "best", "accuracy (seeds; trials)", "points more than the second", "level with it"]]
+    for data in data_sets(cells):
+        here = {method: cell for (other, method), cell in cells.items() if other == data and method in names}
+        best, *others = sorted(here, key=lambda method: -here[method].mean)
+        if others:
+            differences = {method: difference(here[best], here[method]) for method in others}
+            level = [names[method] for method, found in differences.items() if found and found.verdict == "level"]
+            second = f"{differences[others[0]]} {names[others[0]]}"
+            lines.append([data, names[best], here[best], second, "; ".join(level) or "-"])
+    return markdown(lines)
 
 
-def plot_accuracy(rows: list[dict[str, Any]], ax: Axes) -> None:
-    """Draw every method's test accuracy on every data set: a dot a seed, a bar for their mean."""
-    cells = chosen(rows)
-    names = data_sets(cells)
-    methods = [method for method in NAMES if any((data, method) in cells for data in names)]
-    width = 0.8 / len(methods)
-    ours = [method for method in methods if method.startswith("pgn")]
-    peers = [method for method in methods if method not in ours]
-    for place, method in enumerate(methods):
-        kind, colours = (ours, "Oranges") if method in ours else (peers, "Blues")
-        colour = plt.get_cmap(colours)(0.3 + 0.5 * kind.index(method) / max(1, len(kind) - 1))
-        for group, data in enumerate(names):
-            if (data, method) not in cells:
-                continue
-            test = cells[data, method].test
-            at = group + (place - (len(methods) - 1) / 2) * width
-            label = NAMES[method].strip("*") if group == _first_with(cells, names, method) else None
-            ax.bar(at, statistics.mean(test), width, color=colour, label=label)
-            ax.plot([at] * len(test), test, "k.", markersize=3)
-    ax.set_xticks(range(len(names)), names)
-    ax.set(ylabel="test accuracy", ylim=(0, 1))
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+def choice_table(runs: Iterable[Run], names: dict[str, str], changed: bool = False) -> str:
+    """Write the validation accuracy of every setting that was tried with the first seed.
+
+    Args:
+        runs: of one table.
+        names: of the methods.
+        changed: write those whose settings differ from the protocol, and in brackets the accuracy with the prompts of
+            another image.
+    """
+    validated = [run for run in runs if run.validation is not None and bool(run.changes) == changed]
+    first = min((run.seed for run in validated), default=0)
+    found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for run in validated:
+        if run.seed == first:
+            other = f" ({run.shuffled:.3f})" if changed and run.shuffled is not None else ""
+            rate = "" if run.rate is None else f" at {run.rate:g}"
+            found[run.method, run.changes][run.data].append(f"{run.validation:.3f}{other}{rate}")
+    columns = list(dict.fromkeys(run.data for run in validated))
+    lines = [["method", "changes", *columns]]
+    for (method, changes), cell in found.items():
+        lines.append([names.get(method, method), changes or "-", *(", ".join(cell[data]) or "-" for data in columns)])
+    return markdown(lines)
 
 
-def _first_with(cells: dict[tuple[str, str], Runs], names: list[str], method: str) -> int:
-    return next(index for index, data in enumerate(names) if (data, method) in cells)
+def report(rows: Iterable[dict[str, Any]], split: str = "test", against: Iterable[str] = REFERENCES) -> str:
+    """Write all tables of some rows.
 
-
-def plot_parameters(rows: list[dict[str, Any]], axes: Iterable[Axes]) -> None:
-    """Draw test accuracy against the number of trained parameters, a panel a data set."""
-    cells = chosen(rows)
-    panels = []
-    for ax, data in zip(axes, data_sets(cells), strict=True):
-        points = [
-            (statistics.mean(cells[data, method].test), cells[data, method].parameters, method)
-            for method in NAMES
-            if (data, method) in cells
-        ]
-        for accuracy, parameters, method in points:
-            ax.plot(parameters, accuracy, "o", color=OURS if method.startswith("pgn") else THEIRS)
-        ax.set(xscale="log", xlabel="trained parameters", title=data)
-        ax.margins(x=0.35, y=0.12)
-        panels.append((ax, points))
-    panels[0][0].figure.canvas.draw()  # settles where all panels and points are
-    for ax, points in panels:
-        names = [NAMES[method].strip("*").partition(" (")[0] for _, _, method in points]
-        _name_points(ax, [(parameters, accuracy) for accuracy, parameters, _ in points], names)
-
-
-def _name_points(ax: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
-    """Write each point's name beside it, on the first side where it covers no other point and no other name."""
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(points)]
-    for point, name in sorted(zip(points, names, strict=True)):
-        for place, side in (((6, -6), "left"), ((6, 3), "left"), ((-6, -6), "right"), ((-6, 3), "right")):
-            text = ax.annotate(name, point, place, textcoords="offset points", fontsize=6, ha=side)
-            box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
-                break
-            text.remove()
-        else:
-            text = ax.annotate(name, point, (6, -6), textcoords="offset points", fontsize=6)
-        taken.append(text.get_window_extent())
-
-
-def draw(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write both plots into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update(STYLE)
-    figure, ax = plt.subplots(figsize=(9, 4), layout="constrained")
-    plot_accuracy(rows, ax)
-    figure.savefig(folder / "accuracy.png")
-    number = len(data_sets(chosen(rows)))
-    columns = min(number, 2)
-    figure, axes = plt.subplots(
-        -(-number // columns),
-        columns,
-        figsize=(4.5 * columns, 3 * -(-number // columns)),
-        layout="constrained",
-        squeeze=False,
-    )
-    for unused in axes.flat[number:]:
-        unused.axis("off")
-    for row in axes:
-        row[0].set_ylabel("test accuracy")
-    plot_parameters(rows, axes.flat[:number])
-    figure.savefig(folder / "parameters.png")
-    plt.close("all")
+    Args:
+        rows: of `adaptation.py` or `input_only.py`; others are not read.
+        split: "validation": only what was tried.
+        against: methods that the others are compared with.
+    """
+    tables: dict[str, list[Run]] = defaultdict(list)
+    for run in read(row for row in rows if {"protocol", "head"} & row.get("settings", {}).keys()):
+        tables[run.table].append(run)
+    parts = []
+    for title, runs in tables.items():
+        names, cells = (INPUT_ONLY if title.startswith("head ") else LATENT), chosen(runs)
+        parts.append(f"## {title}")
+        if any(run.validation is not None and not run.changes for run in runs):
+            parts += ["Tried on validation", choice_table(runs, names)]
+        if any(run.changes for run in runs):
+            parts += ["Changes, on validation (with another image's prompts)", choice_table(runs, names, changed=True)]
+        if cells and split == "test":
+            parts += ["Test: mean ± standard deviation (seeds; settings tried)", method_table(cells, names)]
+            for method in against:
+                if method in names and sum(key[1] == method for key in cells) and len(cells) > 1:
+                    parts.append(difference_table(cells, names, method))
+            parts.append(winner_table(cells, names))
+    return "\n\n".join(parts)
 
 
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines")
-    parser.add_argument("--protocol", choices=("small", "few", "full", "smoke"), default="small")
-    parser.add_argument("--plots", type=Path, help="folder to draw into")
-    parser.add_argument("--smoke", action="store_true", help="draw into a temporary folder")
+    parser.add_argument("--against", nargs="+", default=REFERENCES, help="methods that the others are compared with")
+    parser.add_argument("--smoke", action="store_true", help="as without it: it takes seconds anyway")
     options = parser.parse_args(command_line)
-    rows = read(options.results, options.protocol)
-    print(f"### Chosen on validation\n\n{choices(rows)}\n")
-    print(f"### Changes, on validation (in brackets: with another image's prompts)\n\n{ablations(rows)}\n")
-    hours = sum(row["seconds"] for row in rows) / 3600
-    print(f"{len(rows)} rows, {hours:.1f} hours of computing\n")
-    print(f"### Test\n\n{table(rows)}")
-    with tempfile.TemporaryDirectory() as folder:
-        if options.smoke or options.plots:
-            draw(rows, options.plots or Path(folder))
+    rows = list(Results(options.results))
+    print(report(rows, against=options.against))
+    print(f"\n{len(rows)} rows, {sum(row.get('seconds', 0) for row in rows) / 3600:.1f} hours of computing")
 
 
 if __name__ == "__main__":

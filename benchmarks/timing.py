@@ -1,19 +1,102 @@
-"""Comparable times: steps that take turns in one process, their ratios round by round, and their lower bounds."""
+"""Time and saved activations of a step; models of random weights to measure them on.
+
+Steps take turns in one process, and ratios are taken turn by turn, so that a busy machine affects all of them alike.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from bench import DEVICE
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from bench import DEVICE, Material, Split, autocast
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import ViTConfig
+
+from pgn_peft.nn.preprocessing import Preprocessing
 
 Step = Callable[[], object]
+NUM_LABELS = 10
+
+
+def vit_config(hidden_size: int, heads: int, patch_size: int, layers: int = 12, image_size: int = 224) -> ViTConfig:
+    """Return the config of a ViT whose MLPs are four times as wide as its tokens; sides in pixels."""
+    return ViTConfig(
+        hidden_size=hidden_size,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden_size,
+        patch_size=patch_size,
+        num_hidden_layers=layers,
+        image_size=image_size,
+        num_labels=NUM_LABELS,
+    )
+
+
+SIZES = {
+    "tiny": vit_config(32, 2, 8, layers=2, image_size=32),
+    "Ti/16": vit_config(192, 3, 16),
+    "S/16": vit_config(384, 6, 16),
+    "S/14": vit_config(384, 6, 14),
+    "B/32": vit_config(768, 12, 32),
+    "B/16": vit_config(768, 12, 16),
+    "L/16": vit_config(1024, 16, 16, layers=24),
+}
+
+
+def random_material(side: int, count: int) -> Material:
+    """Make images of noise, with labels in turn, as a data set's training images."""
+    pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, device=DEVICE)
+    split = Split(pixels, torch.arange(count, device=DEVICE) % NUM_LABELS)
+    names = [f"class {index}" for index in range(NUM_LABELS)]
+    return Material({"train": split}, names, Preprocessing((0.5,) * 3, (0.5,) * 3, (side, side)), None)
+
+
+class Runner:
+    """One method on one model: its training step and its inference.
+
+    Args:
+        model: pixels (B, C, H, W) in [0, 1] to logits.
+        groups: what is trained; nothing for the frozen model.
+        split: a batch.
+        precision: see `bench.autocast`.
+    """
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], split: Split, precision: str) -> None:
+        self.model, self.groups, self.split, self.precision = model, groups, split, precision
+        self.pixels = split.pixels.float() / 255
+        self.optimizer = torch.optim.AdamW(groups, fused=True) if groups else None  # as Trainer has it
+        self.call = model
+
+    def compiled(self) -> Runner:
+        """Return a runner of the same model, compiled as a whole."""
+        twin = Runner(self.model, self.groups, self.split, self.precision)
+        twin.call = torch.compile(self.model, fullgraph=True)
+        return twin
+
+    def forward(self) -> Tensor:
+        """Compute the loss."""
+        with autocast(self.precision):
+            return F.cross_entropy(self.call(self.pixels).float(), self.split.labels)
+
+    def backward(self) -> None:
+        """Compute the loss and its gradients."""
+        self.model.train()
+        self.forward().backward()
+
+    def train(self) -> None:
+        """Make one training step; no gradients are left, as in Trainer."""
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def infer(self) -> None:
+        """Compute the logits."""
+        self.model.eval()
+        with torch.inference_mode(), autocast(self.precision):
+            self.call(self.pixels)
 
 
 def synchronize() -> None:
@@ -23,7 +106,7 @@ def synchronize() -> None:
 
 
 def take_turns(steps: dict[str, Step], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Time steps in turn, so that what else the machine does meets all of them alike.
+    """Time steps in turn.
 
     Args:
         steps: by name.
@@ -50,16 +133,8 @@ def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> float:
     return statistics.median(own / other for own, other in zip(seconds[name], seconds[reference], strict=True))
 
 
-def count_flops(step: Step) -> int:
-    """Return the floating-point operations of a step's products and convolutions, those going back included."""
-    # Fused attention is not counted on every device; its plain form is, and is the same work.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
 def count_saved_bytes(step: Step, parameters: list[Tensor]) -> int:
-    """Return the bytes that a step keeps on its way forward for the way back, parameters left out."""
+    """Return the bytes of the activations that a step saves for its backward pass, parameters left out."""
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
@@ -72,34 +147,3 @@ def count_saved_bytes(step: Step, parameters: list[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
     return sum(kept.values())
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the hardware can do, measured.
-
-    Args:
-        flops: floating-point operations a second in a large product of matrices.
-        bandwidth: bytes a second, read and written, in a large copy.
-    """
-
-    flops: float
-    bandwidth: float
-
-    def floor(self, flops: float, moved: float) -> float:
-        """Return the seconds that a step takes at least: its operations or its bytes, whichever take longer."""
-        return max(flops / self.flops, moved / self.bandwidth)
-
-
-def yardsticks(precision: str) -> tuple[dict[str, Step], Callable[[dict[str, list[float]]], Machine]]:
-    """Return steps that measure the machine, and what makes a `Machine` of their times."""
-    side, dtype = (8192 if DEVICE.type == "cuda" else 1536), getattr(torch, precision)
-    left, right = torch.randn(2, side, side, device=DEVICE).to(dtype)
-    source = torch.ones(2**26, device=DEVICE)
-    target = torch.empty_like(source)
-
-    def read(seconds: dict[str, list[float]]) -> Machine:
-        product, copy = (min(seconds[name]) for name in ("product", "copy"))
-        return Machine(2 * side**3 / product, 2 * source.nbytes / copy)
-
-    return {"product": lambda: left @ right, "copy": lambda: target.copy_(source)}, read

@@ -35,8 +35,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from image_data import smoke_arguments
 from peft import AutoPeftModel
-from smoke_material import smoke_arguments
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

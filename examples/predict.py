@@ -24,20 +24,22 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import train_image_classifier
+from image_data import is_image_file, list_files, open_image, smoke_arguments
 from PIL import Image
 from tqdm import tqdm
 
 from pgn_peft import load_classifier
-from pgn_peft.nn.image_files import is_image_file, list_files, open_image
+from pgn_peft.hub.image_size import made_size
 
 
 def find_images(folder: Path) -> list[Path]:
     """List the files of a folder and its subfolders whose names end as an image's does, in order; follow links."""
     if not folder.is_dir():
-        raise SystemExit(f"`images` must be a folder, but got {str(folder)!r}. Look for a misspelt path.")
+        raise SystemExit(f"There is no folder {str(folder)!r}. Look for a misspelt path.")
     files = [file for file in list_files(folder) if is_image_file(file)]
     if not files:
-        raise SystemExit(f"`images` must hold images, but got none in {str(folder)!r}. Look for a misspelt path.")
+        raise SystemExit(f"There are no images in {str(folder)!r}.")
     return files
 
 
@@ -66,6 +68,8 @@ def predict(options: argparse.Namespace) -> float:
         subfolder=options.subfolder,
     )
     classify = classifier.pipeline(device=options.device)
+    # A processor that resizes the shorter side and cuts nothing off leaves images of different shapes.
+    fixed = made_size(classifier.image_processor, (64, 96)) == made_size(classifier.image_processor, (96, 64))
     top_k = min(options.top_k, classifier.model.config.num_labels)
     header = ["image", "label", "score"]
     header += [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "score")]
@@ -77,7 +81,7 @@ def predict(options: argparse.Namespace) -> float:
         rows = csv.writer(output)
         rows.writerow(header)
         while batch := [pair for _, pair in zip(range(options.batch_size), images, strict=False)]:
-            answers = classify([image for _, image in batch], top_k=top_k, batch_size=len(batch))
+            answers = classify([image for _, image in batch], top_k=top_k, batch_size=len(batch) if fixed else 1)
             for (file, _), answer in zip(batch, answers, strict=True):
                 cells = [cell for entry in answer for cell in (entry["label"], f"{entry['score']:.6f}")]
                 rows.writerow([file.relative_to(folder).as_posix(), *cells])
@@ -86,7 +90,7 @@ def predict(options: argparse.Namespace) -> float:
     if skipped:
         print(f"skipped {len(skipped)} of {len(files)} files that could not be read")
     if not best:
-        raise SystemExit(f"`images` must hold a readable image, but got none in {str(folder)!r}. See above.")
+        raise SystemExit(f"No image in {str(folder)!r} could be read; see above.")
     print(f"wrote {target}")
     mean = sum(best) / len(best)
     print(f"{len(best)} images, mean score of the best label {mean:.3f}")
@@ -107,14 +111,8 @@ def main(command_line: list[str] | None = None) -> float:
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     parser.add_argument("--smoke", action="store_true", help="a tiny adapter on generated images, in seconds")
     options = parser.parse_args(command_line)
-    for name in ("top_k", "batch_size"):
-        if getattr(options, name) < 1:
-            parser.error(f"`{name}` must be at least 1, but got {getattr(options, name)}.")
     with tempfile.TemporaryDirectory() as folder:
         if options.smoke:
-            import train_image_classifier
-            from smoke_material import smoke_arguments
-
             train_image_classifier.main(smoke_arguments(Path(folder)))
             options.adapter, options.images = f"{folder}/adapter", f"{folder}/images"
             options.output = f"{folder}/predictions.csv"

@@ -25,32 +25,22 @@ import tempfile
 from pathlib import Path
 
 import torch
+import train_image_classifier
+from image_data import open_image, smoke_arguments
 
 from pgn_peft import CardFacts, Classifier, load_classifier
-from pgn_peft.nn.image_files import open_image
-
-
-def read_results(adapter: str) -> dict:
-    """Read results.json of the training script; empty where it is not there."""
-    file = Path(adapter, "results.json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def parse_metric(text: str) -> tuple[str, float]:
     """Split "accuracy=0.94"."""
-    name, found, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        found = ""
-    if not found:
-        raise argparse.ArgumentTypeError(f"`metric` must be like accuracy=0.94, but got {text!r}.")
-    return name, number
+    name, _, value = text.partition("=")
+    return name, float(value)
 
 
 def make_facts(options: argparse.Namespace) -> CardFacts:
     """Collect what the card says, from the options and from the training run."""
-    results = read_results(options.adapter)
+    file = Path(options.adapter, "results.json")  # of the training script
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     metrics = dict(options.metric or ())
     if not metrics and results.get("test_accuracy") is not None and (options.dataset_name or options.dataset_id):
         metrics = {"accuracy": results["test_accuracy"]}
@@ -94,9 +84,6 @@ def main(command_line: list[str] | None = None) -> float | None:
     options = parser.parse_args(command_line)
     with tempfile.TemporaryDirectory() as folder:
         if options.smoke:
-            import train_image_classifier
-            from smoke_material import smoke_arguments
-
             train_image_classifier.main(smoke_arguments(Path(folder)))
             options.adapter, options.dataset_name, options.dry_run = f"{folder}/adapter", "red and blue", True
         if not options.adapter or not (options.repo_id or options.dry_run):

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
 import torch
 from deploy_input_only import train_smoke
-from image_data import DataArguments, load_splits
+from image_data import DataArguments, class_names, load_splits, spread
 from torch import Tensor
 
 from pgn_peft import ImagePrompter
@@ -31,16 +30,12 @@ from matplotlib import pyplot as plt
 
 def choose(rows, number: int) -> tuple[list, list[str]]:
     """Choose images of as many classes as possible, and return them with the names of their classes."""
-    names, labels = rows.features["label"].names, rows["label"]
-    seen: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        seen.setdefault(label, []).append(index)
-    by_turns = [index for turn in zip_longest(*(seen[label] for label in sorted(seen))) for index in turn]
-    chosen = [index for index in by_turns if index is not None][:number]
+    names, labels = class_names(rows), rows["label"]
+    chosen = spread(rows, seed=0)[:number].tolist()
     return [rows[index]["image"] for index in chosen], [names[labels[index]] for index in chosen]
 
 
-def read(prompter: ImagePrompter, images: list) -> Tensor:
+def to_pixels(prompter: ImagePrompter, images: list) -> Tensor:
     """Return images (B, C, H, W) in [0, 1] as the prompter sees them."""
     pixels, _, _ = read_images(images, prompter.preprocessing, prompter.num_channels, prompter.layout.input_size)
     return pixels.float() / 255
@@ -50,7 +45,7 @@ def read(prompter: ImagePrompter, images: list) -> Tensor:
 def usage(prompter: ImagePrompter, images: list) -> Tensor:
     """Return the share of each library entry in the prompts of each image: (B, L)."""
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
-    return prompter.generator(normalize(read(prompter, images), mean, std)).mean(dim=1)
+    return prompter.generator(normalize(to_pixels(prompter, images), mean, std)).mean(dim=1)
 
 
 def on_grey(changes: Tensor) -> Tensor:
@@ -60,12 +55,11 @@ def on_grey(changes: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def draw_prompted(prompter: ImagePrompter, images: list, names: list[str], file: Path) -> None:
-    """Draw images as they are and as they are sent; in the dense layout the change; and the library in use."""
+    """Draw images as they are and as they are sent, the change, and the library in use."""
     sent = prompter(images)
     pictures = [("image", images), ("as it is sent", sent)]
-    if prompter.layout.name == "dense":
-        pixels = read(prompter, images)
-        pictures.append(("change, on grey", list(on_grey(prompter.prompted(pixels) - pixels).permute(0, 2, 3, 1))))
+    pixels = to_pixels(prompter, images)
+    pictures.append(("change, on grey", list(on_grey(prompter.prompted(pixels) - pixels).permute(0, 2, 3, 1))))
     shares = None if prompter.generator is None else usage(prompter, images)
     rows = len(pictures) + (shares is not None)
     figure, axes = plt.subplots(
@@ -90,10 +84,8 @@ def draw_prompted(prompter: ImagePrompter, images: list, names: list[str], file:
 
 
 def draw_library(prompter: ImagePrompter, images: list, file: Path) -> None:
-    """Draw the library's patches, or its changes on grey, the most used first."""
-    library = prompter.library
-    if prompter.layout.name == "dense":
-        library = on_grey(library)
+    """Draw the library's changes on grey, the most used first."""
+    library = on_grey(prompter.library)
     if prompter.generator is not None:
         library = library[usage(prompter, images).mean(dim=0).argsort(descending=True)]
     columns = 16
@@ -124,11 +116,6 @@ def main(command_line: list[str] | None = None) -> None:
         if not (options.prompter and options.dataset):
             parser.error("--prompter and --dataset are required")
         prompter = ImagePrompter.from_pretrained(options.prompter)
-        if not prompter.in_range or prompter.library.ndim != 4:
-            raise SystemExit(
-                f"`prompter` must hold a library that was trained as pixels, but got {options.prompter!r}, which was "
-                "inverted from tokens. Train with --prompt_space pixel."
-            )
         splits = load_splits(DataArguments(options.dataset), seed=0)
         images, names = choose(splits["test" if "test" in splits else "validation"], options.number)
         output = Path(options.output_dir)

@@ -1,15 +1,10 @@
 """Fine-tune a frozen Vision Transformer with generated prompts on your own images.
 
 A folder of images, one subfolder for each class (it is split 80 / 10 / 10 if it has no train, validation and test
-folders):
+folders), parquet files named after their splits, or a data set on the Hub:
 
     python examples/train_image_classifier.py --model_name_or_path google/vit-base-patch16-224-in21k \
         --dataset path/to/images --output_dir outputs/my-adapter
-
-Parquet files named train, validation and test, at a quarter of the cost of 224 px:
-
-    python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
-        --dataset path/to/parquet --image_size 112 --num_train_epochs 12 --output_dir outputs/my-adapter
 
 For a hosted model: prompts that are valid pixels, and the model's own classes mapped to the task's.
 `deploy_input_only.py` shows how the result, outputs/my-adapter/prompter, is used:
@@ -18,70 +13,146 @@ For a hosted model: prompts that are valid pixels, and the model's own classes m
         --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --initial_logit_std 4 \
         --output_dir outputs/my-adapter
 
-CLIP or SigLIP with texts as classes; only prompts are trained:
-
-    python examples/train_image_classifier.py --model_name_or_path openai/clip-vit-base-patch32 \
-        --dataset path/to/images --head text --output_dir outputs/my-adapter
-
-Several processes, on GPUs or (with --use_cpu) on a CPU; `docs/train.md`:
+CLIP or SigLIP with texts as classes, of which only prompts are trained: --head text. Go on from an adapter, also with
+other classes: --adapter outputs/my-adapter. Resume an interrupted run: --resume_from_checkpoint true. Publish:
+--push_to_hub true --hub_model_id user/name. Several processes (docs/train.md):
 
     accelerate launch --config_file examples/accelerate/one_machine_gpus.yaml examples/train_image_classifier.py ...
 
-It needs `image_*.py`, `recipes.py`, `adapter_arguments.py`, `card_facts.py` and `comparisons.py` beside it. After an
-interruption, the same command with --resume_from_checkpoint true resumes from the last complete checkpoint. With
---push_to_hub true --hub_model_id user/name the adapter is published after each epoch and at the end; `share_on_hub.py`
-publishes an existing one. In the end it says what prompts add to a linear head without them, and what prompts for each
-image add to the prompts of other images. `--smoke` runs the script offline on a tiny model and a few generated images,
-in seconds; it ends with
+The output folder then holds the adapter with its labels (adapter_model.safetensors, adapter_config.json), the image
+processor, a model card and results.json. `pgn_peft.load_classifier("outputs/my-adapter")` loads it, and `predict.py`
+classifies a folder of images with it. `--smoke` trains a tiny model offline, in seconds; it ends with
 
     test accuracy 1.000
-
-The output folder then holds the adapter with its labels (adapter_model.safetensors, adapter_config.json), the image
-processor, a model card and results.json. Load it with
-
-    import pgn_peft
-    model, image_processor = pgn_peft.load_classifier("outputs/my-adapter")
-
-or classify a folder of images with `predict.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
-from adapter_arguments import AdapterArguments, add_texts, find_label_mapping, load_backbone, start_library
-from card_facts import add_results, describe_data
-from comparisons import compare, measure_head_alone, measure_with_other_prompts
-from datasets import DatasetDict
-from filelock import FileLock, Timeout
-from image_data import DataArguments, load_processor, load_splits, made_side
-from image_loading import LoaderArguments
-from image_transforms import add_transforms, cache_images
+import transformers
+from datasets import Dataset, DatasetDict, List
+from image_data import DataArguments, add_transforms, class_names, load_processor, load_splits, say, smoke_arguments
 from peft import PeftModel, get_peft_model
-from sklearn.metrics import accuracy_score
-from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import IntervalStrategy
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, f1_score
+from torch.utils.data import DataLoader
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    IntervalStrategy,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from pgn_peft import AdapterTrainer, CardFacts, ImageCollator, PGNConfig, make_prompter
-from pgn_peft.training import last_complete_checkpoint, parameter_groups
-from pgn_peft.training.distributed import EqualStatistics, SameSteps
-from pgn_peft.tuner.backbones import find_backbone
-from pgn_peft.tuner.embeddings import own_image_size
-from pgn_peft.utils.files import replacing
+from pgn_peft import (
+    AdapterTrainer,
+    CardFacts,
+    ImageCollator,
+    PGNConfig,
+    embed_texts,
+    frequency_mapping,
+    make_prompter,
+    use_texts,
+)
+from pgn_peft.hub.image_size import made_size, makes_another_size
+from pgn_peft.inspection import prompts_of_other_images
+from pgn_peft.training import EqualStatistics, HeadAlone, head_alone, last_complete_checkpoint, parameter_groups
+from pgn_peft.tuner.adapters import prompt_layer
+from pgn_peft.tuner.backbones import SUPPORTED
 
 EPOCHS, FEWEST_STEPS = 12, 100
+# With fewer images of each of more classes, 100 steps are too few for prompts in every layer (docs/evidence.md).
+FEW_IMAGES, MANY_CLASSES = 4, 20
+MOST_WORKERS = 8
+
+# Fields of `PGNConfig` that are arguments of the script as they are.
+FIELDS = (
+    "num_virtual_tokens",
+    "library_size",
+    "generator",
+    "generator_image_size",
+    "generator_width",
+    "generator_norm",
+    "generator_rank",
+    "mixing",
+    "slot_prompts",
+    "initializer_range",
+    "initial_logit_std",
+    "prompt_space",
+    "prompt_layout",
+    "jpeg_quality",
+    "prompt_dropout",
+    "head",
+)
 
 
 @dataclass
-class Arguments(LoaderArguments):
+class ModelArguments:
+    """The frozen model, and what is not a field of `PGNConfig`."""
+
+    model_name_or_path: str = field(metadata={"help": "Id or path of the model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter to continue from, for the same or other classes; all other options of adapters come from "
+            "it. Its head keeps the classes that have the same names."
+        },
+    )
+    prompt_depth: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of encoder layers with prompts of their own; 0: all of them. By default all, but 1 for "
+            "prompts that are or become pixels, for texts, and for few images of each of many classes."
+        },
+    )
+    label_mapping: bool = field(
+        default=False, metadata={"help": "With a frozen head: read the model's classes as the task's."}
+    )
+    templates: list[str] = field(
+        default_factory=lambda: ["a photo of a {}."],
+        metadata={
+            "help": "With head 'text': sentences with {} for a class's name, embedded by the model's text tower."
+        },
+    )
+    text_embeds: str | None = field(
+        default=None,
+        metadata={
+            "help": "With head 'text', for a model without a text tower: a safetensors file with one tensor, an "
+            "embedding for each class in the order of the data set's labels."
+        },
+    )
+
+
+def _argument(name: str) -> tuple[str, type, Any]:
+    declared = PGNConfig.__dataclass_fields__[name]
+    metadata = {"help": declared.metadata["help"]}
+    return name, get_type_hints(PGNConfig)[name], field(default=declared.default, metadata=metadata)
+
+
+AdapterArguments = make_dataclass("AdapterArguments", map(_argument, FIELDS), bases=(ModelArguments,))
+
+
+@dataclass
+class Arguments(TrainingArguments):
     """`TrainingArguments` with defaults that suit adapters."""
 
     recipe: str = field(
@@ -94,11 +165,7 @@ class Arguments(LoaderArguments):
     )
     learning_rate: float | None = field(default=None, metadata={"help": "Of the generator; by default the recipe's."})
     library_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "By default ten times the generator's, thirty times in pixel space; the same where several layers "
-            "have prompts, and with 'sgd'."
-        },
+        default=None, metadata={"help": "By default as `parameter_groups` chooses it; with 'sgd' the generator's."}
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "By default three times the generator's; with 'sgd' the same."}
@@ -112,20 +179,25 @@ class Arguments(LoaderArguments):
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
     load_best_model_at_end: bool = True
-    metric_for_best_model: str = "accuracy"
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.1
     remove_unused_columns: bool = False  # the transforms read the image column
     ddp_find_unused_parameters: bool = False
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "By default one for each core but one, 8 at most, on a GPU; 0 on a CPU."}
+    )
     report_to: str = "none"
     logging_steps: float = 10
 
     def __post_init__(self) -> None:
         if self.dataloader_drop_last:
-            raise SystemExit(
-                "`dataloader_drop_last` must be False, but got True: evaluations would leave images out too. Leave it "
-                "out; a last batch of one image can be trained on."
-            )
+            raise SystemExit("`dataloader_drop_last` would leave images out of evaluations too. Leave it out.")
+        accelerated = torch.accelerator.is_available() and not self.use_cpu
+        if self.dataloader_num_workers is None:
+            # On a CPU a step takes longer than its images, on the cores that workers would need.
+            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.dataloader_num_workers = max(1, min(cores - 1, MOST_WORKERS)) if accelerated else 0
+        self.dataloader_pin_memory = self.dataloader_pin_memory and accelerated
         if self.learning_rate is None:
             self.learning_rate = 0.1 if self.recipe == "sgd" else 1e-3
         if self.recipe == "sgd":
@@ -136,8 +208,8 @@ class Arguments(LoaderArguments):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
         super().__post_init__()
 
-    def settle_epochs(self, images: int) -> None:
-        """Choose the number of epochs, if none was given.
+    def choose_epochs(self, images: int) -> None:
+        """Choose the number of epochs, if none was given: 12, or as many as make 100 steps.
 
         If that is more than 12, evaluate and save 12 times all the same: after every so many epochs.
         """
@@ -147,226 +219,310 @@ class Arguments(LoaderArguments):
         steps_per_epoch = math.ceil(images / images_per_step)
         self.num_train_epochs = max(EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))
         if self.num_train_epochs > EPOCHS and self.max_steps <= 0:
-            if self.process_index == 0:
-                print(f"{images} training images: {self.num_train_epochs} epochs, for {FEWEST_STEPS} steps or more")
+            say(f"{images} training images: {self.num_train_epochs} epochs, for {FEWEST_STEPS} steps or more")
             if self.eval_strategy == self.save_strategy == IntervalStrategy.EPOCH:
                 self.eval_strategy = self.save_strategy = IntervalStrategy.STEPS
                 self.eval_steps = self.save_steps = self.num_train_epochs // EPOCHS * steps_per_epoch
 
+    def find_checkpoint(self) -> Path | None:
+        """Return the checkpoint to resume from: the one that is named, or else the last complete one, if any."""
+        resume = self.resume_from_checkpoint
+        if resume in (None, "", "false", "False"):
+            if any(Path(self.output_dir).glob("checkpoint-*")):
+                raise SystemExit(
+                    f"{self.output_dir!r} holds checkpoints of another run. Pass --resume_from_checkpoint true to go "
+                    "on with it, or choose another --output_dir."
+                )
+            return None
+        found = last_complete_checkpoint(self.output_dir) if resume in ("true", "True") else Path(resume)
+        say(f"resuming from {found}" if found else "no complete checkpoint, starting from the beginning")
+        return found
 
-@contextmanager
-def writing_to(output_dir: str, resume: bool, is_main_process: bool) -> Iterator[None]:
-    """Find out before training whether results can be written, and keep other runs from writing there meanwhile.
 
-    The lock is released when the process ends, also when it is killed.
+def choose_depth(adapter: ModelArguments, images: int, classes: int) -> int | None:
+    """Choose how many layers have prompts, by the rule that the README gives, and print which line of it applies."""
+    if adapter.prompt_space == "pixel":
+        rule, depth = "prompts in pixels, for a model that can only be called", 1
+    elif adapter.prompt_layout is not None or adapter.head == "text":
+        rule, depth = "prompts for the first layer", 1
+    elif images < FEW_IMAGES * classes and classes > MANY_CLASSES:
+        rule, depth = "few images of many classes: prompts for the first layer, which learn in fewer steps", 1
+    else:
+        rule, depth = "prompts in every layer", 0
+    if adapter.prompt_depth not in (None, depth):
+        rule, depth = f"--prompt_depth {adapter.prompt_depth}, as asked for; the rule is: {rule}", adapter.prompt_depth
+    say(f"{images / classes:.3g} images of each of {classes} classes: {rule} (README, 'Which method')")
+    return depth or None
 
-    Raises:
-        SystemExit: the folder cannot be written to, another run is writing there, or results would mix with those of
-            an earlier run.
-    """
-    folder = Path(output_dir)
-    lock = FileLock(folder / ".training.lock", blocking=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        if is_main_process:
-            lock.acquire()
-    except Timeout as error:
-        raise SystemExit(
-            f"`output_dir` must be written to by one run at a time, but got {output_dir!r}, which another process "
-            "writes to. Wait until it has ended, or choose another folder."
-        ) from error
-    except OSError as error:
-        raise SystemExit(f"`output_dir` must be writable, but got {output_dir!r}: {error}. Choose another.") from error
-    except NotImplementedError as error:
-        print(f"`output_dir` cannot be locked here ({error}): let one run at a time write to it")
-    try:
-        if not resume and any(folder.glob("checkpoint-*")):
+
+def make_config(
+    adapter: AdapterArguments, labels: list[str], images: int, processor: Any, mapping: list[int] | None = None
+) -> PGNConfig:
+    """Return the configuration of a new adapter, or that of the adapter to continue from with these labels."""
+    id2label = dict(enumerate(labels))
+    if adapter.adapter is not None:
+        found = PGNConfig.from_pretrained(adapter.adapter)
+        return dataclasses.replace(found, id2label=id2label, num_labels=None, inference_mode=False)
+    in_pixels = adapter.prompt_space == "pixel"
+    return PGNConfig(
+        **{name: getattr(adapter, name) for name in FIELDS},
+        prompt_depth=choose_depth(adapter, images, len(labels)),
+        image_size=square_side(processor) if in_pixels or adapter.prompt_layout else None,
+        image_mean=list(processor.image_mean) if in_pixels else None,
+        image_std=list(processor.image_std) if in_pixels else None,
+        label_mapping=mapping,
+        # A frozen head without a mapping has the model's labels.
+        id2label=None if adapter.head == "frozen" and mapping is None else id2label,
+    )
+
+
+def square_side(processor: Any) -> int | None:
+    """Return the side of what an image processor makes of a square image, in pixels; None if that is no square."""
+    height, width = made_size(processor, (64, 64))
+    return height if height == width else None
+
+
+def load_backbone(adapter: ModelArguments) -> PreTrainedModel:
+    """Load the model: as its checkpoint was saved for texts, else as a classifier; for features if there is none."""
+    source = {"pretrained_model_name_or_path": adapter.model_name_or_path, "revision": adapter.model_revision}
+    config = AutoConfig.from_pretrained(**source)
+    if adapter.head == "text":
+        name = (config.architectures or [type(config).__name__])[0]
+        if name not in SUPPORTED or not SUPPORTED[name].has_texts:
             raise SystemExit(
-                f"`output_dir` must hold no checkpoints of another run, but got {output_dir!r}. Pass "
-                "--resume_from_checkpoint true to go on with that run, or choose another folder."
+                f"`model_name_or_path` must be a model for images and texts with --head text, not a {name}."
             )
-        yield
-    finally:
-        if lock.is_locked:
-            with suppress(OSError):  # Windows removes it on release
-                folder.joinpath(".training.lock").unlink()
-            lock.release()
+        return getattr(transformers, name).from_pretrained(**source)
+    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return AutoModelForImageClassification.from_pretrained(**source)
+    return AutoModel.from_pretrained(**source)
+
+
+@torch.inference_mode()
+def find_label_mapping(backbone: PreTrainedModel, rows: Dataset, names: list[str]) -> list[int]:
+    """Find by frequency which of the model's classes stand for the task's: `rows` without augmentation."""
+    backbone.eval()
+    takes_size = "interpolate_pos_encoding" in backbone.forward.__code__.co_varnames
+    options = {"interpolate_pos_encoding": True} if takes_size else {}
+    batches = (rows[start : start + 100]["pixel_values"] for start in range(0, len(rows), 100))
+    logits = torch.cat([backbone(batch.to(backbone.device), **options).logits.cpu() for batch in batches])
+    labels = torch.tensor(rows.with_format(None)["label"])
+    return frequency_mapping(logits, labels, len(names), backbone.config.id2label)
+
+
+def add_texts(model: PeftModel, adapter: ModelArguments, labels: list[str]) -> None:
+    """Give an adapter with texts as classes the embeddings of a file, or of the classes' names."""
+    if adapter.text_embeds is not None:
+        use_texts(model, *load_file(adapter.text_embeds).values())
+        return
+    tokenizer = AutoTokenizer.from_pretrained(adapter.model_name_or_path, revision=adapter.model_revision)
+    use_texts(model, embed_texts(model.get_base_model(), tokenizer, labels, adapter.templates))
+
+
+def continue_from(model: PeftModel, adapter: str, labels: list[str]) -> None:
+    """Start an adapter from another one: its generator, its library, and of its head the classes that are here too."""
+    weights = load_peft_weights(adapter, device="cpu")
+    before = list((PGNConfig.from_pretrained(adapter).id2label or {}).values())
+    kept = [name for name in labels if name in before]
+    say(f"continuing from {adapter}: {len(kept)} of {len(labels)} classes are the same, {len(before)} were there")
+    if before != labels:
+        for name, new in model.state_dict().items():
+            saved = weights.get(name.replace(".default", ""))
+            if "pgn_head" in name and saved is not None:
+                new = new.detach().clone().cpu()
+                for label in kept:
+                    new[labels.index(label)] = saved[before.index(label)]
+                weights[name.replace(".default", "")] = new
+    set_peft_model_state_dict(model, weights)
 
 
 def make_trainer(
-    model,
+    model: PeftModel,
     splits: DatasetDict,
     arguments: Arguments,
-    parameters: list[dict],
-    num_labels: int,
-    interpolate: bool,
-    processor=None,
+    processor: Any = None,
     facts: CardFacts | None = None,
+    callbacks: Iterable[TrainerCallback] = (),
 ) -> AdapterTrainer:
-    """Put model, data, optimizer and callbacks together."""
+    """Put model, data, optimizer and callbacks together; `splits` have transforms."""
+    several = isinstance(splits["train"].features["label"], List)
+    rates = (arguments.learning_rate, arguments.library_learning_rate, arguments.head_learning_rate)
+    groups = parameter_groups(model, *rates, arguments.weight_decay)
     if arguments.recipe == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=arguments.learning_rate, momentum=0.9)
+        optimizer = torch.optim.SGD(groups, lr=arguments.learning_rate, momentum=0.9)
     else:
         # An adapter has many small tensors: fused, a step over them takes a tenth of the time.
-        optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=True)
+
+    def measure(outcome: Any) -> dict[str, float]:
+        if several:
+            return {"f1": f1_score(outcome.label_ids, outcome.predictions > 0, average="micro")}
+        return {"accuracy": accuracy_score(outcome.label_ids, outcome.predictions.argmax(axis=-1))}
+
+    arguments.metric_for_best_model = arguments.metric_for_best_model or ("f1" if several else "accuracy")
+    arguments.greater_is_better = not arguments.metric_for_best_model.endswith("loss")
+    interpolate = processor is not None and makes_another_size(prompt_layer(model), processor)
     return AdapterTrainer(
         model=model,
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
-        data_collator=ImageCollator(num_labels, interpolate_pos_encoding=interpolate),
-        compute_metrics=lambda outcome: {
-            "accuracy": accuracy_score(outcome.label_ids, outcome.predictions.argmax(axis=-1))
-        },
+        data_collator=ImageCollator(len(class_names(splits["train"])), interpolate_pos_encoding=interpolate),
+        compute_metrics=measure,
         # A base whose config asks for hidden states or attentions answers with these too.
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
         optimizers=(optimizer, None),
-        callbacks=[EqualStatistics(), SameSteps()],
+        callbacks=[EqualStatistics(), *callbacks],
         processing_class=processor,
         facts=facts,
     )
 
 
-def find_checkpoint(arguments: Arguments) -> Path | None:
-    """Return the checkpoint to go on from: the one that is named, or else the last complete one; None without one."""
-    if arguments.resume_from_checkpoint in ("true", "True", True):
-        try:
-            return last_complete_checkpoint(arguments.output_dir, arguments.world_size)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
-    checkpoint = Path(arguments.resume_from_checkpoint).expanduser()
-    if not (checkpoint / "optimizer.pt").is_file():
-        raise SystemExit(
-            f"`resume_from_checkpoint` must be a checkpoint with the optimizer's state, but got {str(checkpoint)!r} "
-            "without optimizer.pt. Name another one; --save_only_model true saves none that a run can go on from."
+def measure_head_alone(trainer: AdapterTrainer, train: Dataset) -> HeadAlone:
+    """Measure what a linear head on the frozen model reaches on validation; `train` without augmentation."""
+    loaders = (
+        DataLoader(
+            rows,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            collate_fn=trainer.data_collator,
+            num_workers=trainer.args.dataloader_num_workers,
         )
-    return checkpoint
+        for rows in (train, trainer.eval_dataset)
+    )
+    alone = head_alone(trainer.classifier.model, *loaders)
+    say(f"without prompts: a linear head on the frozen model has a validation accuracy of {alone.linear:.3f}")
+    if alone.own is not None:
+        has_texts = trainer.classifier.model.peft_config["default"].head == "text"
+        say(f"without prompts: {'zero-shot classification' if has_texts else 'the own head'} has {alone.own:.3f}")
+    return alone
 
 
-def check_same_adapter(wanted: PGNConfig, found: PGNConfig) -> None:
-    """Stop rather than go on with an adapter for other classes, or of another kind."""
+def measure_with_other_prompts(trainer: AdapterTrainer) -> float | None:
+    """Measure the accuracy on validation when each image gets the prompts of another; None for static prompts."""
+    model = trainer.classifier.model
+    if model.peft_config["default"].generator == "static":
+        return None
+    with prompts_of_other_images(model):
+        metrics = trainer.predict(trainer.eval_dataset.shuffle(seed=0), metric_key_prefix="other").metrics
+    return metrics.get("other_accuracy", metrics.get("other_f1"))
+
+
+def compare(accuracy: float, alone: HeadAlone | None, with_other_prompts: float | None, images: int) -> str:
+    """Say what prompts add to a linear head, and what prompts for each image add to prompts; one line each."""
+    likely = (accuracy * images + 1) / (images + 2)  # of few images all may be right by chance
+    chance = (likely * (1 - likely) / images) ** 0.5  # one standard error
+    says = []
+    if alone is not None:
+        gain = accuracy - alone.linear
+        says.append(f"{gain:+.3f} compared with a linear head without prompts")
+        if gain <= chance:
+            says[-1] += f": prompts add nothing here (differences up to {chance:.3f} are chance)"
+    if with_other_prompts is not None:
+        gain = accuracy - with_other_prompts
+        says.append(f"{gain:+.3f} compared with the prompts of other images")
+        if gain <= chance:
+            says[-1] += ": prompts need not depend on the image here, --generator static is smaller"
+    return "\n".join(says)
+
+
+def check_same_adapter(wanted: PGNConfig, checkpoint: Path) -> None:
+    """Stop rather than resume with an adapter of another kind or other classes."""
     made_elsewhere = {"inference_mode", "peft_version", "pgn_peft_version", "base_model_name_or_path"}
+    found = PGNConfig.from_pretrained(str(checkpoint)).to_dict()
     for name, value in wanted.to_dict().items():
-        if name not in made_elsewhere and found.to_dict()[name] != value:
+        if name not in made_elsewhere and found[name] != value:
             raise SystemExit(
-                f"`resume_from_checkpoint` must name a run with the same {name}, {value!r}, but got one with "
-                f"{found.to_dict()[name]!r}. Give the arguments of that run, or another output_dir."
+                f"{name} is {value!r}, but {found[name]!r} in the run to resume. Give the arguments of that run, or "
+                "another --output_dir."
             )
 
 
-def check_same_optimizer(wanted: torch.optim.Optimizer, checkpoint: str | Path) -> None:
-    """Stop rather than go on with the optimizer of the checkpoint, which `Trainer` restores whatever was asked for."""
-    found = torch.load(Path(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True)["param_groups"]
-    for group, saved in zip(wanted.param_groups, found, strict=True):
-        for name, stored in (("lr", "initial_lr"), ("weight_decay", "weight_decay"), ("momentum", "momentum")):
-            if group.get(name) != saved.get(stored):
-                raise SystemExit(
-                    f"`resume_from_checkpoint` must name a run with the same optimizer, {name}={group.get(name)} for "
-                    f"{group['name']}, but got one with {saved.get(stored)}. Give the learning rates, the weight "
-                    "decay and the recipe of that run, or another output_dir."
-                )
-
-
-def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict:
+def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict[str, Any]:
     """Train, evaluate and save; return what results.json holds."""
-    resume = arguments.resume_from_checkpoint not in (None, "", "false", "False")
-    with writing_to(arguments.output_dir, resume, arguments.process_index == 0):
-        return _train(adapter, data, arguments, resume)
-
-
-def _train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments, resume: bool) -> dict:
-    checkpoint = find_checkpoint(arguments) if resume else None
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)  # now, rather than after training
+    checkpoint = arguments.find_checkpoint()
     set_seed(arguments.seed)
     with arguments.main_process_first(desc="loading the data"):
-        splits = load_splits(data, seed=0)
-    labels = splits["train"].features["label"].names
+        splits = load_splits(data)
+    labels = class_names(splits["train"])
     if len(labels) < 2:
-        raise SystemExit(
-            f"`dataset` must have at least two classes, but got {labels}: a head of one label would learn to "
-            "predict a number. Add images of another class."
-        )
-    arguments.settle_epochs(len(splits["train"]))
-    rule = adapter.choose(len(splits["train"]), len(labels))
-    if arguments.process_index == 0:
-        print(rule)
+        raise SystemExit(f"`dataset` has one class, {labels}, so that there is nothing to tell apart.")
+    arguments.choose_epochs(len(splits["train"]))
     processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
-    side = made_side(processor)
-    adapter.config(labels, processor, side, [*range(len(labels))] if adapter.head == "frozen" else None)
-    if data.cache_images:
-        with arguments.main_process_first(desc="caching the images"):
-            splits = cache_images(splits, processor, arguments.dataloader_num_workers)
-    without_augmentation = splits["train"].with_transform(add_transforms(splits, processor, data.augmentation))
+    without_augmentation = add_transforms(splits, processor, data.augmentation)
+
     backbone = load_backbone(adapter)
-    own_size = own_image_size(backbone.get_submodule(find_backbone(backbone).embeddings))
-    interpolate = side is not None and own_size != (side, side)
-    mapping = find_label_mapping(backbone, without_augmentation, interpolate) if adapter.label_mapping else None
-    config = adapter.config(labels, processor, side, mapping)
-    model: PeftModel = get_peft_model(backbone, config, revision=adapter.model_revision)
-    if config.prompt_space == "pixel" and config.prompt_layout != "dense":  # which starts at zero
-        start_library(model, without_augmentation)
+    mapping = find_label_mapping(backbone, without_augmentation, labels) if adapter.label_mapping else None
+    config = make_config(adapter, labels, len(splits["train"]), processor, mapping)
+    several = isinstance(splits["train"].features["label"], List)
+    config.problem_type = "multi_label_classification" if several else "single_label_classification"
+    model = get_peft_model(backbone, config, revision=adapter.model_revision)
+    if adapter.adapter is not None:
+        continue_from(model, adapter.adapter, labels)
     if config.head == "text":
         add_texts(model, adapter, labels)
-    trainable, _ = model.get_nb_trainable_parameters()
 
-    parameters = parameter_groups(
-        model,
-        arguments.learning_rate,
-        arguments.library_learning_rate,
-        arguments.head_learning_rate,
-        arguments.weight_decay,
-    )
-    trainer = make_trainer(
-        model, splits, arguments, parameters, len(labels), interpolate, processor, describe_data(data.dataset)
-    )
-    if resume:
-        if checkpoint is not None:
-            check_same_adapter(model.peft_config["default"], PGNConfig.from_pretrained(str(checkpoint)))
-            check_same_optimizer(trainer.optimizer, checkpoint)
-        print(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint, starting from the beginning")
-    alone = measure_head_alone(trainer, without_augmentation, splits["validation"])
+    dataset = {"dataset_name": folder_name.name} if (folder_name := Path(data.dataset).resolve()).exists() else {}
+    facts = CardFacts(**(dataset or {"dataset_id": data.dataset}))
+    trainer = make_trainer(model, splits, arguments, processor, facts)
+    if checkpoint is not None:
+        check_same_adapter(model.peft_config["default"], checkpoint)
+    alone = None if several else measure_head_alone(trainer, without_augmentation)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
-    with_other_prompts = measure_with_other_prompts(trainer, splits["validation"])
+    metric = "f1" if several else "accuracy"
+    found = trainer.evaluate(splits["validation"])[f"eval_{metric}"]
+    tested = None
+    if "test" in splits:
+        tested = trainer.evaluate(splits["test"], metric_key_prefix="test")[f"test_{metric}"]
+    with_other_prompts = measure_with_other_prompts(trainer)
+    trainable, _ = model.get_nb_trainable_parameters()
     results = {
         "trainable_parameters": trainable,
         "train_images": len(splits["train"]),
-        "head_alone_accuracy": alone.linear,
-        "accuracy_with_other_prompts": with_other_prompts,
-        "validation_accuracy": trainer.evaluate(splits["validation"])["eval_accuracy"],
-        "test_accuracy": (
-            trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"] if "test" in splits else None
-        ),
+        "head_alone_accuracy": None if alone is None else alone.linear,
+        f"{metric}_with_other_prompts": with_other_prompts,
+        f"validation_{metric}": found,
+        f"test_{metric}": tested,
         "train_images_per_second": outcome.metrics["train_samples_per_second"],
         "epochs": None if arguments.max_steps > 0 else arguments.num_train_epochs,
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
     }
-    if trainer.is_world_process_zero():
-        folder = Path(arguments.output_dir)
-        trainer.facts = add_results(trainer.card_facts(), results)
-        trainer.classifier.save_pretrained(folder, trainer.facts)
-        if config.prompt_space == "pixel":
-            make_prompter(model, processor).save_pretrained(folder / "prompter")
-        with replacing(folder) as staged:
-            staged.joinpath("results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        model.print_trainable_parameters()
-        print(f"validation accuracy {results['validation_accuracy']:.3f}")
-        print(compare(results["validation_accuracy"], alone, with_other_prompts, len(splits["validation"])))
-        print(f"training images per second {results['train_images_per_second']:.1f}")
-        print(f"saved to {folder}")
-        if arguments.push_to_hub:
-            print(f"published: {trainer.push_to_hub().commit_url}")
-        print("test accuracy", "-" if results["test_accuracy"] is None else f"{results['test_accuracy']:.3f}")
+    if not trainer.is_world_process_zero():
+        return results
+    card = trainer.card_facts()
+    # Validation is none of the metrics, because it chose the epoch.
+    rows = {
+        "training images": f"{results['train_images']:,}",
+        f"{metric} on validation": f"{found:.4f} (the best epoch was chosen by it)",
+    }
+    trainer.facts = dataclasses.replace(
+        card,
+        metrics={} if tested is None else {metric: tested},
+        split="test",
+        hyperparameters=rows | dict(card.hyperparameters),
+    )
+    trainer.classifier.save_pretrained(folder, trainer.facts)
+    if config.prompt_space == "pixel":
+        make_prompter(model, processor).save_pretrained(folder / "prompter")
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    model.print_trainable_parameters()
+    print(f"validation {metric} {found:.3f}")
+    print(compare(found, alone, with_other_prompts, len(splits["validation"])))
+    print(f"training images per second {results['train_images_per_second']:.1f}")
+    print(f"saved to {folder}")
+    if arguments.push_to_hub:
+        print(f"published: {trainer.push_to_hub().commit_url}")
+    print(f"test {metric}", "-" if tested is None else f"{tested:.3f}")
     return results
 
 
-def main(command_line: list[str] | None = None) -> dict:
+def main(command_line: list[str] | None = None) -> dict[str, Any]:
     command_line = sys.argv[1:] if command_line is None else command_line
     with tempfile.TemporaryDirectory() as folder:
         if "--smoke" in command_line:
-            from smoke_material import smoke_arguments
-
             command_line = smoke_arguments(Path(folder)) + [word for word in command_line if word != "--smoke"]
         parser = HfArgumentParser((AdapterArguments, DataArguments, Arguments))
         return train(*parser.parse_args_into_dataclasses(command_line))

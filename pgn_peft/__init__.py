@@ -32,9 +32,9 @@ if find_spec("peft") is not None:
 
     from pgn_peft.hub import CardFacts, Classifier, load_classifier
     from pgn_peft.inversion import make_prompter
+    from pgn_peft.texts import embed_texts, use_texts
     from pgn_peft.training import AdapterTrainer, ImageCollator
     from pgn_peft.tuner.config import PGNConfig
     from pgn_peft.tuner.model import PGNModel
-    from pgn_peft.texts import embed_texts, use_texts
 
     register()

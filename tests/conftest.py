@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTH
 
 TOKEN = "hf_secret"  # of the loopback Hub
 # Of an adapter.
-FILES = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", "README.md", "library.png"}
+FILES = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json", "README.md"}
 
 HANG = 1800  # seconds after which a process that hangs is ended; no test may fail because a machine is slow
 
@@ -177,6 +178,10 @@ def tiny_config(**overrides):
     return PGNConfig(**(sizes | overrides))
 
 
+# Fields of an adapter in pixel space that suit `tiny_vit`.
+PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
+
+
 def answer(model, pixel_values, **kwargs):
     """Logits, or the features of a model without a head."""
     with torch.no_grad():
@@ -236,6 +241,15 @@ def assert_same_inside(found, expected, tolerance, place):
 
 
 assert_nearly_equal = assert_same
+
+
+@contextmanager
+def refused(error, *words):
+    """Ask for an error whose message has all `words`: names of fields, and values, in any order."""
+    with pytest.raises(error) as raised:
+        yield
+    message = str(raised.value)
+    assert not [word for word in words if str(word) not in message], message
 
 
 def edit_json(file, **fields):

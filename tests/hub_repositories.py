@@ -50,8 +50,10 @@ class Repository:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = POINTER + value["oid"]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
             else:
-                raise ValueError(f"`key` must be header, file or lfsFile, but got {line['key']!r}.")
+                raise ValueError(f"a commit has no {line['key']!r}")
         return self._record(branch, files, summary)
 
     def _record(self, branch: str, files: dict[str, bytes | str], summary: str) -> str:

@@ -1,10 +1,13 @@
 """One call from an adapter to a classifier: what it answers, what it falls back to, what it refuses to open."""
 
+import base64
 import json
 import logging
 import pickle
 import shutil
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -78,6 +81,22 @@ def test_every_supported_classifier(architecture, tmp_path, pixel_values):
     assert {entry["label"] for entry in loaded.pipeline()(RED)} == {"cat", "dog"}
 
 
+def test_the_saved_processor_wins_over_a_stale_one_in_another_file(model, tmp_path):
+    """Transformers reads processor_config.json first (huggingface/transformers#42085)."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+
+    def leave_a_stale_one():
+        stale = {"image_processor": processor(64).to_dict(), "processor_class": "CLIPProcessor"}
+        (folder / "processor_config.json").write_text(json.dumps(stale), encoding="utf-8")
+
+    leave_a_stale_one()
+    Classifier(model, processor(32)).save_pretrained(folder)
+    assert AutoImageProcessor.from_pretrained(folder).size["height"] == 32
+    leave_a_stale_one()
+    assert load_classifier(folder).image_processor.size["height"] == 32
+
+
 def test_both_pipelines_use_the_adapters_processor(model, saved, caplog):
     inputs = processor()(images=RED, return_tensors="pt")
     expected = answer(model, **inputs).softmax(-1)[0].tolist()
@@ -87,6 +106,30 @@ def test_both_pipelines_use_the_adapters_processor(model, saved, caplog):
         scores = {entry["label"]: entry["score"] for entry in classify(RED)}
         assert [scores["cat"], scores["dog"]] == pytest.approx(expected, abs=1e-6)
     assert "not supported" not in caplog.text
+
+
+def test_a_pipeline_reads_16_bit_images_from_every_source(model, tmp_path):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    content = (tmp_path / "grey.png").read_bytes()
+    classify = Classifier(model, processor()).pipeline()
+    expected = classify(Image.fromarray((ramp / 257).round().astype(np.uint8)))
+    encoded = base64.b64encode(content).decode()
+    for image in (
+        str(tmp_path / "grey.png"),
+        encoded,
+        f"data:image/png;base64,{encoded}",
+        Image.open(BytesIO(content)),
+    ):
+        assert [entry["score"] for entry in classify(image)] == pytest.approx([e["score"] for e in expected], abs=1e-5)
+    with pytest.raises(ValueError, match="'nowhere.png' is no image. Pass the path"):
+        classify("nowhere.png")
+
+
+def test_gradio_takes_a_pipeline(model):
+    """Gradio 6.31 makes the page, but its button needs Transformers 4: it asks for text pipelines that are gone."""
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+    assert gradio.Interface.from_pipeline(Classifier(model, processor()).pipeline())
 
 
 def test_what_transformers_pipeline_does_by_itself(saved):
@@ -116,10 +159,9 @@ def test_an_adapter_of_the_bases_size_still_refuses_others(saved):
         load_classifier(saved).model(torch.zeros(1, 3, 48, 48))
 
 
-@pytest.mark.parametrize("layout", ["canvas", "append", "dense"])
-def test_an_adapter_in_pixel_space(base, tmp_path, pixel_values, layout):
+def test_an_adapter_in_pixel_space(base, tmp_path, pixel_values):
     norms = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    model = adapted(base, prompt_space="pixel", prompt_layout=layout, num_virtual_tokens=None, **norms)
+    model = adapted(base, prompt_space="pixel", num_virtual_tokens=None, **norms)
     Classifier(model, processor()).save_pretrained(tmp_path / "adapter")
     loaded = load_classifier(tmp_path / "adapter")
     assert_nearly_equal(answer(loaded.model, pixel_values), answer(model, pixel_values), valid_pixels=True)
@@ -133,29 +175,21 @@ def test_a_frozen_head_with_a_label_mapping(base, tmp_path, pixel_values):
     assert_nearly_equal(answer(loaded, pixel_values), answer(model, pixel_values))
 
 
-def remove_checksums(adapter):
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"checksums": None}))
-
-
 def test_without_a_processor_of_its_own_it_takes_the_bases_and_says_so(saved, base, caplog):
     (saved / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="preprocessor_config.json` must have the SHA-256.*but got no such file"):
-        load_classifier(saved)
-    remove_checksums(saved)
     with caplog.at_level(logging.WARNING, logger=logger.name):
         loaded = load_classifier(saved)
     assert list(loaded.image_processor.image_mean) == [0.1, 0.2, 0.3]
     assert f"{saved} has no image processor of its own; taking that of its base model, {base}" in caplog.text
     (base / "preprocessor_config.json").unlink()
-    with pytest.raises(OSError, match="`preprocessor_config.json` must be in the adapter or in its base model, but"):
+    with pytest.raises(OSError, match="Can't load image processor"):
         load_classifier(saved)
 
 
 def test_the_base_can_be_a_local_copy(saved, base, tmp_path, pixel_values):
     expected = answer(load_classifier(saved).model, pixel_values)
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(OSError, match=f"`base_model_name_or_path` must be a folder.* but got '{base}'"):
+    with pytest.raises(OSError, match=f"'{base}'.* pass its place, load_classifier.*base_model_name_or_path="):
         load_classifier(saved)
     assert_nearly_equal(answer(load_classifier(saved, base_model_name_or_path=moved).model, pixel_values), expected)
 
@@ -163,7 +197,7 @@ def test_the_base_can_be_a_local_copy(saved, base, tmp_path, pixel_values):
 def test_subfolder_of_a_local_directory(saved, tmp_path):
     loaded = load_classifier(tmp_path, subfolder="adapter")
     assert loaded.model.config.id2label == NAMES
-    with pytest.raises(OSError, match="`adapter_config.json` must be in the adapter, but got none in .*`subfolder`"):
+    with pytest.raises(OSError, match="There is no adapter_config.json in .*`subfolder`"):
         load_classifier(tmp_path)
 
 
@@ -186,9 +220,9 @@ def test_the_saved_files_are_peft_own_and_load_everywhere(model, saved, tmp_path
         json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         for folder in (saved, tmp_path / "peft")
     ]
-    checksums = [config.pop("checksums") for config in configs]
+    for config in configs:
+        config.pop("checksums", None)
     assert configs[0] == configs[1]
-    assert checksums[0]["adapter_model.safetensors"] == checksums[1]["adapter_model.safetensors"]
     assert_nearly_equal(answer(AutoPeftModel.from_pretrained(str(saved)), pixel_values), answer(model, pixel_values))
     load_classifier(saved).save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again/adapter_model.safetensors")
@@ -220,7 +254,7 @@ def test_other_adapters_are_refused_in_words(base, saved, tmp_path):
         load_classifier(tmp_path / "lora")
     vit = transformers.ViTModel.from_pretrained(base)
     get_peft_model(vit, tiny_config()).save_pretrained(tmp_path / "features")
-    with pytest.raises(ValueError, match="`num_labels` must be recorded in a classifier's adapter, but got None"):
+    with pytest.raises(ValueError, match="has no labels: it answers with features"):
         load_classifier(tmp_path / "features")
     for text in ("[]", "{", '"PGN"'):
         (saved / "adapter_config.json").write_text(text, encoding="utf-8")
@@ -256,7 +290,7 @@ def sprung(saved, base, tmp_path):
                 json.dumps(settings | {"auto_map": dict.fromkeys(names, "code.Model")}), encoding="utf-8"
             )
     (saved / "config.json").unlink()
-    remove_checksums(saved)
+    edit_json(saved / "adapter_config.json")
     return sprung
 
 
@@ -270,8 +304,7 @@ def test_an_adapter_with_pickled_weights_only_is_refused(saved, sprung):
     (saved / "adapter_model.safetensors").unlink()
     with pytest.raises(
         OSError,
-        match="`adapter_model.safetensors` must be in the adapter, but got none in .* only adapter_model.bin, .*"
-        r"Pickled weights \(adapter_model.bin\) are never read",
+        match=r"There is no adapter_model.safetensors in .* Pickled weights \(adapter_model.bin\) are not read",
     ):
         load_classifier(saved)
     assert not sprung.exists()
@@ -279,14 +312,14 @@ def test_an_adapter_with_pickled_weights_only_is_refused(saved, sprung):
 
 def test_a_base_with_pickled_weights_only_is_refused(saved, base, sprung):
     (base / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="`base_model_name_or_path` must have config.json and weights in safetensors"):
+    with pytest.raises(OSError, match="is an adapter, or lacks config.json or weights in safetensors"):
         load_classifier(saved)
     assert not sprung.exists()
 
 
 def test_a_base_that_is_an_adapter_is_refused(saved, base, sprung):
     shutil.copy(saved / "adapter_config.json", base)
-    with pytest.raises(ValueError, match="`base_model_name_or_path` must be a plain model, but got .* is an adapter"):
+    with pytest.raises(OSError, match="is an adapter, or lacks config.json"):
         load_classifier(saved)
     assert not sprung.exists()
 

@@ -12,14 +12,14 @@ import torch
 import yaml
 from conftest import tiny_vit
 from peft import get_peft_model
+from pgn_peft.tuner.fields import own_fields
 from PIL import Image
 from tiny_clip import tokenizer, two_towers
 
 import pgn_peft
 from pgn_peft import Classifier, PGNConfig
 from pgn_peft.prompter import EmbeddingsClient
-from pgn_peft.tuner.fields import own_fields
-from pgn_peft.utils.citation import CITATION
+from pgn_peft.utils.markdown import CITATION
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted(str(path.relative_to(ROOT)) for path in ROOT.joinpath("docs").glob("*.md"))

@@ -44,10 +44,8 @@ def test_the_models_own_head_through_the_mapping():
     assert_same(head_alone(model, batches(40, 0), evaluated).own, expected)
 
 
-def test_no_images_and_no_head_are_refused():
-    with pytest.raises(ValueError, match="`train_batches` and `eval_batches` must hold images, but got none"):
-        head_alone(get_peft_model(tiny_vit(), tiny_config(num_labels=2)), [], batches(4, 0))
-    with pytest.raises(ValueError, match="`model` must have a classification head, but got a PeftModel without"):
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="The model has no classification head"):
         head_alone(get_peft_model(tiny_vit("ViTModel"), tiny_config()), batches(4, 0), batches(4, 0))
 
 

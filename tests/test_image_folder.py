@@ -194,6 +194,21 @@ def test_images_that_cannot_be_read_are_named_before_training(tmp_path):
         load(folder)["train"][:]
 
 
+def test_a_missing_image_is_named(tmp_path):
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": [wide(np.zeros((4, 4), np.uint8)), None] * 20, "label": [0, 0, 1, 1] * 10}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(SystemExit, match=r"image \d+ of train is missing \(null\): drop such rows first"):
+        load(tmp_path)
+
+
+def test_a_zip_must_be_unpacked(tmp_path):
+    make(tmp_path / "images", "cat", "dog")
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "images")
+    with pytest.raises(SystemExit, match="is a zip file: unpack it"):
+        load(archive)
+
+
 # Classes
 
 
@@ -231,16 +246,41 @@ def test_numbers_are_classes_in_their_order(tmp_path):
         (["a", "b"], ["c"], "`label` must be a class of the training images, but got others in 'validation': c"),
         (["a", None], ["a"], "`label` must be there for every image, but got none for some in 'train'"),
         ([0, 0, ClassLabel(names=["a", "b"])], [1, ClassLabel(names=["a", "b"])], "others in 'validation': b"),
-        (
-            [0, 1, ClassLabel(names=["a", "b"])],
-            [1, ClassLabel(names=["a", "c"])],
-            "same classes in all .*: a, c; not a, b",
-        ),
+        ([0, 1, ClassLabel(names=["a", "b"])], [1, ClassLabel(names=["a", "c"])], "others in 'validation': c"),
     ],
 )
 def test_classes_that_cannot_be_learned_are_refused(train, validation, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         load(write_labels(tmp_path, train=train, validation=validation))
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["numbers", "class lists"])
+def test_a_test_split_without_labels_is_left_out(listed, tmp_path, capsys):
+    feature = [ClassLabel(names=["a", "b"])] if listed else []
+    write_labels(tmp_path, train=[0, 1, *feature], validation=[1, *feature], test=[-1, -1, *feature])
+    assert set(load(tmp_path)) == {"train", "validation"}
+    assert "left out: splits without labels: test" in capsys.readouterr().out
+
+
+CAFE, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def test_two_spellings_of_one_folder_are_one_class(tmp_path, capsys):
+    make(tmp_path, f"train/{CAFE}", f"train/{DECOMPOSED}", "train/bar", f"test/{DECOMPOSED}")
+    assert read(tmp_path) == {"train": {"bar": 2, CAFE: 4}, "test": {"bar": 0, CAFE: 2}}
+    assert f"one class, though written in two forms of Unicode: {CAFE}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["strings", "class lists"])
+def test_two_spellings_of_one_name_are_one_class(listed, tmp_path):
+    train, validation = [CAFE, "bar"], [DECOMPOSED]
+    if listed:
+        train = [0, 1, ClassLabel(names=train)]
+        validation = [0, ClassLabel(names=validation)]
+    splits = load(write_labels(tmp_path, train=train, validation=validation))
+    names = splits["train"].features["label"].names
+    assert sorted(names) == ["bar", CAFE]
+    assert names[splits["validation"]["label"][0]] == CAFE
 
 
 def test_other_splits_are_left_out(tmp_path, capsys):

@@ -5,12 +5,10 @@ import weakref
 
 import pytest
 import torch
-from conftest import answer, move_adapter, own_adapter_methods, tiny_config, tiny_vit
+from conftest import PIXEL, answer, move_adapter, own_adapter_methods, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from pgn_peft.tuner.tuner_layer import PGNTunerLayer
-
-PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 KINDS = {"generated": {"num_labels": 2}, "static": {"generator": "static", "head": "frozen"}, "pixel": PIXEL}
 
 
@@ -30,7 +28,7 @@ def census(model):
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
     count["hooks"] = sum(len(getattr(module, kind)) for module in modules for kind in hooks)
     for layer in modules:
-        if isinstance(layer, PGNTunerLayer):
+        if isinstance(layer, BaseTunerLayer):
             # Whatever the layer holds that has a size, known to it today or added tomorrow.
             sized = {name: len(value) for name, value in vars(layer).items() if isinstance(value, (dict, list, set))}
             containers = {name: len(getattr(layer, name)) for name in layer.adapter_layer_names}

@@ -1,19 +1,14 @@
 """What training takes less memory with: gradient checkpointing and quantised backbones. The answers stay right."""
 
-import json
-from pathlib import Path
-
-import memory
 import pytest
 import timing
 import torch
-from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
+from conftest import PIXEL, answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
-PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 KINDS = {
     "latent": {},
     "static": {"generator": "static"},
@@ -21,7 +16,6 @@ KINDS = {
     "frozen head": {"head": "frozen"},
     "deep": {"prompt_depth": None},
     "deep and static": {"prompt_depth": 2, "generator": "static"},
-    "static, frozen head": {"generator": "static", "head": "frozen"},
 }
 LABELS = torch.tensor([0, 1, 2, 3])
 
@@ -30,7 +24,7 @@ reentrant = pytest.mark.parametrize("use_reentrant", [False, True])
 # Each kind once, the two that are used most in both ways.
 kinds_and_reentrant = pytest.mark.parametrize(
     ("kind", "use_reentrant"),
-    [("latent", False), *((kind, True) for kind in KINDS if kind != "static, frozen head"), ("deep", False)],
+    [("latent", False), *((kind, True) for kind in KINDS), ("deep", False)],
 )
 # Transformers renames `gradient_checkpointing_enable`; the floor knows the old name only.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -82,7 +76,7 @@ def test_checkpointing_with_nothing_but_the_head_trained(use_reentrant, pixel_va
     assert_same(dict(model.named_buffers()), before)
 
 
-@pytest.mark.parametrize("kind", ["latent", "pixel", "deep and static"])
+@pytest.mark.parametrize("kind", ["latent", "pixel"])
 def test_gradients_of_the_input_are_not_needed_and_do_no_harm(kind, pixel_values):
     expected, _ = step(adapted(kind), pixel_values)
     # As PEFT and Transformers ask for them where the base is quantised.
@@ -179,8 +173,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("library", "kind"),
     [
-        *(("stand-in", kind) for kind in KINDS),
-        *(pytest.param("torchao", kind, marks=slow) for kind in ("latent", "pixel", "deep and static")),
+        *(("stand-in", kind) for kind in ("latent", "pixel", "frozen head", "deep and static")),
+        pytest.param("torchao", "latent", marks=slow),
         pytest.param("bitsandbytes", "latent", marks=slow),
     ],
 )
@@ -230,23 +224,6 @@ def test_a_quantised_backbone_in_half_precision_and_checkpointed(folder, pixel_v
     gradients, _ = step(model, pixel_values)
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
     assert all(gradient.isfinite().all() for gradient in gradients.values())
-
-
-def test_the_formula_predicts_what_was_measured():
-    rows = [
-        json.loads(line)
-        for line in Path(memory.__file__)
-        .with_name("results")
-        .joinpath("memory.jsonl")
-        .read_text(encoding="utf-8")
-        .splitlines()
-    ]
-    rows = [row for row in rows if row["settings"]["method"] in (*memory.LARGEST, memory.REFERENCE)]
-    rows = [row for row in rows if "peak_mib" in row]
-    assert {row["settings"]["method"] for row in rows} == {*memory.LARGEST, memory.REFERENCE}
-    assert {row["settings"]["checkpointing"] for row in rows} == {False, True}
-    for row in rows:
-        assert memory.predict(row["settings"]) == pytest.approx(row["peak_mib"], rel=0.1), row["settings"]
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ def test_a_1000_label_checkpoint_becomes_a_10_label_classifier_and_back(deit, eu
     assert answers[0]["label"] == labels[expected[0].argmax().item()]
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_the_loss_at_112_pixels(deit, eurosat):
     torch.manual_seed(0)
     processor = AutoImageProcessor.from_pretrained(deit, size={"height": 112, "width": 112})
@@ -74,6 +75,7 @@ def test_a_few_steps_lower_the_loss_at_112_pixels(deit, eurosat):
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.slow
 def test_clips_texts_classify_real_images(shared, tmp_path):
     """CLIP ViT-B/16 with int8-rounded weights at 112 px; on all validation images it has 0.434."""
     unpack = [sys.executable, str(shared / "tools/unpack_models.py"), str(tmp_path), "clip-vit-base-patch16-vision"]

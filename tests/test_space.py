@@ -19,8 +19,8 @@ import torch
 import uploads
 import yaml
 from actions import DEMO_BASE, SOURCES, TRAINED, UPLOADED, App
-from adapter_training import KINDS, Task, divide, train
-from conftest import ROOT, assert_same
+from adapter_training import KINDS, train
+from conftest import HANG, ROOT
 from demo_models import PIXELS, TOKENS, DemoModels
 from PIL import Image
 
@@ -61,12 +61,36 @@ def colours(prefix="", number=4):
     ids=["classes", "in a folder", "splits", "in folders, with other files"],
 )
 def test_a_zip_of_images_has_the_classes_of_its_folders(files, classes, tmp_path):
-    images = uploads.read_zip(zip_of(tmp_path / "images.zip", files), tmp_path / "read")
-    assert sorted({name for _, name in images}) == classes
-    assert len(images) == sum(name[-5].isdigit() for name in files)
-    for file, name in images:
-        assert file.parent == tmp_path / "read"
-        assert Image.open(file).getpixel((0, 0)) == {"red": (255, 0, 0), "blue": (0, 0, 255)}[name]
+    splits = uploads.read_zip(zip_of(tmp_path / "images.zip", files), tmp_path / "read")
+    assert sum(map(len, splits.values())) == sum(name[-5].isdigit() for name in files)
+    for rows in splits.values():
+        assert rows.features["label"].names == classes
+        for row in rows:
+            assert row["image"].getpixel((0, 0)) == {0: (0, 0, 255), 1: (255, 0, 0)}[row["label"]]
+    assert {file.parent for file in tmp_path.rglob("*.png")} == {tmp_path / "read"}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "read"),
+    [
+        ("utf-8", "\u732b", "\u732b"),
+        ("utf-8", "cafe\u0301", "caf\u00e9"),
+        ("cp437", "caf\u00e9", None),
+        ("gbk", "\u72d7", None),  # these bytes are also Korean and Japanese letters
+    ],
+)
+def test_names_in_a_zip_are_read_as_utf_8_or_refused(encoding, name, read, tmp_path, monkeypatch):
+    # `zipfile` marks other names than ASCII as UTF-8; the tools of many systems do not.
+    monkeypatch.setattr(
+        zipfile.ZipInfo, "_encodeFilenameFlags", lambda self: (self.filename.encode(encoding), self.flag_bits)
+    )
+    zip_of(tmp_path / "images.zip", {**colours(), f"{name}/0.png": png(), f"{name}/1.png": png()})
+    if read is None:
+        with pytest.raises(ValueError, match="not in UTF-8.*Give the folders names in plain letters"):
+            uploads.read_zip(tmp_path / "images.zip", tmp_path / "read")
+    else:
+        rows = uploads.read_zip(tmp_path / "images.zip", tmp_path / "read")["train"]
+        assert set(rows.features["label"].names) == {"red", "blue", read}
 
 
 def truncated(path):
@@ -110,42 +134,29 @@ def damaged(path):
 
 
 BAD_ZIPS = {
-    "text": (lambda path: path.write_text("no zip"), "must be a whole zip"),
-    "empty": (lambda path: path.write_bytes(b""), "must be a whole zip"),
-    "truncated": (truncated, "must be a whole zip"),
-    "encrypted": (encrypted, "without a password"),
-    "climbing, backslashes": (lambda path: zip_of(path, {**colours(), "..\\red\\x.png": png()}), "lies outside of it"),
-    "drive": (lambda path: zip_of(path, {**colours(), "C:/red/x.png": png()}), "lies outside of it"),
-    "another packing": (lzma_zip, "must be packed as usual"),
-    "damaged packing": (damaged, "must be a whole zip"),
+    "text": (lambda path: path.write_text("no zip"), "damaged or has a password"),
+    "truncated": (truncated, "damaged or has a password"),
+    "encrypted": (encrypted, "damaged or has a password"),
+    "another packing": (lzma_zip, "packed in an unusual way"),
+    "damaged packing": (damaged, "damaged or has a password"),
     "loose beside splits": (
         lambda path: zip_of(path, {**colours("train/"), "test/0.png": png()}),
-        "'test/0.png' and 0 more outside of any",
+        "'test/0.png' has no class",
     ),
     "many pixels": (lambda path: zip_of(path, {**colours(), "red/x.png": png(side=7100)}), "too many pixels"),
     "another program's": (
         lambda path: zip_of(path, {**colours(), "red/x.png": b"%!PS-Adobe-3.0 EPSF-3.0\n"}),
-        "kinds PNG",
+        "'red/x.png' cannot be read",
     ),
-    "climbing": (lambda path: zip_of(path, {**colours(), "../../red/x.png": png()}), "lies outside of it"),
-    "absolute": (lambda path: zip_of(path, {**colours(), "/etc/red/x.png": png()}), "lies outside of it"),
-    "many files": (lambda path: zip_of(path, {f"a/{n}.txt": "" for n in range(10_000)}), "at most 4,000 files"),
-    "bomb": (bomb, "at most 250 MB"),
-    "lying bomb": (lying_bomb, "must be a whole zip|at most 250 MB"),
-    "50 MB": (lambda path: path.open("wb").truncate(uploads.MOST_UPLOADED + 1), "at most 50 MB"),
-    "no images": (lambda path: zip_of(path, {"a/notes.txt": "text"}), "two classes at least, but got 0 images"),
-    "one class": (lambda path: zip_of(path, {"a/1.png": png(), "a/2.png": png()}), "two classes at least"),
-    "no classes": (lambda path: zip_of(path, {"1.png": png(), "2.png": png()}), "must lie in subfolders"),
-    "one image": (lambda path: zip_of(path, {**colours(), "green/0.png": png("green")}), "but got 1 of 'green'"),
-    "text as image": (
-        lambda path: zip_of(path, {**colours(), "red/x.png": b"text"}),
-        "'red/x.png': it cannot be read",
-    ),
+    "many files": (lambda path: zip_of(path, {f"a/{n}.txt": "" for n in range(4001)}), "more than 4,000 files"),
+    "bomb": (bomb, "more than 250 MB"),
+    "lying bomb": (lying_bomb, "damaged|more than 250 MB"),
+    "50 MB": (lambda path: path.open("wb").truncate(uploads.MOST_UPLOADED + 1), "more than 50 MB"),
+    "no classes": (lambda path: zip_of(path, {"1.png": png(), "2.png": png()}), "2 images, in no subfolder"),
+    "climbing": (lambda path: zip_of(path, colours("../../")), "There are no images"),
+    "one class": (lambda path: zip_of(path, {"a/1.png": png(), "a/2.png": png()}), "2 images of 1 classes"),
+    "one image": (lambda path: zip_of(path, {**colours(), "green/0.png": png("green")}), "Too few images of green"),
     "damaged image": (lambda path: zip_of(path, {**colours(), "red/x.png": png()[:60]}), "'red/x.png'"),
-    "many classes": (
-        lambda path: zip_of(path, {f"{n}/{i}.png": png(side=1) for n in range(201) for i in (0, 1)}),
-        "200",
-    ),
 }
 
 
@@ -165,18 +176,15 @@ def test_an_adapter_is_taken_out_of_a_zip_by_the_names_of_its_files(tmp_path):
     nested = {f"a/{name}": b"own" for name in files} | {f"a/checkpoint-1/{name}": b"other" for name in files}
     folder = uploads.read_adapter(zip_of(tmp_path / "nested.zip", nested), tmp_path / "nested")
     assert {path.read_bytes() for path in folder.iterdir()} == {b"own"}
-    with pytest.raises(ValueError, match="with adapter_config.json, but got 1 files without"):
+    with pytest.raises(ValueError, match="holds no adapter"):
         uploads.read_adapter(zip_of(tmp_path / "b.zip", {"x.txt": b""}), tmp_path / "other")
-    with pytest.raises(ValueError, match="lies outside"):
-        uploads.read_adapter(zip_of(tmp_path / "c.zip", {f"../{name}": b"" for name in files}), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
-def test_large_images_are_made_smaller_and_names_are_compared_as_people_do(tmp_path):
-    large = {"cafe\u0301/0.png": png(side=2000), "caf\u00e9/1.png": png(), "red/0.png": png(), "red/1.png": png()}
-    images = uploads.read_zip(zip_of(tmp_path / "images.zip", large), tmp_path / "read")
-    assert {name for _, name in images} == {"caf\u00e9", "red"}
-    assert Image.open(images[0][0]).size == (1024, 1024)
+def test_large_images_are_made_smaller(tmp_path):
+    large = {**colours(), "red/0.png": png(side=2000)}
+    uploads.read_zip(zip_of(tmp_path / "images.zip", large), tmp_path / "read")
+    assert {Image.open(file).size for file in (tmp_path / "read").iterdir()} == {(20, 20), (1024, 1024)}
 
 
 def test_what_an_adapter_asks_for_is_limited(tmp_path):
@@ -185,48 +193,27 @@ def test_what_an_adapter_asks_for_is_limited(tmp_path):
     processor.write_text('{"size": {"height": 224, "width": 224}}', encoding="utf-8")
     assert limits.check_adapter(tmp_path) == "owner/model"
     processor.write_text('{"size": {"height": 4096, "width": 4096}}', encoding="utf-8")
-    with pytest.raises(ValueError, match="at most 1024 pixels here, but got 4096"):
+    with pytest.raises(ValueError, match="4096 pixels large; at most 1024"):
         limits.check_adapter(tmp_path)
     config.write_text('{"base_model_name_or_path": "owner/model", "num_virtual_tokens": 65536}', encoding="utf-8")
-    with pytest.raises(ValueError, match="at most 1024 here, but got 65536"):
+    with pytest.raises(ValueError, match="65536 prompts; at most 1024"):
         limits.check_adapter(tmp_path)
     for text in ("[]", "{}", "[" * 10_000):
         config.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="must"):
+        with pytest.raises(ValueError, match="does not (hold settings|name its base)"):
             limits.check_adapter(tmp_path)
 
 
-def test_a_folder_of_images_is_read_as_a_zip_is(tmp_path):
-    for name, content in colours().items():
-        tmp_path.joinpath(name).parent.mkdir(exist_ok=True)
-        tmp_path.joinpath(name).write_bytes(content)
-    assert {(file.parent.name, name) for file, name in uploads.read_folder(tmp_path)} == {
-        ("red", "red"),
-        ("blue", "blue"),
-    }
-    with pytest.raises(ValueError, match="must be a folder"):
-        uploads.read_folder(tmp_path / "missing")
-
-
-def test_each_visitor_has_a_session_and_a_closed_one_leaves_nothing(monkeypatch):
+def test_each_visitor_has_a_session_and_a_closed_one_leaves_nothing():
     everyone = sessions.Sessions()
     alice, bob = everyone.get("alice"), everyone.get("bob")
     assert everyone.get("alice") is alice is not bob
     assert alice.folder != bob.folder
-    alice.keep("mine", object())
-    assert bob.find("mine") is None
     everyone.close("alice")
     assert alice.stop.is_set()
     assert not alice.folder.exists()
     assert bob.folder.exists()
-    bob.used -= 3600 * sessions.HOURS + 1  # nobody has used it for an hour
-    bob.training = True
-    everyone.close_expired()
-    assert bob.folder.exists()
-    bob.training = False
-    everyone.close_expired()
-    assert not bob.folder.exists()
-    assert len(everyone) == 0
+    everyone.close("bob")
 
 
 def test_of_too_many_sessions_the_one_that_was_not_used_longest_is_closed(monkeypatch):
@@ -240,22 +227,12 @@ def test_of_too_many_sessions_the_one_that_was_not_used_longest_is_closed(monkey
         everyone.close(name)
 
 
-def test_of_many_adapters_the_oldest_is_dropped_but_none_of_the_visitors_own():
+def test_of_many_adapters_the_oldest_is_dropped():
     session = sessions.Session()
-    session.own[TRAINED] = object()
     for index in range(sessions.MOST_LOADED + 1):
         session.keep(str(index), object())
-    assert session.find("0") is None
-    assert session.find(str(sessions.MOST_LOADED)) is not None
-    assert session.find(TRAINED) is not None
+    assert list(session.loaded) == [str(index) for index in range(1, sessions.MOST_LOADED + 1)]
     session.close()
-
-
-def test_images_of_each_class_are_held_out():
-    labels = [0] * 2 + [1] * 2 + [2] * 30
-    train_rows, held_out = divide(labels)
-    assert sorted(train_rows + held_out) == list(range(len(labels)))
-    assert {labels[index] for index in train_rows} == {labels[index] for index in held_out} == {0, 1, 2}
 
 
 @pytest.fixture(scope="module")
@@ -274,16 +251,16 @@ def app(demo):
 
 
 @pytest.fixture
-def task(demo):
-    images, labels = zip(*demo.digits.files("train")[:100], strict=True)
-    return Task(list(images), list(labels), [str(digit) for digit in range(10)], str(demo.base), epochs=2)
+def options(demo):
+    splits = demo.digits.rows()
+    splits["train"], splits["validation"] = splits["train"].select(range(80)), splits["validation"].select(range(20))
+    return {"splits": splits, "base": str(demo.base), "epochs": 2}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_reports_each_step_and_ends_with_a_classifier(kind, task, tmp_path):
-    task.kind = kind
-    reports = list(train(task, tmp_path, threading.Event()))
+def test_training_reports_each_step_and_ends_with_a_classifier(kind, options, tmp_path):
+    reports = list(train(**options, kind=kind, folder=tmp_path, stop=threading.Event()))
     steps = [report.text for report in reports if report.text.startswith("step")]
     assert steps == [f"step {step} of 10" for step in range(1, 11)]
     assert len(reports[-1].curve) == 2
@@ -297,9 +274,9 @@ def test_training_reports_each_step_and_ends_with_a_classifier(kind, task, tmp_p
 
 
 @pytest.mark.slow
-def test_training_stops_after_the_step_and_is_evaluated(task, tmp_path):
+def test_training_stops_after_the_step_and_is_evaluated(options, tmp_path):
     stop, texts = threading.Event(), []
-    for report in train(task, tmp_path, stop):
+    for report in train(**options, kind=KINDS[0], folder=tmp_path, stop=stop):
         texts.append(report.text)
         if report.text == "step 2 of 10":
             stop.set()
@@ -309,35 +286,21 @@ def test_training_stops_after_the_step_and_is_evaluated(task, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_stops_when_its_time_is_over_or_nobody_watches(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_training, "SECONDS", 0)
-    with pytest.raises(ValueError, match="within 0 seconds"):
-        list(train(task, tmp_path, threading.Event()))
+def test_training_stops_when_its_time_is_over_or_nobody_watches(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_training, "SECONDS", -1)
+    with pytest.raises(ValueError, match="no step within"):
+        list(train(**options, kind=KINDS[0], folder=tmp_path, stop=threading.Event()))
     monkeypatch.undo()
     stop = threading.Event()
-    running = train(task, tmp_path, stop)
+    running = train(**options, kind=KINDS[0], folder=tmp_path, stop=stop)
     while not next(running).text.startswith("step"):
         pass
     running.close()
     assert stop.is_set()
     for thread in threading.enumerate():
         if thread.name == adapter_training.THREAD:
-            thread.join(timeout=30)  # it ends by itself
+            thread.join(timeout=HANG)  # it ends by itself
     assert adapter_training.THREAD not in {thread.name for thread in threading.enumerate()}
-
-
-@pytest.mark.slow
-def test_stopping_before_the_first_step_is_said(task, tmp_path):
-    stop = threading.Event()
-    stop.set()
-    with pytest.raises(ValueError, match="before the first step"):
-        list(train(task, tmp_path, stop))
-
-
-def test_a_difference_that_few_images_cannot_show_is_said_to_be_none():
-    assert "too few images" in adapter_training.summarize(1.0, 0.99, 8)
-    assert "too few images" in adapter_training.summarize(0.5, 0.6, 8)
-    assert "too few" not in adapter_training.summarize(0.9, 0.5, 100)
 
 
 @pytest.mark.slow
@@ -356,17 +319,17 @@ def test_a_visitor_classifies_looks_inside_trains_and_loads_the_download(app, de
     assert before.size == sent.size == change.size == (256, 256)
 
     *_, (summary, _, download, adapters) = app.train(SOURCES[0], None, "", DEMO_BASE, KINDS[0], 1, ALICE)
-    assert re.match(r"accuracy 0\.\d+ on 216 images", summary)
+    assert re.match(r"accuracy [01]\.\d+ on 359 images", summary)
     assert adapters.value == TRAINED
-    trained = app.classify(digits, TRAINED, ALICE)
+    _, *trained = app.classify(digits, TRAINED, ALICE)
     assert app.upload_adapter(download.value["path"], BOB).value == UPLOADED
-    # The table rounds the scores of which these are some.
-    assert_same(app.classify(digits, UPLOADED, BOB)[1:], trained[1:])
-    with pytest.raises(ValueError, match="Train or upload it again"):
+    _, *uploaded = app.classify(digits, UPLOADED, BOB)
+    assert uploaded == [pytest.approx(scores, abs=1e-5) for scores in trained]
+    with pytest.raises(ValueError, match="must be made again"):
         app.classify(digits, TRAINED, BOB)  # it is Alice's
     with pytest.raises(ValueError, match="must be the id of a model on the Hub"):
         app.push("alice/digits", "", ALICE)
-    with pytest.raises(ValueError, match="must be trained first"):
+    with pytest.raises(ValueError, match="Train an adapter first"):
         app.push("bob/digits", "", BOB)
 
 
@@ -382,14 +345,14 @@ def test_the_input_alone_is_sent_and_the_answer_read(app, demo):
     )
     assert read == pytest.approx({entry["label"]: entry["score"] for entry in inside}, abs=1e-3)
     assert raw[0]["label"] == max(read, key=read.get)
-    with pytest.raises(ValueError, match="whose prompts are tokens"):
+    with pytest.raises(ValueError, match="are tokens. Choose"):
         app.send(digit, TOKENS, "", ALICE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "message"),
-    [(None, "uploaded first"), (["text"], "it cannot be read"), (["x"] * 51, "at most 50")],
+    [(None, "1 to 50 images"), (["text"], "cannot be read"), (["x"] * 51, "1 to 50 images")],
     ids=["none", "text", "many"],
 )
 def test_bad_images_are_refused_on_the_page(files, message, app, tmp_path):
@@ -404,20 +367,20 @@ def test_on_a_space_visitors_name_ids_only(app, demo, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(actions, "ON_A_SPACE", True)
     for name in (str(tmp_path), "../x", "~/x", "name", "examples/space"):
-        with pytest.raises(ValueError, match="must be the id of one on the Hub"):
+        with pytest.raises(ValueError, match="is not the id of a repository on the Hub"):
             app.classify([app.sample_digit(ALICE)], name, ALICE)
-        with pytest.raises(ValueError, match="must be the id of one on the Hub"):
+        with pytest.raises(ValueError, match="is not the id of a repository on the Hub"):
             list(app.train(SOURCES[0], None, "", name, KINDS[0], 1, ALICE))
     # Not even by the adapter in a zip.
     foreign = demo.adapter(TOKENS)
     copy = {name: foreign.joinpath(name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")}
     copy["adapter_config.json"] = copy["adapter_config.json"].replace(str(demo.base).encode(), str(tmp_path).encode())
-    with pytest.raises(ValueError, match=f"must be the id of one on the Hub, but got {str(tmp_path)!r}"):
+    with pytest.raises(ValueError, match=f"{str(tmp_path)!r} is not the id of a repository"):
         app.upload_adapter(str(zip_of(tmp_path / "a.zip", copy)), ALICE)
     actions.session_of(ALICE).own[TRAINED] = object()
-    with pytest.raises(ValueError, match="`token` must be given"):
+    with pytest.raises(ValueError, match="token with write access is needed"):
         app.push("alice/digits", " ", ALICE)
-    with pytest.raises(ValueError, match="Upload a zip"):
+    with pytest.raises(ValueError, match="There is no folder"):
         list(app.train("a folder on this machine", None, str(tmp_path), DEMO_BASE, KINDS[0], 1, ALICE))
 
 
@@ -428,7 +391,7 @@ def test_an_empty_folder_or_model_is_refused_before_training(app):
         (SOURCES[2], None, "/nowhere", DEMO_BASE),
         (SOURCES[0], None, "", " "),
     ):
-        with pytest.raises(gr.Error, match=r"must be .*but got"):
+        with pytest.raises(gr.Error, match=r"first|no folder|not the id"):
             list(actions.steps_with_messages(app.train)(*values, KINDS[0], 1, ALICE))
 
 
@@ -459,7 +422,7 @@ def test_one_visitor_trains_one_adapter_at_a_time(app):
 def test_a_head_that_the_servers_scores_do_not_determine_is_refused_before_sending(app, tmp_path):
     archive = str(zip_of(tmp_path / "images.zip", colours()))
     list(app.train(SOURCES[1], archive, "", DEMO_BASE, KINDS[2], 1, ALICE))
-    with pytest.raises(ValueError, match="but got too few of them, 10"):
+    with pytest.raises(ValueError, match="from 10 scores"):
         app.send(app.sample_digit(ALICE), TRAINED, "", ALICE)
 
 

@@ -1,42 +1,29 @@
-"""Texts as classes, and heads of an adapter's own on models that have none."""
+"""Texts as classes: zero-shot logits, training, loading, refusals."""
 
-import copy
 import json
-import pickle
 
 import import_official
+import numpy as np
 import pytest
 import torch
 import train_image_classifier
-from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
-from peft import AutoPeftModel, PeftModel, get_peft_model
+from conftest import PIXEL, answer, assert_same, move_adapter, refused, tiny_config, tiny_vit
+from peft import AutoPeftModel, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
 from smoke_material import smoke_arguments
 from tiny_clip import NAMES, tokenizer, two_towers
+from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, Trainer, TrainingArguments
 
-from pgn_peft import Classifier, embed_texts, load_classifier, make_prompter, official, use_texts
+from pgn_peft import Classifier, ImagePrompter, embed_texts, load_classifier, make_prompter, official, use_texts
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import TokenLibrary
-from pgn_peft.nn.text_head import TextHead
-from pgn_peft.training import head_alone
 from pgn_peft.tuner.head import find_head
 
 LABELS = dict(enumerate(NAMES))
 PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-HEADLESS = [
-    "ViTModel",
-    "DeiTModel",
-    "Dinov2WithRegistersModel",
-    "IJepaModel",
-    "CLIPVisionModelWithProjection",
-    "SiglipVisionModel",
-    "DINOv3ViTModel",
-    "BeitModel",
-    "Aimv2VisionModel",
-    "TimmWrapperModel",
-]
+SCALE = {"image_mean": list(PROCESSOR.image_mean), "image_std": list(PROCESSOR.image_std)}
 
 
 def own_answer(model, pixel_values, sentences):
@@ -96,35 +83,12 @@ def test_several_sentences_of_a_class_are_averaged():
     assert embed_texts(tower, tokenizer(), NAMES).shape == (3, tower.text_projection.out_features)
 
 
-def test_the_correction_starts_as_the_identity_and_is_trained(pixel_values):
-    plain = logits_of(adapted(two_towers()), pixel_values)
-    model = adapted(two_towers(), text_correction=True)
-    assert_same(logits_of(model, pixel_values), plain)
-    head = find_head(model).head("default")
-    head.correction.data[0, 1] = 0.5
-    expected = plain + 0.5 * torch.stack([torch.zeros(4), plain[:, 0], torch.zeros(4)], dim=1)
-    torch.testing.assert_close(logits_of(model, pixel_values), expected)
-    with model.disable_adapter():
-        assert_same(logits_of(model, pixel_values), head.zero_shot(features_of(model, pixel_values)).detach())
-    weight, bias = head.linear()
-    features = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
-    torch.testing.assert_close(features @ weight.mT + bias, head(features))
-    model.train()(pixel_values=pixel_values, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-    assert head.correction.grad.abs().max() > 0
-
-
-def features_of(model, pixel_values):
-    with torch.no_grad():
-        return model.get_base_model().get_image_features(pixel_values).pooler_output
-
-
-@pytest.mark.parametrize("form", ["texts", "correction", "linear"])
+@pytest.mark.parametrize("form", ["texts", "linear"])
 def test_a_stranger_loads_it_with_every_loader(form, pixel_values, tmp_path):
     base = two_towers()
     base.save_pretrained(tmp_path / "base")
     base = type(base).from_pretrained(tmp_path / "base")
-    fields = {"linear": {"head": "trained"}, "correction": {"text_correction": True}, "texts": {}}[form]
-    model = move_adapter(adapted(base, texts=form != "linear", **fields)).eval()
+    model = move_adapter(adapted(base, texts=form == "texts", head="text" if form == "texts" else "trained")).eval()
     expected = logits_of(model, pixel_values)
     Classifier(model, PROCESSOR).save_pretrained(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
@@ -144,49 +108,67 @@ def test_a_stranger_loads_it_with_every_loader(form, pixel_values, tmp_path):
     assert sum(each["score"] for each in found) == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("architecture", HEADLESS)
-def test_a_model_without_a_head_gets_one_and_gives_it_back(architecture, pixel_values, tmp_path):
-    base = tiny_vit(architecture)
-    before, structure, config, kind = answer(base, pixel_values), str(base), base.config.to_dict(), type(base)
-    model = move_adapter(get_peft_model(base, tiny_config(id2label=LABELS))).eval()
+def test_texts_are_embedded_without_dropout():
+    clip = two_towers()
+    expected = embed_texts(clip, tokenizer(), NAMES)
+    clip.config.text_config.attention_dropout = 0.5
+    for part in clip.text_model.modules():
+        if hasattr(part, "dropout"):
+            part.dropout = 0.5
+    assert_same(embed_texts(clip.train(), tokenizer(), NAMES), expected)
+    assert clip.training
+
+
+def test_texts_are_there_however_they_were_loaded(pixel_values, tmp_path):
+    model = adapted(two_towers())
     expected = logits_of(model, pixel_values)
-    assert expected.shape == (4, 3)
-    assert model.config.id2label == LABELS
-    with model.disable_adapter():
-        assert torch.equal(answer(model, pixel_values), before)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with model.disable_adapter():  # a copy follows its own switches
-            assert_same(logits_of(copied, pixel_values), expected)
-    torch._dynamo.reset()  # which counts compilations of all models together
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(logits_of(compiled, pixel_values), expected)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_vit(architecture), tmp_path)
-    assert_same(logits_of(loaded, pixel_values), expected)
-    inside = tiny_vit(architecture)
-    inside.load_adapter(str(tmp_path))
-    assert_same(logits_of(inside.eval(), pixel_values), expected)
-    unloaded = model.unload()
-    assert type(unloaded) is kind
-    assert str(unloaded) == structure
-    assert unloaded.config.to_dict() == config
-    assert_same(answer(unloaded, pixel_values), before)
+    trained = PeftModel.from_pretrained(two_towers(), tmp_path, is_trainable=True)
+    trained(pixel_values=pixel_values, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    second = adapted(two_towers())
+    second.load_adapter(tmp_path, "two", is_trainable=True)
+    second.set_adapter("two")
+    assert_same(logits_of(second, pixel_values), expected)
+    third = adapted(two_towers(), texts=False)
+    set_peft_model_state_dict(third, get_peft_model_state_dict(model))
+    assert_same(logits_of(third, pixel_values), expected)
+    fourth = adapted(two_towers(), texts=False)
+    fourth.load_state_dict(model.state_dict())
+    assert_same(logits_of(fourth, pixel_values), expected)
 
 
-@pytest.mark.parametrize(("architecture", "reference"), [("ViTModel", "ViTFor"), ("Dinov2Model", "Dinov2For")])
-def test_such_a_head_reads_what_transformers_classifiers_read(architecture, reference, pixel_values):
-    model = move_adapter(get_peft_model(tiny_vit(architecture), tiny_config(id2label=LABELS))).eval()
-    classifier = move_adapter(
-        get_peft_model(tiny_vit(f"{reference}ImageClassification"), tiny_config(id2label=LABELS))
-    ).eval()
-    names = {name.partition(".pgn_")[2]: tensor for name, tensor in model.state_dict().items() if ".pgn_" in name}
-    for name, tensor in classifier.state_dict().items():
-        if ".pgn_" in name:
-            tensor.copy_(names[name.partition(".pgn_")[2]])
-    backbone = getattr(classifier.get_base_model(), reference.lower().removesuffix("for"))
-    own = {name: tensor for name, tensor in backbone.state_dict().items() if "pgn_" not in name}
-    model.get_base_model().load_state_dict(own, strict=False)
-    torch.testing.assert_close(logits_of(model, pixel_values), logits_of(classifier, pixel_values))
+def test_an_adapter_without_its_texts_is_saved_with_a_warning(tmp_path, caplog):
+    adapted(two_towers(), texts=False).save_pretrained(tmp_path)
+    assert "texts" in caplog.text
+
+
+def test_siglips_image_tower_needs_scale_and_bias(pixel_values):
+    model = adapted(tiny_vit("SiglipVisionModel"), texts=False)
+    with refused(ValueError, "logit_scale", "logit_bias"):
+        use_texts(model, torch.randn(3, 32))
+    use_texts(model, torch.randn(3, 32), logit_scale=112, logit_bias=-16)
+    assert logits_of(model, pixel_values).shape == (4, 3)
+
+
+def test_wrappers_do_not_hide_scale_and_bias():
+    model = adapted(two_towers("SiglipModel"), texts=False)
+    use_texts(nn.DataParallel(model), torch.randn(3, 32))
+    head, base = find_head(model).head("default"), model.get_base_model()
+    assert_same(head.logit_scale, base.logit_scale.exp()[0].detach())
+    assert_same(head.logit_bias, base.logit_bias[0].detach())
+
+
+def test_calls_with_texts(pixel_values):
+    clip = two_towers()
+    inputs = dict(tokenizer()(NAMES, padding="max_length", max_length=12, return_tensors="pt"))
+    own = clip(inputs["input_ids"], pixel_values).logits_per_image.detach()
+    model = adapted(clip)
+    with refused(ValueError, "input_ids"):
+        model(pixel_values=pixel_values, **inputs)
+    trained = get_peft_model(two_towers(), tiny_config(id2label=LABELS)).eval()
+    with trained.disable_adapter(), torch.no_grad():
+        assert_same(trained(inputs["input_ids"], pixel_values).logits_per_image, own)
+        assert_same(trained(pixel_values=pixel_values, **inputs).logits_per_image, own)
 
 
 def test_gradients_of_accumulated_batches_are_those_of_one(tmp_path):
@@ -217,108 +199,95 @@ def test_gradients_of_accumulated_batches_are_those_of_one(tmp_path):
 
 
 def test_a_mixed_batch_has_texts_of_each_adapter_and_of_none(pixel_values):
-    scale = {"image_mean": list(PROCESSOR.image_mean), "image_std": list(PROCESSOR.image_std)}
-    fields = {"prompt_space": "pixel", "num_virtual_tokens": None, **scale}  # equally many tokens with and without
+    fields = PIXEL | SCALE  # equally many tokens with and without
     model = adapted(two_towers(), **fields)
     model.add_adapter("other", tiny_config(head="text", id2label=LABELS, **fields))
     use_texts(model, torch.randn(3, 16), adapter_name="other")
     move_adapter(model).eval()
-    names = ["default", "other", "__base__", "default"]
-    mixed = logits_of(model, pixel_values, adapter_names=names)
+    mixed = logits_of(model, pixel_values, adapter_names=["default", "other", "__base__", "default"])
     model.set_adapter("other")
-    assert_same(mixed[1:2], logits_of(model, pixel_values[1:2]))
+    assert_same(mixed[1:2], logits_of(model, pixel_values[1:2]), valid_pixels=True)
     model.set_adapter("default")
-    assert_same(mixed[[0, 3]], logits_of(model, pixel_values[[0, 3]]))
+    assert_same(mixed[[0, 3]], logits_of(model, pixel_values[[0, 3]]), valid_pixels=True)
     with model.disable_adapter():
+        # The base has the active adapter's texts.
         assert_same(mixed[2:3], logits_of(model, pixel_values[2:3]))
 
 
-def test_without_texts_of_its_own_the_base_cannot_answer_in_a_mixed_batch(pixel_values):
-    model = move_adapter(get_peft_model(tiny_vit("ViTModel"), tiny_config(id2label=LABELS))).eval()
-    with pytest.raises(ValueError, match="cat, dog, owl and '__base__' with features"):
-        model(pixel_values, adapter_names=["default", "__base__", "default", "default"])
-
-
-def test_in_pixel_space_the_client_reads_embeddings(pixel_values):
-    scale = {"image_mean": list(PROCESSOR.image_mean), "image_std": list(PROCESSOR.image_std)}
+@pytest.mark.parametrize("head", ["text", "trained"])
+def test_in_pixel_space_the_client_reads_embeddings(head, pixel_values, tmp_path):
     base = tiny_vit("CLIPVisionModelWithProjection")
-    model = move_adapter(adapted(base, texts=False, prompt_space="pixel", num_virtual_tokens=None, **scale))
-    use_texts(model, torch.randn(3, base.config.projection_dim), logit_scale=20)
+    width = base.config.projection_dim
+    model = adapted(base, texts=False, head=head, **PIXEL | SCALE)
+    if head == "text":
+        with refused(ValueError, "text_embeds"):
+            make_prompter(model, PROCESSOR)
+        move_adapter(model)
+        texts = np.random.default_rng(0).normal(size=(3, width)).astype("float32")
+        use_texts(model, texts, logit_scale=20)
     prompter = make_prompter(model.eval(), PROCESSOR)
     image = Image.fromarray(torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy())
     served = answer(tiny_vit("CLIPVisionModelWithProjection"), prompter.pixel_values([image]))
     expected = logits_of(model, PROCESSOR(image, return_tensors="pt")["pixel_values"])
-    torch.testing.assert_close(prompter.classify(served.detach().clone()), expected, atol=1e-3, rtol=1e-4)
-
-
-def test_what_a_head_alone_reaches_is_measured_on_them_too(pixel_values):
-    batches = [{"pixel_values": pixel_values.repeat(3, 1, 1, 1), "labels": torch.arange(12) % 3}]
-    for model in (
-        adapted(two_towers()),
-        get_peft_model(tiny_vit("ViTModel"), tiny_config(id2label=LABELS)),
-    ):
-        found = head_alone(model, batches, batches)
-        assert 0 <= found.linear <= 1
-        assert (found.own is None) == (type(model.get_base_model()).__name__ == "ViTModel")
-        assert logits_of(model, pixel_values).shape == (4, 3)
+    assert_same(prompter.classify(served.detach().clone()), expected, tolerance=1e-3)
+    prompter.save_pretrained(tmp_path)
+    features = torch.randn(2, width)
+    assert_same(ImagePrompter.from_pretrained(tmp_path).classify(features), prompter.classify(features))
 
 
 @pytest.mark.parametrize(
-    ("embeds", "options", "message"),
+    ("embeds", "options", "word"),
     [
-        (torch.randn(3, 15), {}, r"`text_embeds` must have the shape \(3, 16\)"),
-        (torch.zeros(3, 16), {}, "`text_embeds` must be finite and not zero"),
-        (torch.full((3, 16), torch.nan), {}, "`text_embeds` must be finite"),
-        (torch.randn(3, 16), {"logit_scale": -1}, "`logit_scale` must be a finite number"),
-        (torch.randn(3, 16), {"adapter_name": "none"}, "`adapter_name` must be one of the model's adapters"),
+        (torch.randn(3, 15), {}, "(3, 16)"),
+        (torch.zeros(3, 16), {}, "zero"),
+        (torch.full((3, 16), torch.nan), {}, "finite"),
+        (torch.randn(3, 16), {"logit_scale": -1}, "logit_scale"),
+        (torch.randn(3, 16), {"adapter_name": "none"}, "none"),
     ],
 )
-def test_wrong_texts_are_refused(embeds, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_texts_are_refused(embeds, options, word):
+    with refused(ValueError, word):
         use_texts(adapted(two_towers(), texts=False), embeds, **options)
 
 
-def test_what_cannot_have_texts_is_refused(pixel_values):
-    with pytest.raises(ValueError, match=r"`head` must be 'trained' or 'frozen' for a ViTForImage.*CLIPModel"):
-        get_peft_model(tiny_vit(), tiny_config(head="text", id2label=LABELS))
-    with pytest.raises(ValueError, match="`id2label` must name the classes with head='text'"):
-        get_peft_model(two_towers(), tiny_config(head="text"))
-    with pytest.raises(ValueError, match="`text_correction` must be False with head='trained'"):
-        tiny_config(text_correction=True)
-    with pytest.raises(ValueError, match="`text_embeds` must be unit vectors, given before"):
-        logits_of(adapted(two_towers(), texts=False), pixel_values)
-    with pytest.raises(ValueError, match="`adapter_name` must name an adapter with head='text'"):
+@pytest.mark.parametrize(("name", "value"), [("text_embeds", None), ("text_embeds", torch.inf), ("logit_scale", -1.0)])
+def test_texts_that_are_missing_or_damaged_give_no_logits(name, value, pixel_values):
+    model = adapted(two_towers(), texts=value is not None)
+    if value is not None:
+        getattr(find_head(model).head("default"), name).fill_(value)
+    with refused(ValueError, "text"):
+        logits_of(model.eval(), pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "word"),
+    [
+        ((tiny_vit, NAMES), TypeError, "ViTForImageClassification"),  # no tower for texts
+        ((two_towers, NAMES, ["a photo"]), ValueError, "{}"),
+        ((two_towers, {"cat": []}), ValueError, "cat"),
+        ((two_towers, LABELS), TypeError, "classes"),
+        ((two_towers, {"cat": "a photo of a cat"}), TypeError, "classes"),
+        ((two_towers, "cat"), TypeError, "classes"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_not_embedded(arguments, error, word):
+    make, *texts = arguments
+    with refused(error, word):
+        embed_texts(make(), tokenizer(), *texts)
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "word"),
+    [(tiny_vit, {"id2label": LABELS}, "ViTForImageClassification"), (two_towers, {}, "id2label")],
+)
+def test_models_and_configs_that_cannot_have_texts_are_refused(make, fields, word):
+    with refused(ValueError, word):
+        get_peft_model(make(), tiny_config(head="text", **fields))
+
+
+def test_an_adapter_with_another_head_takes_no_texts():
+    with refused(ValueError, "text"):
         use_texts(get_peft_model(tiny_vit(), tiny_config()), torch.randn(3, 16))
-    with pytest.raises(TypeError, match="`model` must have a text tower, but got ViTForImageClassification"):
-        embed_texts(tiny_vit(), tokenizer(), NAMES)
-    with pytest.raises(ValueError, match=r"`templates` must hold '\{\}' each"):
-        embed_texts(two_towers(), tokenizer(), NAMES, ["a photo"])
-    with pytest.raises(ValueError, match="`classes` must have a text for each class"):
-        embed_texts(two_towers(), tokenizer(), {"cat": []})
-    model = get_peft_model(tiny_vit("ViTModel"), tiny_config(id2label=LABELS))
-    with (
-        model.disable_adapter(),
-        pytest.raises(ValueError, match="`labels` must be left out where no adapter with a head is active"),
-    ):
-        model(pixel_values, labels=torch.tensor([0, 1, 2, 0]))
-
-
-def test_texts_stay_nan_until_they_are_given():
-    head = TextHead(4, 3)
-    assert not head.eval().is_set
-    head.set_texts(torch.randn(3, 4), 10)
-    assert head.train().is_set
-    torch.testing.assert_close(head.text_embeds.norm(dim=-1), torch.ones(3))
-    head.half().eval()
-    assert head.is_set
-
-
-def test_texts_in_a_file_must_be_unit_vectors():
-    head = TextHead(4, 3)
-    head.set_texts(torch.randn(3, 4), 10)
-    state = head.state_dict()
-    head.load_state_dict(state | {"text_embeds": (100 * state["text_embeds"]).int()})
-    assert not head.is_set  # whoever uses it is told
 
 
 def test_a_network_of_the_paper_becomes_a_classifier_by_its_texts(pixel_values, tmp_path):
@@ -347,6 +316,7 @@ def test_a_network_of_the_paper_becomes_a_classifier_by_its_texts(pixel_values, 
     assert_same(logits_of(model, pixel_values), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["text tower", "file"])
 def test_the_script_trains_prompts_for_texts(source, tmp_path, capsys):
     command = smoke_arguments(tmp_path)
@@ -373,16 +343,6 @@ def test_the_script_trains_prompts_for_texts(source, tmp_path, capsys):
             base, tokenizer(), list(model.config.id2label.values()), ["a photo of a {}", "a sketch of a {}"]
         )
         torch.testing.assert_close(head.text_embeds, expected)
-
-
-def test_the_script_trains_a_head_on_a_model_without_one(tmp_path):
-    command = smoke_arguments(tmp_path)
-    command[command.index("--model_name_or_path") + 1] = str(tmp_path / "dino")
-    tiny_vit("DINOv3ViTModel").save_pretrained(tmp_path / "dino")
-    PROCESSOR.save_pretrained(tmp_path / "dino")
-    train_image_classifier.main([*command, "--num_train_epochs", "1"])
-    classifier = load_classifier(command[command.index("--output_dir") + 1])
-    assert classifier.pipeline()(Image.new("RGB", (40, 32), "red"))[0]["score"] <= 1
 
 
 def test_the_script_refuses_texts_for_other_models(tmp_path):

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
+from conftest import PIXEL, answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 
-PIXEL = {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 ALIGNMENT = 64  # bytes, of what torch allocates
 
 

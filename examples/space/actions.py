@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
-import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -15,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import httpx
 import limits
 import torch
-from adapter_training import KINDS, Task, train
+from adapter_training import KINDS, train
+from datasets import DatasetDict
 from demo_models import PIXELS, TOKENS, DemoModels
 from digits import NAMES
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import OfflineModeIsEnabled
+from image_data import DataArguments, load_splits
 from limits import ON_A_SPACE, TOKEN
 from matplotlib.figure import Figure
 from PIL import Image
 from sessions import Session, Sessions
-from uploads import read_adapter, read_folder, read_image, read_zip
+from uploads import read_adapter, read_image, read_zip
 
 from pgn_peft import Classifier, load_classifier, make_prompter
 from pgn_peft.inspection import attention_to_prompts, mixing_coefficients, own_answer
@@ -60,25 +59,19 @@ def messages() -> Iterator[None]:
 
 
 def with_messages(function: Callable) -> Callable:
-    """Show a function's errors on the page."""
+    """Show the errors of a function, or of one that yields, on the page."""
 
     @wraps(function)
     def call(*values: Any) -> Any:
         with messages():
             return function(*values)
 
-    return call
-
-
-def steps_with_messages(function: Callable) -> Callable:
-    """Show the errors of a function that yields on the page."""
-
     @wraps(function)
-    def call(*values: Any) -> Iterator[Any]:
+    def steps(*values: Any) -> Iterator[Any]:
         with messages():
             yield from function(*values)
 
-    return call
+    return steps if inspect.isgeneratorfunction(function) else call
 
 
 def session_of(request: gr.Request) -> Session:
@@ -101,16 +94,14 @@ class App:
     def load(self, session: Session, name: str) -> Classifier:
         """Return an adapter by its name in the list, id or folder."""
         name = (name or "").strip()
-        found = session.find(name)
+        found = session.own.get(name, session.loaded.get(name))
         if found is not None:
             return found
         if name in (TOKENS, PIXELS):
             self.demo.make()
             found = load_classifier(self.demo.adapter(name), base_model_name_or_path=self.demo.base)
-        elif not name:
-            raise ValueError("`adapter` must be an adapter's id, but got nothing. Choose one from the list.")
-        elif name in (TRAINED, UPLOADED):
-            raise ValueError(f"`adapter` must be one that is still there, but got {name!r}. Train or upload it again.")
+        elif name in ("", TRAINED, UPLOADED):
+            raise ValueError("Choose an adapter from the list, or name one. One of yours must be made again later.")
         else:
             found = self.load_checked(limits.fetch_adapter(name)) if ON_A_SPACE else load_classifier(name)
         session.keep(name, found)
@@ -126,8 +117,7 @@ class App:
             limits.check_model(base)
         elif not (limits.is_id(base) or Path(base).is_dir()):
             raise ValueError(
-                f"`base_model_name_or_path` must be the id of a model on the Hub, but got {base!r}, a folder of "
-                "another machine. Train the adapter on a model from the Hub."
+                f"The adapter was made for {base!r}, a folder of another machine. Name a model on the Hub."
             )
         return load_classifier(folder, token=TOKEN)
 
@@ -144,15 +134,11 @@ class App:
         labels = list((config.id2label or {}).values())
         where = "part of the image" if config.prompt_space == "pixel" else "tokens"
         listed = ", ".join(labels[:SHOWN_CLASSES])
-        if len(labels) > SHOWN_CLASSES:
-            listed += f", and {len(labels) - SHOWN_CLASSES} more"
-        count = (
-            "a static prompt"
-            if config.generator == "static"
-            else f"mixed for each image out of {config.library_size} entries"
-        )
+        more = f", and {len(labels) - SHOWN_CLASSES} more" if len(labels) > SHOWN_CLASSES else ""
+        mixed = f"mixed for each image out of {config.library_size} entries"
+        count = "a static prompt" if config.generator == "static" else mixed
         base = Path(config.base_model_name_or_path or "").name
-        return f"**{name}**: prompts are {where}, {count}. Frozen model: {base}. Classes: {listed}."
+        return f"**{name}**: prompts are {where}, {count}. Frozen model: {base}. Classes: {listed}{more}."
 
     # Tab "classify".
 
@@ -196,62 +182,45 @@ class App:
             pixel_values = to_pixel_values(classifier, [image])
             config = model.peft_config[ADAPTER]
             coefficients = attention = before = sent = change = None
-            in_pixels = config.prompt_space == "pixel"
-            texts = []
-            if config.generator == "static":
-                texts.append("The prompts are the same for all images: nothing is mixed.")
-            else:
+            texts = ["The prompts are the same for all images: nothing is mixed."]
+            if config.generator != "static":
                 mixed = mixing_coefficients(model, pixel_values)[0]
                 coefficients = draw(plot_coefficients, mixed, "How much of each library entry is in each prompt")
                 strongest = mixed.mean(dim=0).topk(min(3, mixed.shape[1]))
-                shares = (
-                    f"entry {entry} ({share:.0%})"
-                    for share, entry in zip(*map(torch.Tensor.tolist, strongest), strict=True)
-                )
-                texts.append(f"Most used of {mixed.shape[1]} library entries: {', '.join(shares)}.")
+                shares = [f"entry {int(entry)} ({float(share):.0%})" for share, entry in zip(*strongest, strict=True)]
+                texts = [f"Most used of {mixed.shape[1]} library entries: {', '.join(shares)}."]
+            in_pixels = config.prompt_space == "pixel"
             if in_pixels:
                 prompter = make_prompter(model, classifier.image_processor)
                 plain, prompted = prompter.unprompted(image), prompter(image)
                 before, sent = enlarged(plain), enlarged(prompted)
-                if plain.size == prompted.size:
-                    change, largest = amplified(plain, prompted)
-                    texts.append(f"The largest change of a pixel is {largest} of 255 levels.")
+                change, largest = amplified(plain, prompted)
+                texts.append(f"The largest change of a pixel is {largest} of 255 levels.")
             else:
                 texts.append("The prompts are tokens: the image itself is not changed.")
                 try:
-                    attention = draw(
-                        plot_attention,
-                        attention_to_prompts(model, pixel_values),
-                        "Attention of the class token to the prompts",
-                    )
-                except ValueError as error:
+                    shown = attention_to_prompts(model, pixel_values)
+                    attention = draw(plot_attention, shown, "Attention of the class token to the prompts")
+                except ValueError as error:  # attention that is not computed as a whole
                     texts.append(str(error))
         plots = [gr.Plot(figure, visible=figure is not None) for figure in (coefficients, attention)]
         return " ".join(texts), *plots, gr.Row(visible=in_pixels), before, sent, change
 
     # Tab "train".
 
-    def read_images(
-        self, source: str, file: str | None, folder: str, unpacked: Path
-    ) -> tuple[list, list[str], list[str]]:
-        """Return images, their classes and the names of all classes."""
+    def read_images(self, source: str, file: str | None, folder: str, unpacked: Path) -> DatasetDict:
+        """Return training and validation images."""
         if source == SOURCES[0]:
-            images, labels = zip(*self.demo.digits.files("train"), strict=True)
-            return list(images), [NAMES[label] for label in labels], NAMES
+            return self.demo.digits.rows()
         if source == SOURCES[1]:
             if file is None:
-                raise ValueError(
-                    "`zip` must be uploaded first, but got nothing. Upload images, a folder for each class."
-                )
-            found = read_zip(Path(file), unpacked)
-        elif ON_A_SPACE:
-            raise ValueError(f"`source` must be one of {', '.join(SOURCES)}, but got {source!r}. Upload a zip.")
-        elif not folder.strip():
-            raise ValueError("`folder` must be named, but got nothing. Name one with a subfolder for each class.")
-        else:
-            found = read_folder(Path(os.path.expanduser(folder)))
-        images, labels = zip(*found, strict=True)
-        return list(images), list(labels), sorted(set(labels))
+                raise ValueError("Upload a zip of images first, with a folder for each class.")
+            return read_zip(Path(file), unpacked)
+        if ON_A_SPACE or not Path(folder).expanduser().is_dir():
+            raise ValueError(
+                f"There is no folder {folder!r} on this machine. Upload a zip, or look for a misspelt path."
+            )
+        return load_splits(DataArguments(folder), validation=0.2, test=0)
 
     def train(
         self, source: str, file: str | None, folder: str, base: str, kind: str, epochs: float, request: gr.Request
@@ -259,48 +228,37 @@ class App:
         """Train, and yield how it stands: text, curve, the adapter's zip, and the list of adapters."""
         session = session_of(request)
         if session.training:
-            raise ValueError("`Train` must be pressed once, but a training of yours still runs. Stop it, or wait.")
+            raise ValueError("A training of yours still runs. Stop it, or wait.")
         session.training, session.stop = True, threading.Event()
         try:
-            with session.temporary_folder() as folder_of_run:
-                yield from self._train(session, Path(folder_of_run), source, file, folder, base.strip(), kind, epochs)
+            with session.temporary_folder() as temporary:
+                run = Path(temporary)
+                yield "reading the images", draw_curve((), None), gr.DownloadButton(interactive=False), gr.skip()
+                splits = self.read_images(source, file, folder, run / "images")
+                base = base.strip()
+                if base == DEMO_BASE:
+                    self.demo.make()
+                    base = str(self.demo.base)
+                elif ON_A_SPACE or not base:
+                    limits.check_model(base)
+                report, drawn = None, -1
+                options = {"token": TOKEN}
+                for report in train(splits, base, kind, int(epochs), run / "trainer", session.stop, source, options):
+                    curve = gr.skip()
+                    if report.alone is not None and len(report.curve) > drawn:
+                        curve, drawn = draw_curve(report.curve, report.alone.linear), len(report.curve)
+                    yield report.text, curve, gr.skip(), gr.skip()
+                if session.closed or report is None or report.classifier is None:
+                    return
+                session.facts, session.own[TRAINED] = report.facts, report.classifier
+                report.classifier.save_pretrained(run / "adapter", report.facts)
+                archive = shutil.make_archive(str(session.folder / "pgn-adapter"), "zip", run / "adapter")
+                button = gr.DownloadButton(value=archive, interactive=True)
+                yield report.text, gr.skip(), button, choices(session, TRAINED)
         finally:
             session.training = False
             if session.closed:
                 session.close()  # what was written meanwhile
-
-    def _train(
-        self,
-        session: Session,
-        run: Path,
-        source: str,
-        file: str | None,
-        folder: str,
-        base: str,
-        kind: str,
-        epochs: float | None,
-    ) -> Iterator[tuple[Any, ...]]:
-        yield "reading the images", draw_curve((), None), gr.DownloadButton(interactive=False), gr.skip()
-        images, labels, names = self.read_images(source, file, folder, run / "images")
-        if base == DEMO_BASE:
-            self.demo.make()
-            base = str(self.demo.base)
-        elif ON_A_SPACE:
-            limits.check_model(base)
-        task = Task(images, [names.index(label) for label in labels], names, base, kind, int(epochs or 0), name=source)
-        report, drawn = None, -1
-        for report in train(task, run / "trainer", session.stop, {"token": TOKEN}):
-            session.used = time.monotonic()
-            curve = gr.skip()
-            if report.alone is not None and len(report.curve) > drawn:
-                curve, drawn = draw_curve(report.curve, report.alone), len(report.curve)
-            yield report.text, curve, gr.skip(), gr.skip()
-        if session.closed or report is None or report.classifier is None:
-            return
-        session.facts, session.own[TRAINED] = report.facts, report.classifier
-        report.classifier.save_pretrained(run / "adapter", report.facts)
-        archive = shutil.make_archive(str(session.folder / "pgn-adapter"), "zip", run / "adapter")
-        yield report.text, gr.skip(), gr.DownloadButton(value=archive, interactive=True), choices(session, TRAINED)
 
     def stop(self, request: gr.Request) -> str:
         """Stop training after this step."""
@@ -315,9 +273,9 @@ class App:
         session = session_of(request)
         classifier = session.own.get(TRAINED)
         if classifier is None:
-            raise ValueError("`adapter` must be trained first, but got none. Train one above.")
+            raise ValueError("Train an adapter first.")
         if ON_A_SPACE and not token.strip():
-            raise ValueError("`token` must be given, but got nothing. Make one with write access in your settings.")
+            raise ValueError("A token with write access is needed. Make one in your settings.")
         with session.temporary_folder() as folder:
             commit = classifier.push_to_hub(
                 repo_id.strip(), session.facts, token=token.strip() or None, save_directory=Path(folder, "adapter")
@@ -333,24 +291,19 @@ class App:
         classifier = self.load(session, name)
         config = classifier.model.peft_config[ADAPTER]
         if config.prompt_space != "pixel":
-            raise ValueError(
-                f"`adapter` must have prompts that are part of the image, but got {name!r}, whose prompts are tokens. "
-                f"Choose {PIXELS!r}, or train one with {KINDS[2]!r}."
-            )
+            raise ValueError(f"The prompts of {name!r} are tokens. Choose {PIXELS!r}, or train one with {KINDS[2]!r}.")
         with session.lock:
             prompter = make_prompter(classifier.model, classifier.image_processor)
             if prompter.head is not None and prompter.score_head is None:
                 raise ValueError(
-                    "`adapter` must have a head that can be computed from the server's scores, but got too few of "
-                    f"them, {len(prompter.server_labels or {})}. Train on classes that the model has, or take a model "
-                    "with as many classes as features."
+                    f"The adapter's head cannot be computed from {len(prompter.server_labels or {})} scores. Train on "
+                    "classes that the model has, or take a model with as many classes as features."
                 )
             plain, prompted = prompter.unprompted(image), prompter(image)
             answers = [ask(url, classifier, shown, prompter.server_labels) for shown in (plain, prompted)]
         read = prompter.read_answer(answers[1])
-        size = len(as_png(prompted))
         pixels = f"{prompted.width} x {prompted.height} pixels"
-        text = f"Sent: a PNG of {pixels}, {size:,} bytes. The server's model is unchanged."
+        text = f"Sent: a PNG of {pixels}, {len(as_png(prompted)):,} bytes. The server's model is unchanged."
         return text, enlarged(plain), for_label(answers[0]), enlarged(prompted), answers[1][:5], for_label(read)
 
 
@@ -361,10 +314,8 @@ def choices(session: Session, chosen: str) -> gr.Dropdown:
 
 def open_all(files: list | None) -> list[Image.Image]:
     """Open uploaded images; a gallery gives pairs of file and caption."""
-    if not files:
-        raise ValueError("`images` must be uploaded first, but got none. Upload one, or take a digit.")
-    if len(files) > MOST_IMAGES:
-        raise ValueError(f"`images` must be at most {MOST_IMAGES}, but got {len(files)}. Choose fewer.")
+    if not files or len(files) > MOST_IMAGES:
+        raise ValueError(f"Upload 1 to {MOST_IMAGES} images first, or take a digit; there are {len(files or [])}.")
     paths = [Path(file if isinstance(file, str) else file[0]) for file in files]
     return [read_image(path, path.name) for path in paths]
 
@@ -393,14 +344,7 @@ def ask(url: str, classifier: Classifier, image: Image.Image, labels: dict[int, 
     """Ask a server, or the frozen model itself, for the scores of all its classes."""
     if ON_A_SPACE or not url.strip():
         return own_answers(classifier, [image])[0]
-    try:
-        client = InferenceClient(model=url.strip())
-        answer = client.image_classification(as_png(image), top_k=len(labels or {}) or None)
-    except (httpx.HTTPError, OfflineModeIsEnabled) as error:
-        raise ValueError(
-            f"`server` must be one that answers images with scores, but got {url!r}: {error}. Look at its address; "
-            "with HF_HUB_OFFLINE=1 none is called."
-        ) from error
+    answer = InferenceClient(model=url.strip()).image_classification(as_png(image), top_k=len(labels or {}) or None)
     return [{"label": entry.label, "score": entry.score} for entry in answer]
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import threading
-import time
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+sys.path.append(str(Path(__file__).parents[1]))  # the scripts' modules; on a Space they are beside this file
 
 import gradio as gr
-from actions import DEMO_BASE, SOURCES, App, sessions, steps_with_messages, with_messages
+from actions import DEMO_BASE, SOURCES, App, sessions, with_messages
 from adapter_training import KINDS, MOST_EPOCHS
 from demo_models import PIXELS, TOKENS, DemoModels
 from limits import ON_A_SPACE
@@ -37,13 +38,6 @@ PICTURE = {"height": 260, "interactive": False, "format": "png"}
 def leave(request: gr.Request) -> None:
     """Close the session of a visitor who closes the page."""
     sessions.close(request.session_hash or "")
-
-
-def close_expired() -> None:
-    """Close sessions that nobody uses, once a minute."""
-    while True:
-        time.sleep(60)
-        sessions.close_expired()
 
 
 def build(app: App) -> gr.Blocks:
@@ -162,7 +156,7 @@ def build(app: App) -> gr.Blocks:
             [archive, folder],
         )
         trained = start.click(
-            steps_with_messages(app.train),
+            with_messages(app.train),
             [source, archive, folder, base, kind, epochs],
             [status, curve, download, adapter],
             concurrency_limit=1,
@@ -185,7 +179,6 @@ def main(command_line: list[str] | None = None) -> None:
     folder = FOLDER / "demo-models"
     demo = DemoModels(folder if os.access(FOLDER, os.W_OK) else None)
     threading.Thread(target=demo.make, daemon=True).start()  # the page is there meanwhile
-    threading.Thread(target=close_expired, daemon=True).start()
     build(App(demo)).queue(max_size=20, default_concurrency_limit=2).launch(
         server_port=options.port,
         max_file_size=MOST_UPLOADED,

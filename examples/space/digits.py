@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from image_data import UprightImage
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -47,6 +49,15 @@ class Digits:
         return [
             (Image.fromarray(image), int(label)) for image, label in zip(pixels, self.turned[split][1], strict=True)
         ]
+
+    def rows(self) -> DatasetDict:
+        """Return training and validation images of the new domain as `image_data.load_splits` returns images."""
+        features = Features({"image": UprightImage(), "label": ClassLabel(names=NAMES)})
+        splits = {}
+        for split in ("train", "validation"):
+            images, labels = zip(*self.files(split), strict=True)
+            splits[split] = Dataset.from_dict({"image": list(images), "label": list(labels)}, features=features)
+        return DatasetDict(splits)
 
 
 def image_processor() -> ViTImageProcessor:

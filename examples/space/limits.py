@@ -29,42 +29,28 @@ def is_id(name: str) -> bool:
 
 
 def check_model(name: str) -> None:
-    """Check that a model is one on the Hub, and not too large.
-
-    Raises:
-        ValueError: it is not.
-    """
-    _sizes("model", name, ("model.safetensors", "model-"), LARGEST_MODEL, refused="adapter_config.json")
+    """Raise a ValueError unless a model is one on the Hub, and not too large."""
+    _check_size(name, ("model.safetensors", "model-"), LARGEST_MODEL)
 
 
 def fetch_adapter(name: str) -> Path:
-    """Fetch the files of an adapter on the Hub, and return their folder.
-
-    Raises:
-        ValueError: there is no such adapter, or it is too large.
-    """
-    revision = _sizes("adapter", name, ADAPTER_FILES, MOST_UNPACKED)
+    """Fetch the files of an adapter on the Hub, if they are not too large, and return their folder."""
+    revision = _check_size(name, ADAPTER_FILES, MOST_UNPACKED)
     return Path(snapshot_download(name, revision=revision, allow_patterns=list(ADAPTER_FILES), token=TOKEN))
 
 
-def _sizes(what: str, name: str, files: tuple[str, ...], most: int, refused: str | None = None) -> str | None:
+def _check_size(name: str, files: tuple[str, ...], most: int) -> str | None:
     if not is_id(name):
-        raise ValueError(f"`{what}` must be the id of one on the Hub, but got {name!r}. Write owner/name.")
+        raise ValueError(f"{name!r} is not the id of a repository on the Hub. Write owner/name.")
     try:
         info = HfApi().model_info(name, files_metadata=True, token=TOKEN)
     except HfHubHTTPError as error:
-        raise ValueError(
-            f"`{what}` must be the id of a public one on the Hub, but got {name!r}, which is not there. Look for a "
-            "misspelt name."
-        ) from error
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    if refused in sizes:
-        raise ValueError(f"`{what}` must be a model, but got {name!r}, an adapter. Name the model that it is for.")
-    size = sum(size for file, size in sizes.items() if file.startswith(files))
+        raise ValueError(f"There is no public {name!r} on the Hub. Look for a misspelt name.") from error
+    size = sum(file.size or 0 for file in info.siblings or () if file.rfilename.startswith(files))
     if not 0 < size <= most:
         raise ValueError(
-            f"`{what}` must be at most {most / 2**20:.0f} MB of safetensors, but got {size / 2**20:.0f} MB for "
-            f"{name!r}. Name a smaller one."
+            f"{name!r} has {size / 2**20:.0f} MB of the files {', '.join(files)}; up to {most / 2**20:.0f} MB are "
+            "possible here."
         )
     return info.sha
 
@@ -78,17 +64,13 @@ def check_adapter(folder: Path) -> str:
     config = _read_settings(folder / "adapter_config.json")
     prompts = config.get("num_virtual_tokens")
     if isinstance(prompts, int) and prompts > MOST_PROMPTS:
-        raise ValueError(f"`num_virtual_tokens` must be at most {MOST_PROMPTS} here, but got {prompts}. Use fewer.")
+        raise ValueError(f"The adapter has {prompts} prompts; at most {MOST_PROMPTS} are possible here.")
     for file in folder.glob("*processor_config.json"):
         if (largest := _largest(_read_settings(file))) > LARGEST_SIDE:
-            raise ValueError(
-                f"`size` must be at most {LARGEST_SIDE} pixels here, but got {largest}. Use smaller images."
-            )
+            raise ValueError(f"The images are {largest} pixels large; at most {LARGEST_SIDE} are possible here.")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ValueError(
-            f"`base_model_name_or_path` must be the id of a model, but got {base!r}. Name it in the adapter."
-        )
+        raise ValueError("The adapter does not name its base model (`base_model_name_or_path`).")
     return base
 
 
@@ -98,16 +80,16 @@ def _read_settings(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):  # no UTF-8, no JSON, nested too deeply
         settings = None
     if not isinstance(settings, dict):
-        raise ValueError(f"`{file.name}` must hold settings in JSON, but got something else. Save the adapter again.")
+        raise ValueError(f"{file.name} does not hold settings in JSON. Save the adapter again.")
     return settings
 
 
-def _largest(settings: dict[str, Any]) -> int:
+def _largest(settings: dict[str, Any], prefix: str = "") -> int:
     """Return the largest side of images that a processor's settings name."""
     found = [0]
     for name, value in settings.items():
         if isinstance(value, dict):
-            found.append(_largest({name + key: inner for key, inner in value.items()}))
-        elif isinstance(value, int) and ("size" in name or "pad" in name):
+            found.append(_largest(value, prefix + name))
+        elif isinstance(value, int) and any(word in prefix + name for word in ("size", "pad")):
             found.append(value)
     return max(found)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 from pgn_peft import CardFacts, Classifier
 
-HOURS = 1  # without a call, after which a session is closed
 MOST_SESSIONS = 20
 MOST_LOADED = 2  # adapters in memory, beside those that were trained here or uploaded
 
@@ -23,21 +21,16 @@ class Session:
         self.stop = threading.Event()  # of the training that runs
         self.training = self.closed = False
         self.lock = threading.RLock()  # a model is switched to and fro while it answers
-        self.used = time.monotonic()
         self.facts = CardFacts()  # of what was trained here
         self.own: dict[str, Classifier] = {}  # trained here, or uploaded
-        self._loaded: dict[str, Classifier] = {}
+        self.loaded: dict[str, Classifier] = {}
 
     def keep(self, name: str, classifier: Classifier) -> None:
         """Keep an adapter that can be loaded again; of many, the oldest is dropped."""
         with self.lock:
-            self._loaded[name] = classifier
-            while len(self._loaded) > MOST_LOADED:
-                del self._loaded[next(iter(self._loaded))]
-
-    def find(self, name: str) -> Classifier | None:
-        """Return an adapter that is kept."""
-        return self.own.get(name, self._loaded.get(name))
+            self.loaded[name] = classifier
+            while len(self.loaded) > MOST_LOADED:
+                del self.loaded[next(iter(self.loaded))]
 
     def temporary_folder(self) -> tempfile.TemporaryDirectory:
         """Return a folder for the time of a call."""
@@ -48,7 +41,7 @@ class Session:
         self.closed = True
         self.stop.set()
         self.own.clear()
-        self._loaded.clear()
+        self.loaded.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -63,7 +56,6 @@ class Sessions:
         """Return a visitor's session, made at the first call; of too many, close the one that was not used longest."""
         with self._lock:
             session = self._sessions.pop(session_hash, None) or Session()
-            session.used = time.monotonic()
             idle = [key for key, other in self._sessions.items() if not other.training]
             surplus = idle[: max(0, len(self._sessions) + 1 - MOST_SESSIONS)]
             self._sessions[session_hash] = session  # those used last are last
@@ -77,14 +69,3 @@ class Sessions:
             session = self._sessions.pop(session_hash, None)
         if session is not None:
             session.close()
-
-    def close_expired(self) -> None:
-        """Close the sessions that nobody has used for long."""
-        end = time.monotonic() - HOURS * 3600
-        with self._lock:
-            expired = [key for key, other in self._sessions.items() if other.used < end and not other.training]
-        for key in expired:
-            self.close(key)
-
-    def __len__(self) -> int:
-        return len(self._sessions)

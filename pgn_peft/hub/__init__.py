@@ -1,7 +1,7 @@
 """Adapters on disk and on the Hub: loading with base model and image processor, publishing, model cards."""
 
 from pgn_peft.hub.classifier import Classifier, load_classifier
+from pgn_peft.hub.image_processors import plain_processor
 from pgn_peft.hub.model_card import CardFacts
-from pgn_peft.hub.timm_processor import plain_processor
 
 __all__ = ["CardFacts", "Classifier", "load_classifier", "plain_processor"]

@@ -6,29 +6,25 @@ Transformers' own `pipeline(model=adapter_id)` finds model and labels too, but t
 
 from __future__ import annotations
 
+import base64
 import logging
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, get_session
 from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from pgn_peft.hub import onnx_export, publishing
-from pgn_peft.hub.downloads import (
-    ADAPTER_FILES,
-    BASE_FILES,
-    check_base_folder,
-    check_processor_files,
-    has_processor,
-    read_adapter_config,
-    unchanging,
-)
-from pgn_peft.hub.image_size import interpolate_if_needed, made_of_square
+from pgn_peft.hub.image_processors import interpolate_if_needed, made_of_square
 from pgn_peft.hub.model_card import CardFacts
+from pgn_peft.nn.images import convert_image
 from pgn_peft.tuner.adapters import prompt_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED
 from pgn_peft.tuner.config import PGNConfig
@@ -39,12 +35,44 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILES = (PROCESSOR_FILE, "processor_config.json")
+# All that is downloaded. Pickles and Python files, which can run code, are not.
+ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
+BASE_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *PROCESSOR_FILES)
+
 
 class _Pipeline(transformers.ImageClassificationPipeline):
-    """The image pipeline, also for models that classify by an adapter's head, of which it would log an error."""
+    """The image pipeline, which also takes models that classify by an adapter's head, and images of 16 bits.
+
+    Of the former Transformers would log an error; pixels of the latter it would clip at 255.
+    """
+
+    __module__ = transformers.ImageClassificationPipeline.__module__  # Gradio takes pipelines from there only
 
     def check_model_type(self, supported_models: Any) -> None:
         """Accept every model."""
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+        """Read an image as `convert_image` does: a path, a URL, base64 or a Pillow image."""
+        if isinstance(image, str):
+            image = _open_image(image, timeout)
+        return super().preprocess(convert_image(image) if isinstance(image, Image.Image) else image)
+
+
+def _open_image(source: str, timeout: float | None) -> Image.Image:
+    if Path(source[:1024]).is_file():
+        return Image.open(source)
+    try:
+        if source.startswith(("http://", "https://")):
+            content = get_session().get(source, timeout=timeout, follow_redirects=True).content
+        else:
+            content = base64.b64decode(source.rpartition(",")[2])
+        return Image.open(BytesIO(content))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{source[:100]!r} is no image. Pass the path of a file, a URL, base64 or a Pillow image."
+        ) from error
 
 
 class Classifier(NamedTuple):
@@ -175,58 +203,67 @@ def load_classifier(
 
     Raises:
         OSError: a file is missing, or cannot be downloaded.
-        ValueError: a file is damaged, or the adapter is not one of PGN for a classifier, or does not fit the base.
+        ValueError: the adapter is not one of PGN for a classifier, or does not fit the base, or a file is damaged.
         TypeError: the base is not a supported architecture.
     """
-    if subfolder is not None and (".." in Path(subfolder).parts or Path(subfolder).is_absolute()):
-        raise ValueError(
-            f"`subfolder` must lie in the adapter's repository or folder, but got {subfolder!r}. Name it from there."
-        )
     options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    name = str(pretrained_model_name_or_path)
+    name = str(Path(pretrained_model_name_or_path, subfolder or ""))
     patterns = [file if subfolder is None else f"{subfolder}/{file}" for file in ADAPTER_FILES]
-    folder = find_folder("pretrained_model_name_or_path", name, patterns, revision=revision, **options)
-    folder = folder / (subfolder or "")
-    config = read_adapter_config(folder, name if subfolder is None else f"{name}/{subfolder}")
+    folder = find_folder(
+        "pretrained_model_name_or_path", pretrained_model_name_or_path, patterns, revision=revision, **options
+    ).joinpath(subfolder or "")
+    config = _read_config(folder, name)
 
     base, base_revision = base_model_name_or_path, None
     if base is None:
         base, base_revision = config.base_model_name_or_path, config.revision
-    if not base:
-        raise ValueError(
-            f"`base_model_name_or_path` must be given for {name!r}, whose configuration has none, but got None. Pass "
-            "the id or path of the model that it was made for."
-        )
-    base_folder = find_folder("base_model_name_or_path", base, BASE_FILES, revision=base_revision, **options)
-    check_base_folder(base_folder, str(base))
-    model = _load_base(base_folder, config, device_map, dtype)
-    with unchanging(folder, config) as copy:
-        model.load_adapter(str(copy), use_safetensors=True)
-        if has_processor(copy):
-            return Classifier(model, _load_processor(copy, folder, model))
-    if not has_processor(base_folder):
-        raise OSError(
-            f"`preprocessor_config.json` must be in the adapter or in its base model, but got neither in {name!r} nor "
-            f"in {str(base)!r}. Save the processor that it was trained with beside the adapter."
-        )
-    logger.warning("%s has no image processor of its own; taking that of its base model, %s", name, base)
-    return Classifier(model, _load_processor(base_folder, base_folder, model))
-
-
-def _load_processor(folder: Path, shown: Path, model: nn.Module) -> Any:
     try:
-        check_processor_files(folder)
-        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        interpolate_if_needed(model, image_processor)
-    except Exception as error:  # many kinds, where a field has another type
-        raise ValueError(
-            f"`preprocessor_config.json` must describe an image processor, but got {one_line(error)} in "
-            f"{str(shown)!r}. Save the processor that the adapter was trained with there."
+        base_folder = find_folder("base_model_name_or_path", str(base), BASE_FILES, revision=base_revision, **options)
+    except OSError as error:
+        raise OSError(
+            f"{one_line(error)} {name!r} was made for this base model: where it has been moved, pass its place, "
+            "load_classifier(..., base_model_name_or_path=...)."
         ) from error
-    return image_processor
+    model = _load_base(base_folder, str(base), config, device_map, dtype)
+    model.load_adapter(str(folder), use_safetensors=True)
+    # In a folder with both files Transformers prefers the second, which an earlier save of a CLIP processor can have
+    # left there (huggingface/transformers#42085); `save_pretrained` writes the first.
+    source = folder / PROCESSOR_FILE if folder.joinpath(PROCESSOR_FILE).is_file() else folder
+    if not any(folder.joinpath(file).is_file() for file in PROCESSOR_FILES):
+        logger.warning("%s has no image processor of its own; taking that of its base model, %s", name, base)
+        source = base_folder
+    image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    interpolate_if_needed(model, image_processor)
+    return Classifier(model, image_processor)
 
 
-def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | torch.dtype) -> PreTrainedModel:
+def _read_config(folder: Path, name: str) -> PGNConfig:
+    remedies = {
+        CONFIG_NAME: "Look for a misspelt name, or pass the `subfolder` that the adapter lies in.",
+        SAFETENSORS_WEIGHTS_NAME: "Pickled weights (adapter_model.bin) are not read, because they can run code. Where "
+        "you trust them, load them with PEFT and save the adapter again, which writes safetensors.",
+    }
+    for file, remedy in remedies.items():
+        if not folder.joinpath(file).is_file():
+            raise OSError(f"There is no {file} in {name!r}. {remedy}")
+    config = PGNConfig.from_pretrained(str(folder))
+    if config.num_labels is None:
+        raise ValueError(
+            f"The adapter in {name!r} has no labels: it answers with features. Load it with AutoPeftModel."
+        )
+    return config
+
+
+def _load_base(
+    folder: Path, name: str, config: PGNConfig, device_map: Any, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    # Transformers would follow an adapter to its own base, and read weights of whatever kind there.
+    is_adapter = folder.joinpath(CONFIG_NAME).is_file()
+    if is_adapter or not folder.joinpath("config.json").is_file() or not any(folder.glob("model*.safetensors")):
+        raise OSError(
+            f"The base model {name!r} is an adapter, or lacks config.json or weights in safetensors. Pass a model "
+            "without adapters; pickled weights are not read, because they can run code: convert them first."
+        )
     made_for = (config.auto_mapping or {}).get("base_model_class")
     # From our own table of names: importing a module that a file names could run untrusted code.
     model_class: Any = getattr(transformers, made_for) if made_for in SUPPORTED else AutoModelForImageClassification
@@ -249,11 +286,10 @@ def _load_base(folder: Path, config: PGNConfig, device_map: Any, dtype: str | to
     # What the adapter brings itself, and the pooler of a ViT, which no classifier reads.
     unread = "pooler.dense" if backbone is not None and backbone.head is None else None
     allowed = tuple(f"{name}." for name in (own_head, unread) if name is not None)
-    missing = [name for name in found["missing_keys"] if not name.startswith(allowed)]
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(allowed))
     if missing and backbone is not None:
         raise ValueError(
-            f"`base_model_name_or_path` must hold all weights of a {made_for}, but got none for "
-            f"{', '.join(sorted(missing)[:3])} and {len(missing)} in all in {str(folder)!r}. Name the checkpoint that "
-            "the adapter was made for."
+            f"The base model {name!r} has no weights for {', '.join(missing[:3])} of a {made_for}; {len(missing)} are "
+            "missing in all. Pass the checkpoint that the adapter was made for."
         )
     return model

@@ -18,7 +18,6 @@ from pgn_peft.utils.markdown import CITATION, cell, list_names
 from pgn_peft.utils.sources import is_repo_id
 from pgn_peft.utils.values import filled
 
-PICTURE_FILE = "library.png"
 EXAMPLE_FILES = tuple(f"example-{number}.jpg" for number in range(1, 5))
 
 
@@ -38,7 +37,8 @@ class CardFacts:
         examples: images by title, at most four, for the card's widget. They are published with the adapter.
 
     Raises:
-        ValueError: there are metrics and no data set, a metric is not a finite number, or there are too many examples.
+        TypeError: a metric is not a number.
+        ValueError: there are metrics and no data set, a metric is not finite, or there are too many examples.
     """
 
     dataset_name: str | None = None
@@ -53,20 +53,14 @@ class CardFacts:
 
     def __post_init__(self) -> None:
         if len(self.examples) > len(EXAMPLE_FILES):
-            raise ValueError(
-                f"`examples` must be at most {len(EXAMPLE_FILES)} images, but got {len(self.examples)}. Choose some."
-            )
+            raise ValueError(f"A card has room for {len(EXAMPLE_FILES)} examples, but {len(self.examples)} are given.")
+        # Scalars of numpy and torch become plain numbers, which YAML can hold.
+        object.__setattr__(self, "metrics", {name: float(value) for name, value in self.metrics.items()})
         for name, value in self.metrics.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(
-                    f"`metrics` must hold finite numbers, but got {value!r} for {name!r}. Leave it out, or measure it "
-                    "again."
-                )
+            if not math.isfinite(value):
+                raise ValueError(f"The metric {name!r} is {value}. Leave it out, or measure it again.")
         if self.metrics and self.dataset is None:
-            raise ValueError(
-                f"`dataset_name` or `dataset_id` must be given with `metrics`, but got None with "
-                f"{dict(self.metrics)!r}. Say what they were measured on."
-            )
+            raise ValueError("Say what the metrics were measured on: give `dataset_name` or `dataset_id`.")
 
     @property
     def dataset(self) -> str | None:
@@ -74,9 +68,7 @@ class CardFacts:
         return self.dataset_name or self.dataset_id
 
 
-def make_card(
-    model: nn.Module, name: str, facts: CardFacts, *, interpolate: bool = False, picture: str | None = None
-) -> ModelCard:
+def make_card(model: nn.Module, name: str, facts: CardFacts, *, interpolate: bool = False) -> ModelCard:
     """Write the card of a model's active adapter.
 
     Args:
@@ -84,7 +76,6 @@ def make_card(
         name: id of the adapter's repository, or its folder.
         facts: what model and adapter do not show.
         interpolate: the adapter's images have another size than the base's.
-        picture: what the picture of the library shows; None: there is none.
 
     Raises:
         TypeError: the model carries no PGN adapter.
@@ -106,8 +97,6 @@ def make_card(
         split=facts.split,
         hyperparameters=_cells(facts.hyperparameters),
         training_log=_table(facts.training_log) if facts.training_log else None,
-        picture=picture,
-        picture_file=PICTURE_FILE,
         license=facts.license,
         citation=CITATION,
     )

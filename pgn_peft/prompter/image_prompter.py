@@ -26,7 +26,6 @@ from pgn_peft.prompter import files
 from pgn_peft.prompter.answers import by_label, find_scale, read_entries
 from pgn_peft.prompter.score_fitting import check_classes, fit_to_answers
 from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead
-from pgn_peft.utils.files import finish_save
 from pgn_peft.utils.labels import normalize_id2label
 from pgn_peft.utils.markdown import CITATION, list_names
 from pgn_peft.utils.onnx import export_module
@@ -381,7 +380,6 @@ class ImagePrompter(nn.Module):
         wanted = (files.CONFIG_FILE, files.WEIGHTS_FILE)
         field = "pretrained_model_name_or_path"
         folder = find_folder(field, pretrained_model_name_or_path, wanted, revision=revision, token=token)
-        finish_save(folder)
         prompter = cls(**files.read_config(folder / files.CONFIG_FILE))
         tensors = files.read_tensors(folder / files.WEIGHTS_FILE, prompter.state_dict())
         prompter.load_state_dict(tensors, assign=True)

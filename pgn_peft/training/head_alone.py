@@ -45,15 +45,12 @@ def head_alone(
 
     Raises:
         TypeError: the model carries no adapter.
-        ValueError: no adapter has this name, the model has no classification head, or there are no batches.
+        ValueError: no adapter has this name, or the model has no classification head.
     """
     config = find_layer(model, adapter_name).configs[adapter_name]
     head = find_head(model)
     if head is None or config.num_labels is None:
-        raise ValueError(
-            f"`model` must have a classification head, but got a {type(model).__name__} without. Give the adapter "
-            "labels: PGNConfig(id2label=...)."
-        )
+        raise ValueError("The model has no classification head. Give the adapter labels: PGNConfig(id2label=...).")
     with without_adapters(model):
         features, labels = _features(model, head, train_batches)
         others, expected = _features(model, head, eval_batches)
@@ -75,18 +72,11 @@ def _features(model: nn.Module, head: PGNHead, batches: Iterable[Mapping[str, An
     try:
         for batch in batches:
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-            if "labels" not in inputs:
-                raise ValueError(
-                    f"`train_batches` and `eval_batches` must have `labels`, but got {', '.join(inputs)}. Pass the "
-                    "loaders of the training."
-                )
             labels.append(inputs.pop("labels").cpu())  # the model's own classes would be others
             model(**inputs)
     finally:
         head.shows_features = False
         hook.remove()
-    if not labels:
-        raise ValueError("`train_batches` and `eval_batches` must hold images, but got none. Pass data loaders.")
     return torch.cat(features), torch.cat(labels)
 
 

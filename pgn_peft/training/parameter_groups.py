@@ -39,9 +39,6 @@ def parameter_groups(
 
     Returns:
         Groups with the keys `name`, `params`, `lr` and `weight_decay`; each parameter is in exactly one.
-
-    Raises:
-        ValueError: no parameter is trainable.
     """
     head_rate = HEAD_RATIO * learning_rate if head_learning_rate is None else head_learning_rate
     rates = {"pgn_generator": learning_rate, "pgn_head": head_rate}
@@ -55,11 +52,6 @@ def parameter_groups(
         if parameter.requires_grad:
             part = next((part for part in rates if f".{part}." in f".{name}"), "other")
             groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
-    if not groups:
-        raise ValueError(
-            "`model` must have trainable parameters, but got a frozen one. Load the adapter with is_trainable=True, "
-            "or activate it: model.set_adapter(name)."
-        )
     return [
         {
             "name": part.split(".")[0],

@@ -40,8 +40,8 @@ def prompt_layer(model: Any) -> PGNLayer:
         layer = next((module for module in model.modules() if isinstance(module, PGNLayer)), None)
     if layer is None:
         raise TypeError(
-            f"This {type(model).__name__} carries no PGN adapter. Make one by get_peft_model(model, PGNConfig(...)), or "
-            "load one by load_classifier(adapter_id)."
+            f"This {type(model).__name__} carries no PGN adapter. Make one by get_peft_model(model, PGNConfig(...)), "
+            "or load one by load_classifier(adapter_id)."
         )
     return layer
 

@@ -223,8 +223,8 @@ def find_backbone(model: nn.Module, target_modules: list[str] | None = None) -> 
         supported = SUPPORTED[architecture]
         if target_modules is not None and not _ends_with(supported.embeddings, target_modules[0]):
             raise ValueError(
-                f"A {name} makes its tokens in {supported.embeddings!r}, not in {target_modules[0]!r}. An adapter saved "
-                "with this `target_modules` was made for another architecture; in a new config leave it out."
+                f"A {name} makes its tokens in {supported.embeddings!r}, not in {target_modules[0]!r}. An adapter "
+                "saved with this `target_modules` is for another architecture; in a new config leave it out."
             )
         if supported.carries:
             _check_timm(model.get_submodule(supported.embeddings.rpartition(".")[0]))

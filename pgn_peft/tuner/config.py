@@ -214,7 +214,8 @@ class PGNConfig(PeftConfig):
     pgn_peft_version: str | None = _field(None, "Recorded: the version of pgn_peft that made the adapter.")
 
     def __post_init__(self) -> None:
-        self.task_type = _read_task_type(self.task_type)
+        _check_task_type(self.task_type)
+        self.task_type = None
         super().__post_init__()
         self.peft_type = PGNPeftType.PGN
         self.pgn_peft_version = self.pgn_peft_version or __version__
@@ -256,8 +257,8 @@ def own_fields() -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(PGNConfig) if "minimum" in field.metadata]
 
 
-def _read_task_type(task_type: Any) -> None:
-    """Ignore the task type of an image task, which PEFT does not have.
+def _check_task_type(task_type: Any) -> None:
+    """Warn of the task type of an image task, which PEFT does not have, and which is ignored.
 
     Raises:
         ValueError: it is one of PEFT's, all of which pass `input_ids` to the model.
@@ -291,7 +292,7 @@ def _read_value(field: dataclasses.Field[Any], value: Any) -> Any:
         raise TypeError(f"`{name}` is {value!r}. It must be {'a number' if fraction else 'an integer'}.")
     if not minimum <= value < float("inf"):
         raise ValueError(f"`{name}` is {value!r}. It must be at least {minimum}.")
-    return float(value) if fraction else int(value)
+    return float(value) if fraction else int(value)  # type: ignore[call-overload]  # an Integral, too
 
 
 def _describe_fields() -> str:

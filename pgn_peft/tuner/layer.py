@@ -44,7 +44,7 @@ class PromptedLayer(PGNTunerLayer):
         if adapter_name == BASE or self.configs[adapter_name].prompt_space == "pixel":
             return 0, 1
         config = self.configs[adapter_name]
-        return not_none(config.num_virtual_tokens), int(not_none(config.prompt_depth))
+        return not_none(config.num_virtual_tokens), cast(int, config.prompt_depth)
 
 
 class PGNLayer(PromptedLayer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -92,6 +93,7 @@ class PGNModel(BaseTuner):
         vars(config).update(vars(resolved))  # the object that the user passed, as PEFT does
         if backbone.head is None and config.num_labels is not None:
             make_classifier(model)
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]  # Trainer then averages over accumulated batches
         super().inject_adapter(
             model,
             adapter_name,
@@ -129,6 +131,8 @@ class PGNModel(BaseTuner):
             layer.update_layer(adapter_name, config)
         elif current_key == (backbone.head or HEAD):
             if not isinstance(target, PGNHead):
+                if hasattr(self.model, "config"):  # whose labels change; another model may share it
+                    self.model.config = copy.copy(self.model.config)
                 own_head = None if backbone.head is None else target
                 target = PGNHead(own_head, getattr(self.model, "config", None), layer)
                 setattr(parent, target_name, target)
@@ -154,7 +158,7 @@ class PGNModel(BaseTuner):
             setattr(parent, name, layer)
             # Trainer then averages the losses of accumulated batches, which those of regression and of several labels
             # per image need: they are means, and ignore the number of labels that Trainer would let them divide by.
-            self.model.accepts_loss_kwargs = False  # type: ignore[assignment]
+            self.model.accepts_loss_kwargs = False
             if backbone.carries:
                 append_prompts(parent)
         return layer
@@ -206,17 +210,17 @@ class PGNModel(BaseTuner):
             return nullcontext()
         layer = next(module for module in self.model.modules() if isinstance(module, PGNLayer))
         head, configs = find_head(self.model), cast("Mapping[str, PGNConfig]", self.peft_config)
-        images = args[0] if args else kwargs.get("pixel_values")
+        images: Any = args[0] if args else kwargs.get("pixel_values")
         layer.check_inputs(self.model, (images,), {**kwargs, "pixel_values": None})
-        if isinstance(adapter_names, str) or len(adapter_names) != len(cast(Tensor, images)):
+        if isinstance(adapter_names, str) or len(adapter_names) != len(images):
             raise ValueError(
                 f"`adapter_names` is {adapter_names!r}, and needs one name for each of {len(images)} images."
             )
         unknown = [name for name in adapter_names if name != BASE and name not in configs]
         if unknown:
             raise ValueError(
-                f"`adapter_names` has {unknown[0]!r}. There are {', '.join(configs)}, and {BASE!r} for the model without "
-                "any."
+                f"`adapter_names` has {unknown[0]!r}. There are {', '.join(configs)}, and {BASE!r} for the model "
+                "without any."
             )
         if self.training or kwargs.get("labels") is not None:
             raise ValueError("`adapter_names` is for inference: call model.eval(), and pass no labels.")
@@ -294,8 +298,8 @@ class PGNModel(BaseTuner):
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError(
-                f"The weights of adapter {adapter_name!r} do not fit its configuration: {'; '.join(problems[:5])}{more}. "
-                f"It was made for {config.base_model_name_or_path!r}; if that is this model, fetch the adapter again."
+                f"The weights of adapter {adapter_name!r} do not fit its configuration: {'; '.join(problems[:5])}"
+                f"{more}. It was made for {config.base_model_name_or_path!r}; if that is this model, fetch it again."
             )
         return remapped
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def make_library(config: PGNConfig, directions: Tensor | None = None) -> TokenLi
         hidden_size,
         initializer_range=config.initializer_range,
         num_slots=config.num_virtual_tokens if config.static_prompts else None,
-        depth=int(not_none(config.prompt_depth)),
+        depth=cast(int, config.prompt_depth),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import cast
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from pgn_peft.tuner.backbones import (
     find_backbone,
     find_layers,
 )
-from pgn_peft.tuner.config import PGNConfig
+from pgn_peft.tuner.config import PGNConfig, own_fields
 from pgn_peft.tuner.embeddings import own_image_size, patch_projection
 from pgn_peft.tuner.head import PGNHead, labels_of
 from pgn_peft.tuner.headless import can_get_head
@@ -27,6 +28,10 @@ from pgn_peft.utils.values import not_none
 
 # An upper limit of a gigabyte, far beyond what is used, so that no file can allocate more.
 LARGEST_ADAPTER = 2**28
+
+# Attribute of a resolved config: the fields that were filled from the model, before and after. One config can serve
+# several models, though PEFT keeps the object that the user passed.
+FILLED = "_filled"
 
 # A condition under which a config cannot work, and what to tell its user.
 Rule = tuple[bool, str]
@@ -47,6 +52,9 @@ def resolve(config: PGNConfig, model: nn.Module) -> PGNConfig:
         ValueError: fields do not fit each other or the model.
     """
     resolved = copy.deepcopy(config)
+    for name, (left_open, filled) in vars(resolved).pop(FILLED, {}).items():
+        if getattr(resolved, name) == filled:  # for another model
+            setattr(resolved, name, left_open)
     resolved.__post_init__()  # fields can be assigned after the config was made
     backbone = find_backbone(model, resolved.target_modules)  # type: ignore[arg-type]  # no string by now
     in_pixels, generated = resolved.prompt_space == "pixel", resolved.generator != "static"
@@ -66,6 +74,8 @@ def resolve(config: PGNConfig, model: nn.Module) -> PGNConfig:
     tensors = [tensor for module in describe_modules(resolved).values() for tensor in module.state_dict().values()]
     numbers = sum(tensor.numel() for tensor in tensors)
     _refuse([(numbers > LARGEST_ADAPTER, f"This adapter would have {numbers:,} numbers; most have a million.")])
+    pairs = {field.name: (getattr(config, field.name), getattr(resolved, field.name)) for field in own_fields()}
+    vars(resolved)[FILLED] = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     return resolved
 
 
@@ -113,7 +123,7 @@ def _fill_from_backbone(config: PGNConfig, model: nn.Module, backbone: Backbone)
     if config.prompt_depth != 1:
         layers = find_layers(model, backbone.embeddings)
         config.prompt_depth = len(layers) if config.prompt_depth == "all" else config.prompt_depth
-        too_deep = int(not_none(config.prompt_depth)) > len(layers)
+        too_deep = cast(int, config.prompt_depth) > len(layers)
         _refuse([(too_deep, f"prompt_depth={config.prompt_depth}, but the model has {len(layers)} layers.")])
     if config.prompt_layout is None:
         config.num_virtual_tokens = config.num_virtual_tokens or 16
@@ -190,7 +200,7 @@ def _label_rules(config: PGNConfig, model: nn.Module, backbone: Backbone) -> lis
         (head is not None and not isinstance(plain_head, (nn.Linear, nn.Identity)),
          f"The head {backbone.head!r} is a {type(plain_head).__name__}, and PGN replaces linear heads only."),
         (head is None and number is not None and backbone.read is None,
-         f"A {name} cannot get a classification head. Leave the labels out, or load its ForImageClassification class."),
+         f"A {name} cannot get a classification head. Leave the labels out, or load a ForImageClassification class."),
         (head is None and number is not None and config.head == "frozen",
          f"head='frozen' needs a model with a head, and a {name} has none. Leave the labels out for features."),
         (head is None and number is not None and not can_get_head(model),

@@ -1,92 +1,36 @@
-"""Saving that can be interrupted: new files take the place of old ones all together, or not at all."""
+"""Files: saving that replaces old ones only when the new ones are complete, and settings that are read from them."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-
-# In the folder that is saved to: the files of a complete save that have not been moved to their places yet.
-COMPLETE = ".complete-save"
-STAGED = ".unfinished-save-"
-# Other processes that save to the same folder at the same time, before this one gives up.
-ATTEMPTS = 100
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder. The files written into it then replace those of the same names in `folder`.
 
-    A process that is killed leaves the old files, or all of the new ones: those are complete on the disk before the
-    first is moved, and `finish_save` moves what is left. What an interrupted save has not completed stays in a folder
-    whose name begins with ".unfinished-save-", which can be removed.
+    Where writing fails, the old files are unchanged. Each file is replaced atomically, JSON after the rest.
 
     Args:
         folder: is made. Files of other names in it are left alone.
 
     Raises:
-        OSError: the folder cannot be written to, or the disk is full. The old files are unchanged.
+        OSError: the folder cannot be written to, or the disk is full.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=STAGED, dir=folder))
-        try:
-            yield staged
-            for file in staged.iterdir():
-                _flush(file)
-            _complete(staged, folder)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"`save_directory` must be a folder that can be written to, but got {str(folder)!r}: {error}. Free space, "
-            "or choose another one. What was saved there before is unchanged."
-        ) from error
-    finish_save(folder)
-
-
-def finish_save(folder: Path) -> None:
-    """Complete a save that was interrupted while its files were moved to their places.
-
-    Loaders call it first. Does nothing where no save was interrupted.
-
-    Raises:
-        OSError: the files cannot be moved.
-    """
-    complete = folder / COMPLETE
-    if not complete.is_dir():
-        return
-    try:
-        for file in complete.iterdir():
-            with suppress(FileNotFoundError):  # another process has moved it
-                os.replace(file, folder / file.name)
-    except FileNotFoundError:
-        pass  # another process has moved all of them
-    except OSError as error:
-        raise OSError(
-            f"`{folder}` must be a folder that can be written to, because a save into it was interrupted, but got: "
-            f"{error}. Move the files in {complete} into it, in place of those of the same names."
-        ) from error
-    with suppress(OSError):  # not empty: another process's next save
-        complete.rmdir()
-
-
-def is_folder(name: str | Path) -> bool:
-    """Whether there is a folder of this name; False for what is too long to be one."""
-    try:
-        return Path(name).is_dir()
-    except OSError:
-        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staged:
+        yield Path(staged)
+        for file in sorted(Path(staged).iterdir(), key=lambda file: file.suffix == ".json"):
+            os.replace(file, folder / file.name)
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -100,11 +44,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise TypeError(f"it holds a {type(settings).__name__}")
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # not UTF-8, no JSON, an endless number, nested too deeply
+    except (ValueError, TypeError, RecursionError) as error:  # not UTF-8 or JSON, or nested too deeply
         raise ValueError(f"{file} is not a JSON object: {error}. Save or fetch it again.") from error
     return settings
 
@@ -136,22 +76,3 @@ def compare_tensors(
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"{source} is damaged, or does not belong to its configuration: {listed}. {remedy}")
-
-
-def _complete(staged: Path, folder: Path) -> None:
-    """Declare a save complete, after those that other processes have completed."""
-    for attempt in range(ATTEMPTS):
-        finish_save(folder)
-        try:
-            os.replace(staged, folder / COMPLETE)
-        except OSError:  # another process has completed a save of its own in between
-            if attempt + 1 == ATTEMPTS:
-                raise
-        else:
-            return
-
-
-def _flush(file: Path) -> None:
-    """Have the disk hold a file's content, so that a power failure does not leave a renamed file that is empty."""
-    with file.open("rb+") as content:
-        os.fsync(content.fileno())

@@ -1,7 +1,8 @@
-"""Values in the Markdown of a model card."""
+"""Model cards: values in their Markdown, and a new card in place of one that people have edited."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,55 @@ CITATION = """\
   booktitle = {British Machine Vision Conference},
   year      = {2024}
 }"""
+# The part of a card that is ours, and the names of the metadata that are.
+OWN_PART = re.compile(r"<!-- pgn-peft: begin \[(.*?)\] -->.*?<!-- pgn-peft: end -->", re.DOTALL)
+# What PEFT adds to a card whenever it saves.
+PEFT_NOTE = re.compile(r"### Framework versions\s+(- PEFT \S+\s*)+")
+
+
+def update_card(card: str, existing: str | None) -> str:
+    """Put a card in place of an existing one, and keep what people have written there.
+
+    Our text lies between two comments. Text around it, tags, and metadata that the existing card did not have from us
+    are kept. So is all of a card without these comments, except PEFT's empty template.
+
+    Args:
+        card: the new card. Text around the comments is used where the existing card has none.
+        existing: the card that it replaces; None: there is none.
+
+    Returns:
+        The new card, with the comments.
+    """
+    from huggingface_hub import CardData, RepoCard
+
+    new = RepoCard(card)
+    if not OWN_PART.search(new.text):
+        names = " ".join(new.data.to_dict())
+        new.text = f"\n<!-- pgn-peft: begin [{names}] -->\n{new.text.strip()}\n<!-- pgn-peft: end -->\n"
+    if not existing:
+        return str(new)
+    old = RepoCard(existing)
+    kept = PEFT_NOTE.sub("", OWN_PART.sub("", old.text)).strip()
+    if kept and kept == _peft_template():
+        return str(new)
+    own = OWN_PART.search(old.text)
+    names = own[1].split() if own else []
+    data = {name: value for name, value in old.data.to_dict().items() if name not in names} | new.data.to_dict()
+    tags = [*(new.data.get("tags") or []), *(old.data.get("tags") or [])]
+    # PEFT adds a tag with the base model, which can be a folder. The Hub finds it by itself.
+    data["tags"] = list(dict.fromkeys(tag for tag in tags if not tag.startswith("base_model:"))) or None
+    if kept:
+        part = OWN_PART.search(new.text)[0]  # type: ignore[index]  # it has been added above
+        new.text = OWN_PART.sub(lambda _: part, old.text) if own else f"{old.text.rstrip()}\n\n{part}\n"
+    new.data = CardData(**data)
+    return str(new)
+
+
+def _peft_template() -> str:
+    """Return the text of the card that PEFT writes where there is none."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return str(ModelCard.from_template(ModelCardData()).text).strip()
 
 
 def list_names(id2label: Mapping[int, str] | None) -> str:

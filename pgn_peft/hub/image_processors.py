@@ -1,0 +1,96 @@
+"""Image processors: those of timm, the size of the images they make, and models that need an option for this size."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import CLIPImageProcessor
+
+from pgn_peft.tuner.adapters import prompt_layer
+from pgn_peft.tuner.embeddings import own_image_size
+from pgn_peft.tuner.layer import PGNLayer
+from pgn_peft.utils.values import filled
+
+RESAMPLING = {"bilinear": 2, "bicubic": 3}
+
+
+def plain_processor(image_processor: Any) -> Any:
+    """Return an image processor of Transformers with timm's steps, in place of its wrapper, which cannot be saved.
+
+    Where an odd number of pixels is cropped, the two differ by one. Other image processors are returned as they are.
+
+    Raises:
+        ValueError: timm crops or resizes in a way that no image processor has.
+    """
+    if type(image_processor).__name__ != "TimmWrapperImageProcessor":
+        return image_processor
+    steps = image_processor.data_config
+    _, height, width = steps["input_size"]
+    mode, interpolation = steps.get("crop_mode", "center"), steps["interpolation"]
+    if mode not in ("center", "squash") or interpolation not in RESAMPLING or height != width:
+        raise ValueError(
+            f"No image processor of Transformers resizes by {interpolation!r} and crops by {mode!r} to {height} x "
+            f"{width} pixels, as timm does here. Make one with other steps: CLIPImageProcessor(...)."
+        )
+    scaled = math.floor(height / steps["crop_pct"])
+    return CLIPImageProcessor(
+        size={"shortest_edge": scaled} if mode == "center" else {"height": scaled, "width": scaled},
+        crop_size={"height": height, "width": width},
+        resample=RESAMPLING[interpolation],
+        image_mean=list(steps["mean"]),
+        image_std=list(steps["std"]),
+    )
+
+
+def made_size(image_processor: Any, size: tuple[int, int], num_channels: int = 3) -> tuple[int, int]:
+    """Return height and width in pixels of what an image processor makes of an image of this height and width."""
+    sample = np.zeros((*size, num_channels), dtype=np.uint8)
+    processor = plain_processor(image_processor)
+    made = processor(images=sample, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    return tuple(made.shape[-2:])
+
+
+def made_of_square(layer: PGNLayer, image_processor: Any) -> tuple[int, int]:
+    """Return height and width of what an image processor makes of a square image, in pixels."""
+    return made_size(image_processor, own_image_size(layer), layer.num_channels)
+
+
+def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
+    """Whether an image processor makes images of a size for which the backbone needs an option."""
+    if layer.fixed_size is None:
+        return False
+    height, width = layer.fixed_size
+    # Not square, to find processors that keep the aspect ratio.
+    return made_size(image_processor, (height, 2 * width), layer.num_channels) != (height, width)
+
+
+def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
+    """Let a model interpolate its position embeddings if its image processor makes images of another size.
+
+    A pipeline has no option for that. Can be called again.
+
+    Args:
+        model: a Transformers model with a PGN adapter.
+        image_processor: its image processor.
+
+    Raises:
+        ValueError: the model takes one size only, and the processor makes another.
+    """
+    if _interpolate in model._forward_pre_hooks.values():
+        return
+    layer = prompt_layer(model)
+    if makes_another_size(layer, image_processor):
+        if not layer.takes_size_option:
+            height, width = filled(layer.fixed_size)
+            raise ValueError(
+                f"The model takes images of {height} x {width} pixels only, and the image processor makes others. Set "
+                "its `size` (and `crop_size`)."
+            )
+        model.register_forward_pre_hook(_interpolate, with_kwargs=True)
+
+
+def _interpolate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {"interpolate_pos_encoding": True} | kwargs
