@@ -33,14 +33,6 @@ def replacing(folder: Path) -> Iterator[Path]:
             os.replace(file, folder / file.name)
 
 
-def is_folder(name: str | Path) -> bool:
-    """Whether there is a folder of this name; False for what is too long to be one."""
-    try:
-        return Path(name).is_dir()
-    except OSError:
-        return False
-
-
 def read_settings(file: Path) -> dict[str, Any]:
     """Read a JSON object from an untrusted file.
 
@@ -52,11 +44,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise TypeError(f"it holds a {type(settings).__name__}")
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # not UTF-8, no JSON, an endless number, nested too deeply
+    except (ValueError, TypeError, RecursionError) as error:  # not UTF-8 or JSON, or nested too deeply
         raise ValueError(f"{file} is not a JSON object: {error}. Save or fetch it again.") from error
     return settings
 
