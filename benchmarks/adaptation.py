@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 import methods
 import report
-from smoke_material import smoke_arguments
+from image_data import smoke_arguments
 
 from pgn_peft.inspection import prompts_of_other_images
 

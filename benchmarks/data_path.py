@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 import image_data
 from datasets import Image
+from image_data import smoke_arguments
 from image_folder import UprightImage
 from image_transforms import AUGMENTATIONS, add_transforms, cache_images, pixels_from_bytes
-from smoke_material import smoke_arguments
 
 from pgn_peft import ImageCollator, PGNConfig
 

@@ -13,7 +13,7 @@ import numpy as np
 import predict
 from fault_files import Material, equal
 from fault_outcomes import Tally, judge
-from image_transforms import Transform
+from image_data import Transform
 from PIL import Image
 from torch import Tensor
 

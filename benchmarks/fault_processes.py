@@ -21,9 +21,9 @@ import torch
 import train_image_classifier
 from fault_files import Material, classify, equal, logits, prompt
 from fault_outcomes import REFUSED, RIGHT, WRONG, Tally, judge
+from image_data import smoke_arguments
 from peft import PeftModel
 from safetensors.torch import load_file
-from smoke_material import smoke_arguments
 
 from pgn_peft import Classifier, make_prompter
 from pgn_peft.training import last_complete_checkpoint

@@ -57,8 +57,8 @@ from transformers import ViTConfig, ViTForImageClassification, set_seed
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 import heads
+from image_data import smoke_arguments
 from pixel_methods import PEERS, NormalizedGradient, PixelPrompt
-from smoke_material import smoke_arguments
 
 from pgn_peft import PGNConfig, frequency_mapping, make_prompter
 from pgn_peft.nn.images import to_8_bit, to_images

@@ -32,8 +32,8 @@ from transformers import ViTConfig, ViTForImageClassification, set_seed
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 import image_data
+from image_data import smoke_arguments
 from methods import Adapted
-from smoke_material import smoke_arguments
 
 from pgn_peft import ImagePrompter, PGNConfig, make_prompter
 from pgn_peft.nn.layout import compose

@@ -34,8 +34,8 @@ from transformers import set_seed
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 from adaptation import PROTOCOLS, Protocol
+from image_data import smoke_arguments
 from methods import HEAD_RATE, LIBRARY_RATE, PGN_FIELDS, Adapted
-from smoke_material import smoke_arguments
 
 from pgn_peft import PGNConfig
 from pgn_peft.inspection import mixing_coefficients, usage_by_class

@@ -31,7 +31,7 @@ import bench
 import heads
 import methods
 import report
-from smoke_material import smoke_arguments
+from image_data import smoke_arguments
 
 METHODS = ("head", "static", "pgn", "vpt-deep", "pgn-deep", "lora", "full")
 STRENGTHS: dict[str, tuple[float, ...]] = {

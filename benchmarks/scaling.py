@@ -37,7 +37,7 @@ from torch import distributed
 from transformers import AutoModelForImageClassification, TrainerCallback, TrainerControl, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from smoke_material import smoke_arguments
+from image_data import smoke_arguments
 
 from pgn_peft import AdapterTrainer, ImageCollator, PGNConfig
 from pgn_peft.training import EqualStatistics

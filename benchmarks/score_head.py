@@ -21,7 +21,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
-from smoke_material import smoke_arguments
+from image_data import smoke_arguments
 
 from pgn_peft.nn.ridge import fit_ridge
 from pgn_peft.prompter.score_fitting import fit_to_answers

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from comparisons import compare
 from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
+from train_image_classifier import compare
 
 from pgn_peft.training import HeadAlone, head_alone
 

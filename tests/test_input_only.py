@@ -6,9 +6,9 @@ import heads
 import input_only
 import pytest
 import torch
+from image_data import smoke_arguments
 from pixel_methods import PEERS, Masked, NormalizedGradient, Ring
 from safetensors.torch import save_file
-from smoke_material import smoke_arguments
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 

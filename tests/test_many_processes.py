@@ -37,7 +37,7 @@ KEPT = "--load_best_model_at_end false --per_device_train_batch_size 4"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What all runs saw and hold, by name: one record for each process."""
-    from smoke_material import smoke_arguments
+    from image_data import smoke_arguments
 
     folder = tmp_path_factory.mktemp("runs")
     arguments = [*smoke_arguments(folder), *KEPT.split(), "--disable_tqdm", "true"]

@@ -7,6 +7,7 @@ import torch
 from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from datasets import ClassLabel, Dataset, Features, config
 from datasets import Image as ImageColumn
+from image_data import add_transforms
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel.replicate import replicate
 from torch.optim.swa_utils import AveragedModel, update_bn
-from train_image_classifier import Arguments, check_same_optimizer, main, make_trainer
+from train_image_classifier import Arguments, main, make_trainer
 from transformers import TrainingArguments, ViTImageProcessor
 
 from pgn_peft import AdapterTrainer, ImageCollator, make_prompter
@@ -112,7 +113,7 @@ def test_evaluations_that_would_round_the_weights_are_refused(name, tmp_path):
 
 def test_the_script_evaluates_all_images():
     """huggingface/transformers#9662: `dataloader_drop_last` leaves images out of evaluations too."""
-    with pytest.raises(SystemExit, match="`dataloader_drop_last` must be False, but got True"):
+    with pytest.raises(SystemExit, match="`dataloader_drop_last` would leave images out"):
         main([*SCRIPT_ARGUMENTS, "--dataset", "path/to/images", "--dataloader_drop_last", "true"])
 
 
@@ -123,36 +124,8 @@ def test_a_data_set_of_one_class_is_refused(tmp_path, monkeypatch):
     tmp_path.joinpath("images").mkdir()
     rows = {"image": [Image.new("RGB", (8, 8))] * 20, "label": [0] * 20}
     Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "images" / "train.parquet"))
-    with pytest.raises(SystemExit, match=r"`dataset` must have at least two classes, but got \['cat'\]"):
+    with pytest.raises(SystemExit, match=r"`dataset` has one class, \['cat'\]"):
         main([*SCRIPT_ARGUMENTS, "--dataset", str(tmp_path / "images"), "--output_dir", str(tmp_path / "adapter")])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({}, None),
-        ({"lr": 0.2}, "lr=0.2 for generator, but got one with 0.1"),
-        ({"weight_decay": 0.5}, "weight_decay=0.5 for generator, but got one with 0.0"),
-        ({"kind": torch.optim.SGD}, "momentum=0 for generator, but got one with None"),
-    ],
-)
-def test_a_resumed_run_has_the_optimizer_that_is_asked_for(change, message, tmp_path):
-    """huggingface/transformers#9099: the checkpoint's is restored, and another learning rate was recorded."""
-
-    def make(lr=0.1, weight_decay=0.0, kind=torch.optim.AdamW):
-        groups = [{"name": "generator", "params": [torch.nn.Parameter(torch.zeros(2))]}]
-        optimizer = kind(groups, lr=lr, weight_decay=weight_decay)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-
-    torch.save(make()[0].state_dict(), tmp_path / "optimizer.pt")
-    wanted = make(**change)[0]
-    for group in wanted.param_groups:
-        group["lr"] = group.pop("initial_lr")  # as before training, when there is no schedule
-    if message is None:
-        check_same_optimizer(wanted, tmp_path)
-    else:
-        with pytest.raises(SystemExit, match=f"`resume_from_checkpoint` must name a run .* {message}"):
-            check_same_optimizer(wanted, tmp_path)
 
 
 def test_a_prompter_of_images_that_no_file_holds_is_refused():
@@ -193,15 +166,12 @@ def test_the_script_evaluates_a_base_that_answers_with_hidden_states(tmp_path):
     """huggingface/transformers#30104: its predictions were a tuple, which numpy could not read."""
     base = tiny_vit()
     base.config.output_hidden_states = True
-    rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": label} for label in (0, 1)]
-    trainer = make_trainer(
-        get_peft_model(base, tiny_config(id2label=NAMES)),
-        {"train": rows, "validation": rows},
-        Arguments(str(tmp_path), use_cpu=True, disable_tqdm=True),
-        [{"params": [torch.nn.Parameter(torch.zeros(1))]}],
-        num_labels=2,
-        interpolate=False,
-    )
+    features = Features({"image": ImageColumn(), "label": ClassLabel(names=["cat", "dog"])})
+    rows = Dataset.from_dict({"image": [Image.new("RGB", (32, 32))] * 2, "label": [0, 1]}, features=features)
+    splits = {"train": rows, "validation": rows}
+    add_transforms(splits, ViTImageProcessor(size={"height": 32, "width": 32}))
+    arguments = Arguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
+    trainer = make_trainer(get_peft_model(base, tiny_config(id2label=NAMES)), splits, arguments)
     assert trainer.evaluate()["eval_accuracy"] == 0.5
 
 

@@ -14,7 +14,6 @@ from fault_processes import Pair, classify, kill_at_operation, one_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_trainer import make_trainer
-from train_image_classifier import writing_to
 
 from pgn_peft import ImagePrompter, PGNConfig, load_classifier
 from pgn_peft.hub import classifier as classifier_module
@@ -245,19 +244,6 @@ def test_a_checkpoint_with_a_flipped_bit_is_passed_over(tmp_path):
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     flip(tmp_path / "checkpoint-4" / WEIGHTS, -5)
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-
-
-def test_one_run_at_a_time_writes_to_an_output_folder(tmp_path):
-    with writing_to(str(tmp_path), False, True):
-        second = writing_to(str(tmp_path), True, True)
-        with pytest.raises(SystemExit, match="`output_dir` must be written to by one run at a time, but got"):
-            second.__enter__()
-        with writing_to(str(tmp_path), False, False):  # another process of the same run
-            pass
-    (tmp_path / ".training.lock").touch()  # of a run that was killed
-    with writing_to(str(tmp_path), False, True):
-        pass
-    assert not list(tmp_path.iterdir())
 
 
 # Names.

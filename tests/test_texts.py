@@ -9,10 +9,10 @@ import pytest
 import torch
 import train_image_classifier
 from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
+from image_data import smoke_arguments
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
-from smoke_material import smoke_arguments
 from tiny_clip import NAMES, tokenizer, two_towers
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, Trainer, TrainingArguments
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 import train_image_classifier
 from conftest import assert_nearly_equal, layers_of, move_adapter, tiny_config
+from image_data import smoke_arguments
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from smoke_material import smoke_arguments
 from transformers import AutoImageProcessor, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from pgn_peft import load_classifier
