@@ -29,6 +29,7 @@ classifies a folder of images with it. `--smoke` trains a tiny model offline, in
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -302,7 +303,7 @@ def load_backbone(adapter: ModelArguments) -> PreTrainedModel:
 def find_label_mapping(backbone: PreTrainedModel, rows: Dataset, names: list[str]) -> list[int]:
     """Find by frequency which of the model's classes stand for the task's: `rows` without augmentation."""
     backbone.eval()
-    takes_size = "interpolate_pos_encoding" in backbone.forward.__code__.co_varnames
+    takes_size = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
     options = {"interpolate_pos_encoding": True} if takes_size else {}
     batches = (rows[start : start + 100]["pixel_values"] for start in range(0, len(rows), 100))
     logits = torch.cat([backbone(batch.to(backbone.device), **options).logits.cpu() for batch in batches])
@@ -463,8 +464,8 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     if config.head == "text":
         add_texts(model, adapter, labels)
 
-    dataset = {"dataset_name": folder_name.name} if (folder_name := Path(data.dataset).resolve()).exists() else {}
-    facts = CardFacts(**(dataset or {"dataset_id": data.dataset}))
+    source = Path(data.dataset).expanduser().resolve()
+    facts = CardFacts(dataset_name=source.name) if source.exists() else CardFacts(dataset_id=data.dataset)
     trainer = make_trainer(model, splits, arguments, processor, facts)
     if checkpoint is not None:
         check_same_adapter(model.peft_config["default"], checkpoint)

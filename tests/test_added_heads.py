@@ -9,7 +9,7 @@ import train_image_classifier
 from conftest import answer, assert_same, move_adapter, refused, tiny_config, tiny_vit
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from smoke_material import smoke_arguments
+from image_data import smoke_arguments
 from test_texts import LABELS, PROCESSOR, adapted, logits_of
 from tiny_clip import two_towers
 from torch import nn

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparisons import compare
+from train_image_classifier import compare
 from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 

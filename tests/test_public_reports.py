@@ -20,7 +20,7 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel.replicate import replicate
 from torch.optim.swa_utils import AveragedModel, update_bn
-from train_image_classifier import Arguments, check_same_optimizer, main, make_trainer
+from train_image_classifier import Arguments, main, make_trainer
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
@@ -141,29 +141,6 @@ def test_a_data_set_of_one_class_is_refused(tmp_path, monkeypatch):
     Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "images" / "train.parquet"))
     with pytest.raises(SystemExit, match=r"\['cat'\]"):
         main([*SCRIPT_ARGUMENTS, "--dataset", str(tmp_path / "images"), "--output_dir", str(tmp_path / "adapter")])
-
-
-def test_a_resumed_run_has_the_optimizer_that_is_asked_for(tmp_path):
-    """huggingface/transformers#9099: the checkpoint's is restored, and another learning rate was recorded."""
-
-    def make(lr=0.1, weight_decay=0.0, kind=torch.optim.AdamW):
-        groups = [{"name": "generator", "params": [torch.nn.Parameter(torch.zeros(2))]}]
-        optimizer = kind(groups, lr=lr, weight_decay=weight_decay)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-
-    torch.save(make()[0].state_dict(), tmp_path / "optimizer.pt")
-    changes = {
-        "lr": {"lr": 0.2},
-        "weight_decay": {"weight_decay": 0.5},
-        "momentum": {"kind": torch.optim.SGD},
-        None: {},
-    }
-    for changed, change in changes.items():
-        wanted = make(**change)[0]
-        for group in wanted.param_groups:
-            group["lr"] = group.pop("initial_lr")  # as before training, when there is no schedule
-        with pytest.raises(SystemExit, match=changed) if changed else nullcontext():
-            check_same_optimizer(wanted, tmp_path)
 
 
 def test_a_prompter_of_images_that_no_file_holds_is_refused():

@@ -11,7 +11,7 @@ from conftest import PIXEL, answer, assert_same, move_adapter, refused, tiny_con
 from peft import AutoPeftModel, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
-from smoke_material import smoke_arguments
+from image_data import smoke_arguments
 from tiny_clip import NAMES, tokenizer, two_towers
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, Trainer, TrainingArguments

@@ -7,7 +7,7 @@ import train_image_classifier
 from conftest import PIXEL, assert_same, layers_of, move_adapter, refused, tiny_config
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from smoke_material import smoke_arguments
+from image_data import smoke_arguments
 from transformers import AutoImageProcessor, TimmWrapperConfig, TimmWrapperForImageClassification, ViTImageProcessor
 
 from pgn_peft import Classifier, load_classifier

@@ -101,7 +101,7 @@ class App:
             self.demo.make()
             found = load_classifier(self.demo.adapter(name), base_model_name_or_path=self.demo.base)
         elif name in ("", TRAINED, UPLOADED):
-            raise ValueError("Choose an adapter from the list, or name one. One of yours must be made again later.")
+            raise ValueError("Choose an adapter that is there. Train or upload one of an earlier visit again.")
         else:
             found = self.load_checked(limits.fetch_adapter(name)) if ON_A_SPACE else load_classifier(name)
         session.keep(name, found)
