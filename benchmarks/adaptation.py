@@ -41,7 +41,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import set_seed
 
-from pgn_peft.inspection import prompts_of_other_images
+from pgn_peft.inspection import shuffled_prompts
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def shuffled(model: nn.Module, images: bench.Split, precision: str) -> float:
     """Return the accuracy when every image gets the prompts of another one."""
     # Splits are sorted by class, and the image before would be one of the same class.
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(0)).to(bench.DEVICE)
-    with prompts_of_other_images(model):
+    with shuffled_prompts(model):
         logits = bench.predict(model, images.pixels[order], precision)
     return bench.accuracy(logits, images.labels[order])
 

@@ -56,7 +56,7 @@ PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SCALE = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
 FORMS = {
     "latent": {"num_virtual_tokens": 3, "id2label": {0: "cat", 1: "dog", 2: "owl"}},
-    "every layer": {"num_virtual_tokens": 3, "prompt_depth": None, "num_labels": 2},
+    "every layer": {"num_virtual_tokens": 3, "prompt_depth": "all", "num_labels": 2},
     "pixel": {"prompt_space": "pixel", **SCALE, "num_labels": 2},
 }
 REFUSALS = (ValueError, TypeError, OSError, RuntimeError, SafetensorError)

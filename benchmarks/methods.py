@@ -22,7 +22,7 @@ from pgn_peft.training import parameter_groups
 
 HEAD_RATE = 3e-3
 # Fields of PGN's config in all runs, unless a run sets them.
-PGN_FIELDS = {"library_size": 64, "slot_prompts": True, "initial_logit_std": 4.0}
+PGN_FIELDS = {"library_size": 64, "static_prompts": True, "mixing_init_std": 4.0}
 LEAN_FIELDS = {"generator_width": 4, "generator_rank": 8, "library_size": 32}
 # Learning rate of the library and the static prompts, as a multiple of the generator's.
 LIBRARY_RATE = 10.0
@@ -98,7 +98,7 @@ def full(backbone: PreTrainedModel, material: Material, options: Options) -> Bui
 class VPTDeep(nn.Module):
     """Learned prompts before every layer, in place of those of the layer before (VPT-deep, Jia et al. 2022).
 
-    Written without the package, so that it can be compared with `generator="static", prompt_depth=None`.
+    Written without the package, so that it can be compared with `generator="static", prompt_depth="all"`.
     """
 
     def __init__(self, backbone: PreTrainedModel, num_virtual_tokens: int) -> None:
@@ -159,7 +159,7 @@ def pgn(backbone: PreTrainedModel, material: Material, options: Options, **confi
 def static(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Learn the same prompts for all images: VPT-shallow."""
     alike = replace(options, library_rate=1.0)
-    return pgn(backbone, material, alike, generator="static", slot_prompts=False)
+    return pgn(backbone, material, alike, generator="static", static_prompts=False)
 
 
 def pgn_lean(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
@@ -169,13 +169,13 @@ def pgn_lean(backbone: PreTrainedModel, material: Material, options: Options) ->
 
 def pgn_deep(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate prompts for every layer; their libraries and static prompts learn at the generator's rate."""
-    return pgn(backbone, material, replace(options, library_rate=1.0), prompt_depth=None)
+    return pgn(backbone, material, replace(options, library_rate=1.0), prompt_depth="all")
 
 
 def pgn_pixel(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate a change of each patch of the image."""
     mean, std = map(list, material.scale)
-    pixel = {"prompt_space": "pixel", "num_virtual_tokens": None, "slot_prompts": False}
+    pixel = {"prompt_space": "pixel", "num_virtual_tokens": None, "static_prompts": False}
     return pgn(backbone, material, options, **pixel, image_mean=mean, image_std=std)
 
 

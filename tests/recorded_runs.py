@@ -14,7 +14,7 @@ from torch import distributed
 from transformers import Trainer, TrainingArguments
 
 from pgn_peft import AdapterTrainer, ImageCollator
-from pgn_peft.training import EqualStatistics
+from pgn_peft.training import SyncBatchNormCallback
 
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression", "smoothed")
 
@@ -59,7 +59,7 @@ def run_with_batch_norm(folder):
         arguments(folder, num_train_epochs=1, learning_rate=1e-2, save_strategy="epoch"),
         train_dataset=rows,
         data_collator=ImageCollator(num_labels=2),
-        callbacks=[EqualStatistics()],
+        callbacks=[SyncBatchNormCallback()],
     )
     trainer.train()
     return adapter_of(trainer)

@@ -211,7 +211,7 @@ DATA = {
     "EuroSAT shuffled": "eurosat+shuffled",
 }
 # Methods that a document names otherwise than the report.
-ALIASES = {"the generator's CNN alone": "CNN alone (the generator's)", "PGN, `prompt_depth=None`": "PGN, every layer"}
+ALIASES = {"the generator's CNN alone": "CNN alone (the generator's)", 'PGN, `prompt_depth="all"`': "PGN, every layer"}
 FIGURE = r"\b[01]\.\d{3}\b"
 
 

@@ -14,7 +14,7 @@ KINDS = {
     "static": {"generator": "static"},
     "pixel": PIXEL,
     "frozen head": {"head": "frozen"},
-    "deep": {"prompt_depth": None},
+    "deep": {"prompt_depth": "all"},
     "deep and static": {"prompt_depth": 2, "generator": "static"},
 }
 LABELS = torch.tensor([0, 1, 2, 3])

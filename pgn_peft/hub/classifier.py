@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from pgn_peft.hub import onnx_export, publishing
 from pgn_peft.hub.image_processors import interpolate_if_needed, made_of_square
-from pgn_peft.hub.model_card import CardFacts
+from pgn_peft.hub.model_card import ModelCardInfo
 from pgn_peft.nn.images import convert_image
 from pgn_peft.tuner.adapters import prompt_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED
@@ -122,7 +122,7 @@ class Classifier(NamedTuple):
         interpolate_if_needed(model, self.image_processor)
         return model
 
-    def save_pretrained(self, save_directory: str | Path, facts: CardFacts | None = None) -> None:
+    def save_pretrained(self, save_directory: str | Path, facts: ModelCardInfo | None = None) -> None:
         """Write adapter_model.safetensors, adapter_config.json, preprocessor_config.json and README.md, the card.
 
         Args:
@@ -132,12 +132,12 @@ class Classifier(NamedTuple):
         Raises:
             TypeError: the model has no active PGN adapter, or `image_processor` is not an image processor.
         """
-        publishing.save(self.model, self.image_processor, Path(save_directory), facts or CardFacts())
+        publishing.save(self.model, self.image_processor, Path(save_directory), facts or ModelCardInfo())
 
     def push_to_hub(
         self,
         repo_id: str,
-        facts: CardFacts | None = None,
+        facts: ModelCardInfo | None = None,
         *,
         private: bool | None = None,
         token: str | bool | None = None,
@@ -165,7 +165,7 @@ class Classifier(NamedTuple):
                 and how to go on.
         """
         upload = publishing.Upload(repo_id, private, token, revision, commit_message, create_pr)
-        return publishing.push(self.model, self.image_processor, upload, facts or CardFacts(), save_directory)
+        return publishing.push(self.model, self.image_processor, upload, facts or ModelCardInfo(), save_directory)
 
 
 def load_classifier(
