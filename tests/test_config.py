@@ -1,10 +1,11 @@
 """PGNConfig: impossible values are refused by name, what is left out is filled in, and JSON keeps all of it."""
 
 import pytest
-from conftest import edit_json, refused
-from peft import PeftConfig
+from conftest import edit_json, refused, tiny_config, tiny_vit
+from peft import PeftConfig, get_peft_model
 
 from pgn_peft import PGNConfig
+from pgn_peft.tuner.resolve import resolve
 from pgn_peft.version import __version__
 
 
@@ -18,10 +19,8 @@ from pgn_peft.version import __version__
         ("prompt_depth", 0, ValueError),
         ("generator", "resnet18", ValueError),
         ("generator_image_size", 4, ValueError),
-        ("generator_width", 2, ValueError),
         ("generator_norm", "layer", ValueError),
         ("mixing", "relu", ValueError),
-        ("initializer_range", 0, ValueError),
         ("initializer_range", float("nan"), ValueError),
         ("mixing_init_std", -1, ValueError),
         ("prompt_dropout", 1, ValueError),
@@ -37,33 +36,36 @@ from pgn_peft.version import __version__
 def test_an_impossible_value_is_refused_by_name_and_value(field, value, error):
     shown = value if isinstance(value, (str, int, float)) else ""
     with refused(error, field, shown):
-        PGNConfig(**{field: value})
+        get_peft_model(tiny_vit(), tiny_config(**{field: value}))
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"id2label": {0: "a", 1: "b"}, "num_labels": 3}, (2, 3)),
-        ({"num_labels": 1, "problem_type": "single_label_classification"}, ("problem_type",)),
+        ({"num_labels": 1, "problem_type": "single_label_classification"}, ("single_label",)),
         ({"generator": "static", "static_prompts": True}, ("static_prompts",)),
         ({"generator": "static", "prompt_dropout": 0.5}, ("prompt_dropout",)),
-        ({"id2label": {0: "cat", 1: "d\udc80g"}}, ("id2label",)),  # a name that no file can hold
+        ({"id2label": {0: "cat", 1: "d\udc80g"}}, ("d\udc80g",)),  # a name that no file can hold
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, words):
     with refused(ValueError, *words):
-        PGNConfig(**fields)
+        get_peft_model(tiny_vit(), tiny_config(**fields))
 
 
 def test_what_is_left_out_follows_from_what_is_given():
-    assert (PGNConfig().slot_prompts, PGNConfig().mixing_init_std) == (True, 4.0)
-    assert PGNConfig(generator="static").slot_prompts is False
-    assert PGNConfig(mixing="sigmoid").mixing_init_std == 0.0
-    assert (PGNConfig().prompt_dropout, PGNConfig(prompt_depth="all").prompt_dropout) == (0.0, 0.5)
-    assert PGNConfig(generator="static", prompt_depth="all").prompt_dropout == 0.0
-    assert PGNConfig(prompt_depth="all", prompt_dropout=0).prompt_dropout == 0
-    official = PGNConfig(static_prompts=False, mixing_init_std=0)
-    assert (official.slot_prompts, official.mixing_init_std) == (False, 0)
+    def resolved(**fields):
+        return resolve(PGNConfig(**fields), tiny_vit())
+
+    assert (resolved().static_prompts, resolved().mixing_init_std) == (True, 4.0)
+    assert resolved(generator="static").static_prompts is False
+    assert resolved(mixing="sigmoid").mixing_init_std == 0.0
+    assert (resolved().prompt_dropout, resolved(prompt_depth="all").prompt_dropout) == (0.0, 0.5)
+    assert resolved(generator="static", prompt_depth="all").prompt_dropout == 0.0
+    assert resolved(prompt_depth="all", prompt_dropout=0).prompt_dropout == 0
+    official = resolved(static_prompts=False, mixing_init_std=0)
+    assert (official.static_prompts, official.mixing_init_std) == (False, 0)
 
 
 def test_json_round_trip(tmp_path):

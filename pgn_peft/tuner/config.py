@@ -31,6 +31,8 @@ class PGNPeftType(str, enum.Enum):  # noqa: UP042  (PEFT reads the name off str(
 # Fields of saved adapters that have another name now, or are no longer used.
 RENAMED = {"slot_prompts": "static_prompts", "initial_logit_std": "mixing_init_std"}
 REMOVED = ("checksums", "image_offset", "text_correction")
+# An upper limit of a gigabyte for an adapter, far beyond what is used, so that no file can allocate more.
+LARGEST = 2**28
 
 
 def _field(default: Any, description: str, *, minimum: float | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -225,6 +227,10 @@ class PGNConfig(PeftConfig):
             setattr(self, field.name, _read_value(field, getattr(self, field.name)))
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
+        if self.target_modules is not None and len(self.target_modules) != 1:
+            raise ValueError(
+                f"target_modules={self.target_modules!r}. Name one module, the embeddings, or leave it out."
+            )
         if self.modules_to_save is not None:
             names = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
             self.modules_to_save = sorted(names)
@@ -290,8 +296,8 @@ def _read_value(field: dataclasses.Field[Any], value: Any) -> Any:
     fraction = "float" in str(field.type)
     if isinstance(value, bool) or not isinstance(value, Real if fraction else Integral):
         raise TypeError(f"`{name}` is {value!r}. It must be {'a number' if fraction else 'an integer'}.")
-    if not minimum <= value < float("inf"):
-        raise ValueError(f"`{name}` is {value!r}. It must be at least {minimum}.")
+    if not minimum <= value <= LARGEST:
+        raise ValueError(f"`{name}` is {value!r}. It must be at least {minimum}, and at most {LARGEST:,}.")
     return float(value) if fraction else int(value)  # type: ignore[call-overload]  # an Integral, too
 
 

@@ -18,16 +18,13 @@ from pgn_peft.tuner.backbones import (
     find_backbone,
     find_layers,
 )
-from pgn_peft.tuner.config import PGNConfig, own_fields
+from pgn_peft.tuner.config import LARGEST, PGNConfig, own_fields
 from pgn_peft.tuner.embeddings import own_image_size, patch_projection
 from pgn_peft.tuner.head import PGNHead, labels_of
 from pgn_peft.tuner.headless import can_get_head
 from pgn_peft.tuner.prompts import describe_modules
 from pgn_peft.utils.labels import Labels, number_labels
 from pgn_peft.utils.values import not_none
-
-# An upper limit of a gigabyte, far beyond what is used, so that no file can allocate more.
-LARGEST_ADAPTER = 2**28
 
 # Attribute of a resolved config: the fields that were filled from the model, before and after. One config can serve
 # several models, though PEFT keeps the object that the user passed.
@@ -73,7 +70,7 @@ def resolve(config: PGNConfig, model: nn.Module) -> PGNConfig:
     _refuse(_label_rules(resolved, model, backbone))
     tensors = [tensor for module in describe_modules(resolved).values() for tensor in module.state_dict().values()]
     numbers = sum(tensor.numel() for tensor in tensors)
-    _refuse([(numbers > LARGEST_ADAPTER, f"This adapter would have {numbers:,} numbers; most have a million.")])
+    _refuse([(numbers > LARGEST, f"This adapter would have {numbers:,} numbers; most have a million.")])
     pairs = {field.name: (getattr(config, field.name), getattr(resolved, field.name)) for field in own_fields()}
     vars(resolved)[FILLED] = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     return resolved
