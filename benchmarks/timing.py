@@ -42,7 +42,6 @@ SIZES = {
     "S/14": vit_config(384, 6, 14),
     "B/32": vit_config(768, 12, 32),
     "B/16": vit_config(768, 12, 16),
-    "L/16": vit_config(1024, 16, 16, layers=24),
 }
 
 
