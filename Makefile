@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo space test test-avx2 test-browser test-servers quality style docs coverage wheel clean
+.PHONY: demo space test test-all test-avx2 test-browser test-servers quality style docs coverage wheel clean
 
 # An editable install of the package with all its extras; made again when the dependencies change. Python compiles what
 # is imported; compiling all of it here takes the better part of a minute.
@@ -21,12 +21,16 @@ demo: $(VENV)/installed
 space: $(VENV)/installed
 	$(RUN) examples/space/app.py
 
+# Everything that takes seconds; `test-all` adds what is marked `slow`.
 test: $(VENV)/installed
+	$(RUN) -m pytest -n auto --dist worksteal -m "not slow"
+
+test-all: $(VENV)/installed
 	$(RUN) -m pytest -n auto --dist worksteal
 
 # Forward and backward numbers once more with the kernels of a CPU without AVX-512, which most desktops and laptops have.
 NUMBERS := $(addprefix tests/test_, $(addsuffix .py, generator contract forms deep read_out pixel_space mixed_batch \
-	inversion prompter score_head memory official training))
+	weight_addresses texts added_heads head timm versions memory inversion prompter score_head official training))
 test-avx2: $(VENV)/installed
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(RUN) -m pytest -n auto --dist worksteal \
 		-m "not slow and not shared" $(NUMBERS)

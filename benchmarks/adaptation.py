@@ -16,9 +16,9 @@ run on one core; start two processes with other `--methods` or `--data` on two c
 
 Every run is a line of JSON in the results file: settings, accuracy, hardware, versions, seconds. A run that is in it
 is not repeated, so an interrupted benchmark continues where it stopped. The learning rate is chosen from a grid of
-equal size for each method (linear probe and nearest neighbours, which are cheap, have seven and five choices) with the
-first seed, by the accuracy on validation after the last epoch. Only then are all seeds trained with that rate, and
-tested. `--smoke`: a tiny model on generated images, offline, in seconds.
+equal size for each method (the linear probe, which is cheap, has seven choices) with the first seed, by the accuracy
+on validation after the last epoch. Only then are all seeds trained with that rate, and tested. `--smoke`: a tiny model
+on generated images, offline, in seconds.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ import methods
 import report
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from transformers import set_seed
 
-from pgn_peft.inspection import prompts_of_other_images
+from pgn_peft.inspection import shuffled_prompts
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,8 @@ PROTOCOLS = {
         side=None, epochs=1, batch_size=8, precision="float32", generator_image_size=None, num_virtual_tokens=4
     ),
 }
-LINEAR = "linear"
-PROBES = (LINEAR, "k-nn")
+PROBE = "linear"
 CHOICES_OF_C = tuple(10.0**power for power in range(-3, 4))
-CHOICES_OF_K = (1, 3, 5, 10, 20)
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,7 @@ def shuffled(model: nn.Module, images: bench.Split, precision: str) -> float:
     """Return the accuracy when every image gets the prompts of another one."""
     # Splits are sorted by class, and the image before would be one of the same class.
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(0)).to(bench.DEVICE)
-    with prompts_of_other_images(model):
+    with shuffled_prompts(model):
         logits = bench.predict(model, images.pixels[order], precision)
     return bench.accuracy(logits, images.labels[order])
 
@@ -192,27 +189,19 @@ def frozen_features(data: str, model: str, common: Protocol) -> dict[str, tuple[
 
 
 def probe(cell: Cell) -> dict[str, Any]:
-    """Fit a logistic regression, or nearest neighbours, to the frozen backbone's features."""
+    """Fit a logistic regression to the frozen backbone's features."""
     common = cell.common
     found = frozen_features(cell.data, cell.model, replace(common, shots=None))
     features, labels = found["train"]
     if common.shots is not None:
         few = bench.few_of_each_class(torch.tensor(labels), common.shots, cell.seed).numpy()
         features, labels = features[few], labels[few]
-
-    def fit(choice: float) -> Any:
-        if cell.method == LINEAR:
-            return LogisticRegression(C=choice, max_iter=5000).fit(features, labels)
-        return KNeighborsClassifier(choice, metric="cosine").fit(features, labels)
-
-    choices = CHOICES_OF_C if cell.method == LINEAR else [k for k in CHOICES_OF_K if k <= len(labels)]
-    tried = {choice: fit(choice) for choice in choices}
-    scores = {choice: probe.score(*found["validation"]) for choice, probe in tried.items()}
+    tried = {c: LogisticRegression(C=c, max_iter=5000).fit(features, labels) for c in CHOICES_OF_C}
+    scores = {c: fitted.score(*found["validation"]) for c, fitted in tried.items()}
     best = max(scores, key=scores.get)
-    count = tried[best].coef_.size + tried[best].intercept_.size if cell.method == LINEAR else 0
     return {
-        "trainable_parameters": count,
-        "c" if cell.method == LINEAR else "k": best,
+        "trainable_parameters": tried[best].coef_.size + tried[best].intercept_.size,
+        "c": best,
         "train_images": len(labels),
         "validation_accuracy": scores[best],
         "test_accuracy": tried[best].score(*found["test"]),
@@ -224,7 +213,7 @@ def compare(results: bench.Results, options: argparse.Namespace) -> None:
     for data, shots, method in product(options.data, options.shots, options.methods):
         few = () if shots is None else (("shots", shots),)
         cell = Cell(data, options.model, method, None, options.seeds[0], options.protocol, (*few, *options.set))
-        if method in PROBES:
+        if method == PROBE:
             # Nothing is random but the choice of few images.
             for seed in options.seeds if cell.common.shots is not None else options.seeds[:1]:
                 seeded = replace(cell, seed=seed)
@@ -256,14 +245,13 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def main(command_line: list[str] | None = None) -> None:
-    every = (*PROBES, *methods.METHODS)
-    in_table = [method for method in every if method not in ("k-nn", "head")]
+    every = (PROBE, *methods.METHODS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", nargs="+", help="'digits', 'counting', folders with train, validation and test, or ids; +shuffled"
     )
     parser.add_argument("--model", help="id or path of a ViT")
-    parser.add_argument("--methods", nargs="+", choices=every, default=in_table)
+    parser.add_argument("--methods", nargs="+", choices=every, default=[each for each in every if each != "head"])
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="the first one chooses the rate")
     parser.add_argument("--protocol", choices=("small", "few", "full"), default="small")
     parser.add_argument("--shots", type=int, nargs="+", default=(None,), help="images of each class")

@@ -6,28 +6,19 @@ same logits where it is deployed (`read`): a server returns scores, not features
 
 from __future__ import annotations
 
-import copy
-import json
-from pathlib import Path
-
 import torch
 from bench import DEVICE, load_backbone
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, CLIPVisionModelWithProjection
 
 from pgn_peft.nn.ridge import fit_ridge
-
-# The scale of CLIP's logits.
-CLIP_SCALE = 100.0
 
 
 class Server(nn.Module):
     """A frozen model and its own classifier.
 
     Args:
-        model: a stock ViT, from whose CLS token the classifier reads, or a CLIP image tower with its projection.
+        model: a stock ViT, from whose CLS token the classifier reads.
         classifier: the weight (K, D) and bias (K,) of the scores.
         names: of the K classes.
     """
@@ -43,11 +34,7 @@ class Server(nn.Module):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Answer normalised pixels with the features (B, D) that the classifier takes."""
-        outputs = self.model(pixel_values=pixel_values)
-        if "image_embeds" in outputs:
-            # CLIP compares directions; scaled so that a feature has a mean square of 1, as after a layer norm.
-            return F.normalize(outputs.image_embeds.float(), dim=-1) * self.weight.shape[1] ** 0.5
-        return outputs.last_hidden_state[:, 0].float()
+        return self.model(pixel_values=pixel_values).last_hidden_state[:, 0].float()
 
     def scores(self, features: Tensor) -> Tensor:
         """Turn features (B, D) into the logits (B, K) of the server's classes, in float32."""
@@ -60,60 +47,15 @@ class Server(nn.Module):
 
 
 def load_server(path: str, side: int | None) -> Server:
-    """Load a stock `ViTForImageClassification`, or a CLIP image tower with text embeddings of ImageNet's classes.
-
-    CLIP's folder has `imagenet1k_text_embeds.safetensors` and `imagenet1k_classes.json` beside the checkpoint.
-    Position embeddings are resized where `side` is not the model's own.
-    """
-    if AutoConfig.from_pretrained(path).model_type != "clip_vision_model":
-        backbone = load_backbone(path, side)
-        head = (backbone.classifier.weight, backbone.classifier.bias)
-        return Server(backbone.vit, head, backbone.config.id2label).to(DEVICE)
-    texts = load_file(Path(path, "imagenet1k_text_embeds.safetensors"))["a_photo_of_a"]
-    names = json.loads(Path(path, "imagenet1k_classes.json").read_text(encoding="utf-8"))["names"]
-    head = (texts * (CLIP_SCALE / texts.shape[1] ** 0.5), torch.zeros(len(texts)))
-    return Server(_load_clip(path, side), head, dict(enumerate(names))).to(DEVICE)
-
-
-def _load_clip(path: str, side: int | None) -> CLIPVisionModelWithProjection:
-    model = CLIPVisionModelWithProjection.from_pretrained(path, attn_implementation="eager")
-    if side is None or side == model.config.image_size:
-        return model
-    embeddings = model.vision_model.embeddings
-    count = (side // model.config.patch_size) ** 2 + 1
-    positions = embeddings.interpolate_pos_encoding(torch.zeros(1, count, model.config.hidden_size), side, side)
-    weights = model.state_dict() | {"vision_model.embeddings.position_embedding.weight": positions[0].detach()}
-    config = copy.deepcopy(model.config)
-    config.image_size = side
-    resized = CLIPVisionModelWithProjection(config)
-    resized.load_state_dict(weights)
-    return resized
-
-
-def text_mapping(data: str) -> list[int]:
-    """Return the ImageNet class of each of a data set's classes, from its `classes.json`: the head of its texts."""
-    return json.loads(Path(data, "classes.json").read_text(encoding="utf-8"))["imagenet_index"]
+    """Load a stock `ViTForImageClassification`, with position embeddings for images of `side` pixels."""
+    backbone = load_backbone(path, side)
+    head = (backbone.classifier.weight, backbone.classifier.bias)
+    return Server(backbone.vit, head, backbone.config.id2label).to(DEVICE)
 
 
 def centre(scores: Tensor) -> Tensor:
     """Subtract each image's mean from scores (B, K): the same for logits and for log-probabilities."""
     return scores.double() - scores.double().mean(1, keepdim=True)
-
-
-class Mapped(nn.Module):
-    """One class of the server for each of the task's, by name."""
-
-    def __init__(self, server: Server, mapping: list[int]) -> None:
-        super().__init__()
-        self.scores, self.mapping = server.scores, mapping
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Turn the server's features (B, D) into the task's logits (B, M)."""
-        return self.read(self.scores(features))
-
-    def read(self, scores: Tensor) -> Tensor:
-        """Pick the columns of an answer (B, K), logits or log-probabilities."""
-        return scores[:, self.mapping]
 
 
 class Trained(nn.Module):

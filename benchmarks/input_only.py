@@ -4,15 +4,10 @@
         path/to/flowers17 digits
     python benchmarks/report.py --results outputs/input_only.jsonl
 
-The server is a stock `ViTForImageClassification` behind its own image processor, with its own head; or a CLIP image
-tower whose head is the text embeddings of ImageNet's classes (a folder that holds those too, and `--head text` for a
-data set with `classes.json`). It answers with the scores of all its classes.
-
-Heads (`--head`) read the task's classes off the scores (`heads.py`):
-
-- trained: a linear head on the features, trained together with the prompts, and computed from the scores; then also
-  "ridge", a linear map of all scores that is fitted to the answers to the prompted training images;
-- text: the server's class of the same name.
+The server is a stock `ViTForImageClassification` with its own image processor and head. It answers with the scores of
+all its classes, off which the task's classes are read in two ways (`heads.py`): by a linear head on the features,
+trained together with the prompts, and computed from the scores ("trained"); and by a linear map of all scores that is
+fitted to the answers to the prompted training images ("ridge").
 
 Prompts (`--methods`):
 
@@ -65,7 +60,7 @@ PGN_METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "latent-pgn": ({}, (0.003, 0.0005)),
 }
 METHODS = ("none", *PEERS, *PGN_METHODS)
-HEADS = ("trained", "text")
+HEAD = "trained"
 HEAD_RATES = (0.003, 0.01)  # of a linear head without prompts
 HEAD_RATE = 0.003  # of a head beside prompts
 # What all runs of a table have in common, beside the model.
@@ -134,41 +129,36 @@ def load_material(options: Any) -> bench.Material:
     )
 
 
-def run(method: str, head_name: str, learning_rate: float | None, seed: int, split: str, options: Any) -> dict:
+def run(method: str, learning_rate: float, seed: int, split: str, options: Any) -> dict[str, Any]:
     """Train one model, and evaluate it on a split; where that is test, also as PNG and as JPEG."""
     set_seed(seed)
     material = load_material(options)
     server = heads.load_server(options.model, options.side)
     count = len(material.names)
-    texts = head_name == "text"
-    head = heads.Mapped(server, heads.text_mapping(options.data)) if texts else heads.Trained(server, count)
+    head = heads.Trained(server, count)
     model = build(method, server, material, options)
-    own_head = list(head.parameters())
-    groups = [] if method == "none" else model.groups(learning_rate, options.library_rate)
-    if own_head:
-        groups.append({"params": own_head, "lr": learning_rate if method == "none" else HEAD_RATE})
+    own = {"params": list(head.parameters()), "lr": learning_rate if method == "none" else HEAD_RATE}
+    groups = [own] if method == "none" else [*model.groups(learning_rate, options.library_rate), own]
     start = time.perf_counter()
-    train, loss = material.splits["train"], None
-    if groups:
-        loss = bench.train(
-            nn.Sequential(model, head),
-            train,
-            groups,
-            epochs=options.epochs,
-            batch_size=options.batch,
-            flip=not options.data.endswith(bench.NOT_FLIPPED),
-            precision=options.precision,
-        )
+    train = material.splits["train"]
+    loss = bench.train(
+        nn.Sequential(model, head),
+        train,
+        groups,
+        epochs=options.epochs,
+        batch_size=options.batch,
+        flip=not options.data.endswith(bench.NOT_FLIPPED),
+        precision=options.precision,
+    )
     seconds = time.perf_counter() - start
     features, labels = features_of(model, material.splits[split]), material.splits[split].labels
-    readouts = {head_name: head}
-    if not texts:
-        readouts["ridge"] = heads.Ridge(server, features_of(model, train), train.labels, count)
+    ridge = heads.Ridge(server, features_of(model, train), train.labels, count)
+    readouts = {HEAD: head, "ridge": ridge}
     with torch.no_grad():
         trained = {name: readout(features) for name, readout in readouts.items()}
     row = {
         "train_loss_last_epoch": loss,
-        "train_seconds": round(seconds, 1) if groups else 0,
+        "train_seconds": round(seconds, 1),
         "trainable_parameters": sum(parameter.numel() for group in groups for parameter in group["params"]),
         "train_images": len(train.labels),
         "images": len(labels),
@@ -213,26 +203,18 @@ def served(server: heads.Server, images: Tensor, encoding: str, processor: Any) 
     return torch.cat(answers)
 
 
-def rates(method: str, head: str, options: Any) -> tuple[float | None, ...]:
-    """Return the learning rates that a method chooses from; None where nothing is trained."""
-    if method == "none" and head != "trained":
-        return (None,)
-    known = HEAD_RATES if method == "none" else (PEERS[method] if method in PEERS else PGN_METHODS[method])[1]
-    return tuple(options.rates or known[: options.grid])
-
-
-def run_cell(results: bench.Results, method: str, head: str, common: dict[str, Any], options: Any) -> None:
+def run_cell(results: bench.Results, method: str, common: dict[str, Any], options: Any) -> None:
     """Choose a learning rate on validation, and run the other seeds on test."""
 
-    def get(rate: float | None, seed: int, split: str) -> dict[str, Any]:
-        key = {"method": method, "head": head, "learning_rate": rate, "seed": seed, "split": split}
-        return results.get(key | common, lambda: run(method, head, rate, seed, split, options))
+    def get(rate: float, seed: int, split: str) -> dict[str, Any]:
+        key = {"method": method, "head": HEAD, "learning_rate": rate, "seed": seed, "split": split}
+        return results.get(key | common, lambda: run(method, rate, seed, split, options))
 
-    found = rates(method, head, options)
-    rate = found[0]
-    if len(found) > 1:
-        rate = max(found, key=lambda rate: get(rate, 0, "validation")["heads"][head]["accuracy"])
-    for seed in options.seeds if rate is not None else options.seeds[:1]:  # without training there is nothing random
+    known = HEAD_RATES if method == "none" else (PEERS[method] if method in PEERS else PGN_METHODS[method])[1]
+    rate, *others = options.rates or known[: options.grid]
+    if others:
+        rate = max((rate, *others), key=lambda rate: get(rate, 0, "validation")["heads"][HEAD]["accuracy"])
+    for seed in options.seeds:
         get(rate, seed, "test")
 
 
@@ -249,8 +231,7 @@ def main(command_line: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument(
         "--data", dest="all_data", nargs="+", help='"digits", folders with train, validation and test.parquet, ...'
     )
-    parser.add_argument("--model", help="id or path of a ViT, or folder of a CLIP image tower with text embeddings")
-    parser.add_argument("--head", nargs="+", choices=HEADS, default=HEADS[:1], help="text needs CLIP")
+    parser.add_argument("--model", help="id or path of a ViT")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="only these")
     parser.add_argument("--results", default="outputs/input_only.jsonl", help="file of JSON lines, appended to")
     parser.add_argument("--grid", type=int, default=2, help="use this many learning rates; 1: nothing is chosen")
@@ -277,9 +258,8 @@ def main(command_line: list[str] | None = None) -> list[dict[str, Any]]:
             options.data = data
             common = {name: getattr(options, name) for name in PROTOCOL}
             common |= {"data": Path(options.data).name, "model": Path(options.model).name}
-            for head in options.head:
-                for method in options.methods:
-                    run_cell(results, method, head, common, options)
+            for method in options.methods:
+                run_cell(results, method, common, options)
         rows = list(results)
         print(report.report(rows))
     return rows

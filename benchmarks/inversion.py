@@ -32,7 +32,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     material = bench.load_material(options.data, options.model, options.side, 1000, options.max_images)
     images = material.splits["test"]
     backbone = bench.load_backbone(options.model, options.side)
-    fields = {"prompt_layout": "append", "num_virtual_tokens": None, "slot_prompts": False}
+    fields = {"prompt_layout": "append", "num_virtual_tokens": None, "static_prompts": False}
     adapted, _ = methods.pgn(backbone, material, methods.Options(0.003, 0, 64, {}), **fields)
     model = adapted.model
     trained = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad], "lr": 0.003}]

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pgn_peft import PGNConfig
-from pgn_peft.nn.generator import PromptGenerator, resize_shorter_side
 from pgn_peft.nn.preprocessing import normalize
 from pgn_peft.training import parameter_groups
 
 HEAD_RATE = 3e-3
 # Fields of PGN's config in all runs, unless a run sets them.
-PGN_FIELDS = {"library_size": 64, "slot_prompts": True, "initial_logit_std": 4.0}
+PGN_FIELDS = {"library_size": 64, "static_prompts": True, "mixing_init_std": 4.0}
 LEAN_FIELDS = {"generator_width": 4, "generator_rank": 8, "library_size": 32}
 # Learning rate of the library and the static prompts, as a multiple of the generator's.
 LIBRARY_RATE = 10.0
@@ -99,7 +98,7 @@ def full(backbone: PreTrainedModel, material: Material, options: Options) -> Bui
 class VPTDeep(nn.Module):
     """Learned prompts before every layer, in place of those of the layer before (VPT-deep, Jia et al. 2022).
 
-    Written without the package, so that it can be compared with `generator="static", prompt_depth=None`.
+    Written without the package, so that it can be compared with `generator="static", prompt_depth="all"`.
     """
 
     def __init__(self, backbone: PreTrainedModel, num_virtual_tokens: int) -> None:
@@ -143,30 +142,6 @@ def lora(backbone: PreTrainedModel, material: Material, options: Options) -> Bui
     return Adapted(model, material), with_head(backbone, matrices, options)
 
 
-class GeneratorAlone(nn.Module):
-    """The generator's CNN with a linear head on the images, and no Vision Transformer."""
-
-    def __init__(self, material: Material, options: Options) -> None:
-        super().__init__()
-        self.scale, self.image_size = material.scale, options.generator_image_size
-        self.trunk = PromptGenerator(1, 1).trunk
-        self.classifier = nn.Linear(self.trunk.num_features, len(material.names))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Answer pixels in [0, 1] with logits."""
-        pixel_values = normalize(pixels, *self.scale)
-        if self.image_size is not None:
-            pixel_values = resize_shorter_side(pixel_values, self.image_size)
-        _, features = self.trunk(pixel_values)
-        return self.classifier(features)
-
-
-def generator_alone(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Train the generator's CNN as a classifier. All of it learns at the searched rate."""
-    model = GeneratorAlone(material, options).to(DEVICE)
-    return model, [{"params": list(model.parameters()), "lr": options.rate}]
-
-
 def pgn(backbone: PreTrainedModel, material: Material, options: Options, **config: Any) -> Built:
     """Generate prompts for each image; `config` are fields of `PGNConfig`, which those of the options override."""
     fields = PGN_FIELDS | {
@@ -184,7 +159,7 @@ def pgn(backbone: PreTrainedModel, material: Material, options: Options, **confi
 def static(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Learn the same prompts for all images: VPT-shallow."""
     alike = replace(options, library_rate=1.0)
-    return pgn(backbone, material, alike, generator="static", slot_prompts=False)
+    return pgn(backbone, material, alike, generator="static", static_prompts=False)
 
 
 def pgn_lean(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
@@ -194,13 +169,13 @@ def pgn_lean(backbone: PreTrainedModel, material: Material, options: Options) ->
 
 def pgn_deep(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate prompts for every layer; their libraries and static prompts learn at the generator's rate."""
-    return pgn(backbone, material, replace(options, library_rate=1.0), prompt_depth=None)
+    return pgn(backbone, material, replace(options, library_rate=1.0), prompt_depth="all")
 
 
 def pgn_pixel(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate a change of each patch of the image."""
     mean, std = map(list, material.scale)
-    pixel = {"prompt_space": "pixel", "num_virtual_tokens": None, "slot_prompts": False}
+    pixel = {"prompt_space": "pixel", "num_virtual_tokens": None, "static_prompts": False}
     return pgn(backbone, material, options, **pixel, image_mean=mean, image_std=std)
 
 
@@ -208,7 +183,6 @@ def pgn_pixel(backbone: PreTrainedModel, material: Material, options: Options) -
 # validation. Full fine-tuning and the head alone are the baselines.
 METHODS: dict[str, tuple[Callable[..., Built], tuple[float, ...]]] = {
     "head": (linear, (HEAD_RATE,)),
-    "generator alone": (generator_alone, (3e-3, 1e-2)),
     "static": (static, (3e-3, 1e-2)),
     "pgn": (pgn, (1e-3, 3e-3)),
     "pgn-lean": (pgn_lean, (1e-3, 3e-3)),

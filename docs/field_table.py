@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pgn_peft.tuner.fields import own_fields
+from pgn_peft.tuner.config import own_fields
 
 PAGE = Path(__file__).with_name("config.md")
 BEGIN, END = "<!-- fields -->\n", "<!-- /fields -->"

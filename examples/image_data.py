@@ -149,7 +149,8 @@ def load_splits(arguments: DataArguments, seed: int = 0, validation: float = 0.1
             that the training images do not have, or an image cannot be read.
     """
     splits = name_splits(read_source(arguments.dataset), arguments.dataset)
-    label_column = arguments.label_column or PAPER.get(arguments.dataset, (None, None, "label"))[2]
+    own = "label" if Path(arguments.dataset).exists() else PAPER.get(arguments.dataset, (None, None, "label"))[2]
+    label_column = arguments.label_column or own
     splits = {name: name_columns(rows, arguments.image_column, label_column) for name, rows in splits.items()}
     splits = add_missing_splits(number_classes(splits), seed, validation, test)
     wanted, available = arguments.max_train_samples, len(splits["train"])

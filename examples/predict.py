@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pgn_peft import load_classifier
-from pgn_peft.hub.image_size import made_size
+from pgn_peft.hub.image_processors import made_size
 
 
 def find_images(folder: Path) -> list[Path]:

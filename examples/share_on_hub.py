@@ -28,7 +28,7 @@ import torch
 import train_image_classifier
 from image_data import open_image, smoke_arguments
 
-from pgn_peft import CardFacts, Classifier, load_classifier
+from pgn_peft import Classifier, ModelCardInfo, load_classifier
 
 
 def parse_metric(text: str) -> tuple[str, float]:
@@ -37,7 +37,7 @@ def parse_metric(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
-def make_facts(options: argparse.Namespace) -> CardFacts:
+def make_facts(options: argparse.Namespace) -> ModelCardInfo:
     """Collect what the card says, from the options and from the training run."""
     file = Path(options.adapter, "results.json")  # of the training script
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -45,7 +45,7 @@ def make_facts(options: argparse.Namespace) -> CardFacts:
     if not metrics and results.get("test_accuracy") is not None and (options.dataset_name or options.dataset_id):
         metrics = {"accuracy": results["test_accuracy"]}
     training = {name: results[name] for name in ("epochs", "learning_rate", "train_images", "seed") if name in results}
-    return CardFacts(
+    return ModelCardInfo(
         dataset_name=options.dataset_name,
         dataset_id=options.dataset_id,
         split=options.split,

@@ -10,7 +10,7 @@ For a hosted model: prompts that are valid pixels, and the model's own classes m
 `deploy_input_only.py` shows how the result, outputs/my-adapter/prompter, is used:
 
     python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
-        --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --initial_logit_std 4 \
+        --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --mixing_init_std 4 \
         --output_dir outputs/my-adapter
 
 CLIP or SigLIP with texts as classes, of which only prompts are trained: --head text. Go on from an adapter, also with
@@ -29,6 +29,7 @@ classifies a folder of images with it. `--smoke` trains a tiny model offline, in
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -64,17 +65,23 @@ from transformers import (
 
 from pgn_peft import (
     AdapterTrainer,
-    CardFacts,
     ImageCollator,
+    ModelCardInfo,
     PGNConfig,
     embed_texts,
     frequency_mapping,
     make_prompter,
     use_texts,
 )
-from pgn_peft.hub.image_size import made_size, makes_another_size
-from pgn_peft.inspection import prompts_of_other_images
-from pgn_peft.training import EqualStatistics, HeadAlone, head_alone, last_complete_checkpoint, parameter_groups
+from pgn_peft.hub.image_processors import made_size, makes_another_size
+from pgn_peft.inspection import shuffled_prompts
+from pgn_peft.training import (
+    LinearProbe,
+    SyncBatchNormCallback,
+    last_complete_checkpoint,
+    linear_probe,
+    parameter_groups,
+)
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.backbones import SUPPORTED
 
@@ -93,9 +100,9 @@ FIELDS = (
     "generator_norm",
     "generator_rank",
     "mixing",
-    "slot_prompts",
+    "static_prompts",
     "initializer_range",
-    "initial_logit_std",
+    "mixing_init_std",
     "prompt_space",
     "prompt_layout",
     "jpeg_quality",
@@ -302,7 +309,7 @@ def load_backbone(adapter: ModelArguments) -> PreTrainedModel:
 def find_label_mapping(backbone: PreTrainedModel, rows: Dataset, names: list[str]) -> list[int]:
     """Find by frequency which of the model's classes stand for the task's: `rows` without augmentation."""
     backbone.eval()
-    takes_size = "interpolate_pos_encoding" in backbone.forward.__code__.co_varnames
+    takes_size = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
     options = {"interpolate_pos_encoding": True} if takes_size else {}
     batches = (rows[start : start + 100]["pixel_values"] for start in range(0, len(rows), 100))
     logits = torch.cat([backbone(batch.to(backbone.device), **options).logits.cpu() for batch in batches])
@@ -341,7 +348,7 @@ def make_trainer(
     splits: DatasetDict,
     arguments: Arguments,
     processor: Any = None,
-    facts: CardFacts | None = None,
+    facts: ModelCardInfo | None = None,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> AdapterTrainer:
     """Put model, data, optimizer and callbacks together; `splits` have transforms."""
@@ -372,13 +379,13 @@ def make_trainer(
         # A base whose config asks for hidden states or attentions answers with these too.
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
         optimizers=(optimizer, None),
-        callbacks=[EqualStatistics(), *callbacks],
+        callbacks=[SyncBatchNormCallback(), *callbacks],
         processing_class=processor,
         facts=facts,
     )
 
 
-def measure_head_alone(trainer: AdapterTrainer, train: Dataset) -> HeadAlone:
+def measure_head_alone(trainer: AdapterTrainer, train: Dataset) -> LinearProbe:
     """Measure what a linear head on the frozen model reaches on validation; `train` without augmentation."""
     loaders = (
         DataLoader(
@@ -389,7 +396,7 @@ def measure_head_alone(trainer: AdapterTrainer, train: Dataset) -> HeadAlone:
         )
         for rows in (train, trainer.eval_dataset)
     )
-    alone = head_alone(trainer.classifier.model, *loaders)
+    alone = linear_probe(trainer.classifier.model, *loaders)
     say(f"without prompts: a linear head on the frozen model has a validation accuracy of {alone.linear:.3f}")
     if alone.own is not None:
         has_texts = trainer.classifier.model.peft_config["default"].head == "text"
@@ -402,12 +409,12 @@ def measure_with_other_prompts(trainer: AdapterTrainer) -> float | None:
     model = trainer.classifier.model
     if model.peft_config["default"].generator == "static":
         return None
-    with prompts_of_other_images(model):
+    with shuffled_prompts(model):
         metrics = trainer.predict(trainer.eval_dataset.shuffle(seed=0), metric_key_prefix="other").metrics
     return metrics.get("other_accuracy", metrics.get("other_f1"))
 
 
-def compare(accuracy: float, alone: HeadAlone | None, with_other_prompts: float | None, images: int) -> str:
+def compare(accuracy: float, alone: LinearProbe | None, with_other_prompts: float | None, images: int) -> str:
     """Say what prompts add to a linear head, and what prompts for each image add to prompts; one line each."""
     likely = (accuracy * images + 1) / (images + 2)  # of few images all may be right by chance
     chance = (likely * (1 - likely) / images) ** 0.5  # one standard error
@@ -463,8 +470,8 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     if config.head == "text":
         add_texts(model, adapter, labels)
 
-    dataset = {"dataset_name": folder_name.name} if (folder_name := Path(data.dataset).resolve()).exists() else {}
-    facts = CardFacts(**(dataset or {"dataset_id": data.dataset}))
+    source = Path(data.dataset).expanduser().resolve()
+    facts = ModelCardInfo(dataset_name=source.name) if source.exists() else ModelCardInfo(dataset_id=data.dataset)
     trainer = make_trainer(model, splits, arguments, processor, facts)
     if checkpoint is not None:
         check_same_adapter(model.peft_config["default"], checkpoint)

@@ -10,10 +10,10 @@ from pgn_peft.version import __version__
 
 __all__ = [
     "AdapterTrainer",
-    "CardFacts",
     "Classifier",
     "ImageCollator",
     "ImagePrompter",
+    "ModelCardInfo",
     "PGNConfig",
     "PGNModel",
     "__version__",
@@ -30,7 +30,7 @@ if find_spec("peft") is not None:
 
     check_peft()  # before imports that an old PEFT lacks
 
-    from pgn_peft.hub import CardFacts, Classifier, load_classifier
+    from pgn_peft.hub import Classifier, ModelCardInfo, load_classifier
     from pgn_peft.inversion import make_prompter
     from pgn_peft.texts import embed_texts, use_texts
     from pgn_peft.training import AdapterTrainer, ImageCollator

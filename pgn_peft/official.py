@@ -77,8 +77,8 @@ class OfficialNetwork:
             generator_width=settings["width"],
             generator_norm=settings["norm"],
             mixing=settings["mixing"],
-            slot_prompts=False,
-            initial_logit_std=0.0,
+            static_prompts=False,
+            mixing_init_std=0.0,
             **fields,
         )
 

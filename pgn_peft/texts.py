@@ -14,7 +14,7 @@ from pgn_peft.nn.text_head import TextHead
 from pgn_peft.tuner.adapters import find_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED, architecture_of
 from pgn_peft.tuner.head import find_head
-from pgn_peft.utils.values import filled
+from pgn_peft.utils.values import not_none
 
 BATCH = 256  # texts at a time
 
@@ -133,7 +133,7 @@ def use_texts(
     base = unwrap(model)
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
     own_scale = base.logit_scale.exp().item() if hasattr(base, "logit_scale") else None
-    usual_scale = SUPPORTED[filled(architecture_of(base))].text_scale if own_scale is None else own_scale
+    usual_scale = SUPPORTED[not_none(architecture_of(base))].text_scale if own_scale is None else own_scale
     if usual_scale is None and None in (logit_scale, logit_bias):
         raise ValueError(
             f"`logit_scale` and `logit_bias` must be given for a {type(base).__name__}, which lacks them, but got "
@@ -141,4 +141,4 @@ def use_texts(
         )
     if logit_bias is None:
         logit_bias = base.logit_bias.item() if hasattr(base, "logit_bias") else 0.0
-    head.set_texts(text_embeds, filled(usual_scale) if logit_scale is None else logit_scale, filled(logit_bias))
+    head.set_texts(text_embeds, not_none(usual_scale) if logit_scale is None else logit_scale, not_none(logit_bias))

@@ -67,8 +67,7 @@ ARCHITECTURES = {
 }
 CLASSIFIERS = [name for name in ARCHITECTURES if name.endswith("Classification")]
 
-# The ways in which architectures differ for PGN, one architecture for each: these run through all tests and forms.
-# Every other one runs through one form of each contract.
+# The ways in which architectures differ for PGN, one architecture for each.
 REPRESENTATIVES = {
     "ViTForImageClassification": "CLS, then the patches; the head reads CLS",
     "DeiTForImageClassification": "two tokens before the patches",
@@ -85,8 +84,6 @@ FIELDS = {
     "BeitConfig": {"use_relative_position_bias": True, "use_absolute_position_embeddings": True},
     "Data2VecVisionConfig": {"use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True},
 }
-OTHERS = [name for name in ARCHITECTURES if name not in REPRESENTATIVES]
-REPRESENTATIVE_CLASSIFIERS = [name for name in CLASSIFIERS if name in REPRESENTATIVES]
 
 
 SIZES = {
@@ -254,7 +251,8 @@ def refused(error, *words):
 
 def edit_json(file, **fields):
     """Change fields of a saved configuration, which has no checksums afterwards."""
-    settings = json.loads(file.read_text(encoding="utf-8")) | {"checksums": None} | fields
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings |= dict.fromkeys(settings.keys() & {"checksums"}) | fields
     file.write_text(json.dumps(settings), encoding="utf-8")
 
 

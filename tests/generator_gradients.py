@@ -24,7 +24,7 @@ def gradient(generator, images, direction):
 
 def relative_error(width, side, batch_size, norm):
     torch.manual_seed(0)
-    generator = PromptGenerator(2, 3, width=width, norm=norm, initial_logit_std=1.0).train()
+    generator = PromptGenerator(2, 3, width=width, norm=norm, mixing_init_std=1.0).train()
     for module in generator.modules():
         if hasattr(module, "eps"):
             module.eps = 1.0  # the gradient of a norm over two values is ill-conditioned with the usual 1e-5

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 STEPS, IMAGES = 3, 8
 KINDS = {
     "latent": {},
-    "deep": {"prompt_depth": None, "prompt_dropout": 0.0},  # random, and so not the same in each process
+    "deep": {"prompt_depth": "all", "prompt_dropout": 0.0},  # random, and so not the same in each process
     "pixel": {
         "prompt_space": "pixel",
         "num_virtual_tokens": None,

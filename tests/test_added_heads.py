@@ -7,9 +7,9 @@ import pytest
 import torch
 import train_image_classifier
 from conftest import answer, assert_same, move_adapter, refused, tiny_config, tiny_vit
+from image_data import smoke_arguments
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from smoke_material import smoke_arguments
 from test_texts import LABELS, PROCESSOR, adapted, logits_of
 from tiny_clip import two_towers
 from torch import nn
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from pgn_peft import Classifier, load_classifier
-from pgn_peft.training import head_alone
+from pgn_peft.training import linear_probe
 from pgn_peft.tuner.head import find_head
 
 HEADLESS = [
@@ -192,7 +192,7 @@ def test_the_class_of_an_adapted_model_loads_plain_ones(tmp_path, pixel_values):
 def test_what_a_head_alone_reaches_is_measured_on_them_too(pixel_values):
     batches = [{"pixel_values": pixel_values.repeat(3, 1, 1, 1), "labels": torch.arange(12) % 3}]
     for model, has_texts in ((adapted(two_towers()), True), (linear(), False)):
-        found = head_alone(model, batches, batches)
+        found = linear_probe(model, batches, batches)
         assert 0 <= found.linear <= 1
         assert (found.own is None) != has_texts
         assert logits_of(model, pixel_values).shape == (4, 3)

@@ -14,21 +14,18 @@ from pgn_peft.version import __version__
         ("num_virtual_tokens", 0, ValueError),
         ("num_virtual_tokens", "7", TypeError),
         ("library_size", -3, ValueError),
-        ("library_size", 64.5, TypeError),
         ("library_size", 10**30, ValueError),
         ("prompt_depth", 0, ValueError),
         ("generator", "resnet18", ValueError),
         ("generator_image_size", 4, ValueError),
         ("generator_width", 2, ValueError),
         ("generator_norm", "layer", ValueError),
-        ("generator_rank", 0, ValueError),
         ("mixing", "relu", ValueError),
         ("initializer_range", 0, ValueError),
         ("initializer_range", float("nan"), ValueError),
-        ("initial_logit_std", -1, ValueError),
+        ("mixing_init_std", -1, ValueError),
         ("prompt_dropout", 1, ValueError),
         ("head", "linear", ValueError),
-        ("num_labels", 0, ValueError),
         ("problem_type", "ranking", ValueError),
         ("id2label", {}, ValueError),
         ("id2label", ["cat", "dog"], TypeError),
@@ -48,7 +45,7 @@ def test_an_impossible_value_is_refused_by_name_and_value(field, value, error):
     [
         ({"id2label": {0: "a", 1: "b"}, "num_labels": 3}, (2, 3)),
         ({"num_labels": 1, "problem_type": "single_label_classification"}, ("problem_type",)),
-        ({"generator": "static", "slot_prompts": True}, ("slot_prompts",)),
+        ({"generator": "static", "static_prompts": True}, ("static_prompts",)),
         ({"generator": "static", "prompt_dropout": 0.5}, ("prompt_dropout",)),
         ({"id2label": {0: "cat", 1: "d\udc80g"}}, ("id2label",)),  # a name that no file can hold
     ],
@@ -59,14 +56,14 @@ def test_fields_that_contradict_each_other_are_refused(fields, words):
 
 
 def test_what_is_left_out_follows_from_what_is_given():
-    assert (PGNConfig().slot_prompts, PGNConfig().initial_logit_std) == (True, 4.0)
+    assert (PGNConfig().slot_prompts, PGNConfig().mixing_init_std) == (True, 4.0)
     assert PGNConfig(generator="static").slot_prompts is False
-    assert PGNConfig(mixing="sigmoid").initial_logit_std == 0.0
-    assert (PGNConfig().prompt_dropout, PGNConfig(prompt_depth=None).prompt_dropout) == (0.0, 0.5)
-    assert PGNConfig(generator="static", prompt_depth=None).prompt_dropout == 0.0
-    assert PGNConfig(prompt_depth=None, prompt_dropout=0).prompt_dropout == 0
-    official = PGNConfig(slot_prompts=False, initial_logit_std=0)
-    assert (official.slot_prompts, official.initial_logit_std) == (False, 0)
+    assert PGNConfig(mixing="sigmoid").mixing_init_std == 0.0
+    assert (PGNConfig().prompt_dropout, PGNConfig(prompt_depth="all").prompt_dropout) == (0.0, 0.5)
+    assert PGNConfig(generator="static", prompt_depth="all").prompt_dropout == 0.0
+    assert PGNConfig(prompt_depth="all", prompt_dropout=0).prompt_dropout == 0
+    official = PGNConfig(static_prompts=False, mixing_init_std=0)
+    assert (official.slot_prompts, official.mixing_init_std) == (False, 0)
 
 
 def test_json_round_trip(tmp_path):
@@ -76,7 +73,7 @@ def test_json_round_trip(tmp_path):
         generator_image_size=64,
         generator_norm="group",
         generator_rank=8,
-        slot_prompts=True,
+        static_prompts=True,
         mixing="sigmoid",
         id2label={1: "dog", 0: "cat"},
         modules_to_save=["layernorm"],

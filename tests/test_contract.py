@@ -23,9 +23,9 @@ from pgn_peft import PGNConfig
 # name -> what makes it so
 FORMS = {
     "generated": {},
-    "factorised": {"generator_rank": 2, "slot_prompts": True},
+    "factorised": {"generator_rank": 2, "static_prompts": True},
     "static": {"generator": "static"},
-    "deep": {"prompt_depth": None, "slot_prompts": True},
+    "deep": {"prompt_depth": "all", "static_prompts": True},
     "deep and static": {"prompt_depth": 2, "generator": "static"},
     "pixel": PIXEL,
     "tile": PIXEL | {"generator": "static"},
@@ -78,7 +78,7 @@ def test_every_other_architecture_in_one_form(architecture, pixel_values, tmp_pa
     """With prompts in each layer: adapted, switched off, trained, saved, loaded and unloaded."""
     base = tiny_vit(architecture)
     before, structure = answer(base, pixel_values), str(base)
-    model = get_peft_model(base, tiny_config(prompt_depth=None)).eval()
+    model = get_peft_model(base, tiny_config(prompt_depth="all")).eval()
     # A head starts as a copy of the model's, so that prompts alone make the difference.
     assert (read_out(answer(model, pixel_values)) - read_out(before)).abs().max() > 1e-3
     with model.disable_adapter():
@@ -156,7 +156,7 @@ def test_merging_is_refused():
 
 def test_adapters_with_different_labels_share_a_backbone(pixel_values, tmp_path):
     first = adapted(seed=1)
-    second = adapted(seed=2, id2label=dict(enumerate("ab")), prompt_depth=None, num_virtual_tokens=5)
+    second = adapted(seed=2, id2label=dict(enumerate("ab")), prompt_depth="all", num_virtual_tokens=5)
     expected = {"first": answer(first, pixel_values), "second": answer(second, pixel_values)}
     first.save_pretrained(tmp_path / "first")
     second.save_pretrained(tmp_path / "second")

@@ -92,7 +92,7 @@ def test_tampered_weights_are_refused_before_the_model_is_touched(change, word, 
     "change",
     [
         {"generator_width": 8},
-        {"generator": "static", "slot_prompts": False},
+        {"generator": "static", "static_prompts": False},
         {"generator_rank": 2},
         {"num_virtual_tokens": 65_536},
         {"num_labels": 4, "id2label": None},

@@ -16,7 +16,7 @@ LAYERS = 4
 
 def adapted(architecture="ViTForImageClassification", **overrides):
     base = tiny_vit(architecture, num_hidden_layers=LAYERS)
-    return move_adapter(get_peft_model(base, tiny_config(**({"prompt_depth": None} | overrides)))).eval()
+    return move_adapter(get_peft_model(base, tiny_config(**({"prompt_depth": "all"} | overrides)))).eval()
 
 
 def norm_before_layers(model):
@@ -34,7 +34,7 @@ def prompts_by_layer(model, pixel_values):
     ("architecture", "depth", "form"),
     [
         ("ViTForImageClassification", 2, {}),
-        ("ViTForImageClassification", LAYERS, {"slot_prompts": False}),
+        ("ViTForImageClassification", LAYERS, {"static_prompts": False}),
         ("ViTForImageClassification", 3, {"generator": "static"}),
         ("CLIPVisionModelWithProjection", LAYERS, {}),
         ("TimmWrapperForImageClassification", 2, {"generator": "static"}),
@@ -148,7 +148,7 @@ def test_it_is_active_alone(pixel_values):
     [
         ({"prompt_depth": LAYERS + 1}, "4"),  # more layers than there are
         ({"prompt_depth": 2, "modules_to_save": ["layernorm_before"]}, "modules_to_save"),
-        ({"prompt_depth": None, "prompt_layout": "append"}, "prompt_depth"),
+        ({"prompt_depth": "all", "prompt_layout": "append"}, "prompt_depth"),
         ({"prompt_depth": 2, "prompt_space": "pixel", "image_mean": [0.5], "image_std": [0.5]}, "prompt_depth"),
     ],
 )

@@ -13,21 +13,18 @@ import subprocess
 import sys
 
 import huggingface_hub
-import image_data
 import pytest
 import torch
 import train_image_classifier
-from adapter_arguments import AdapterArguments
-from conftest import ENVIRONMENT, ROOT, answer, assert_same, tiny_config, tiny_vit, with_output
+from conftest import ENVIRONMENT, ROOT, answer, tiny_config, tiny_vit, with_output
 from huggingface_hub import ModelCard
+from image_data import DataArguments, load_splits, smoke_arguments
 from peft import AutoPeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, BitImageProcessor, CLIPImageProcessor
 
 from pgn_peft import Classifier, load_classifier
-
-pytestmark = pytest.mark.slow
 
 NUMBER = r"(\d+\.\d+)"
 ANY = (1e-9, 1e9)  # what depends on the machine: a time, or a ratio of times
@@ -41,11 +38,22 @@ FIGURES = {
     "share_on_hub": (f"largest difference of a logit after loading {NUMBER}", 0, 0),
     "show_prompts": (f"mean spread of a library entry's share from image to image: {NUMBER}", 0.01, 1),
     "train_image_classifier": (f"test accuracy {NUMBER}", 1, 1),
-    "adaptation": (rf"\| full fine-tuning \| 23,970 \| {NUMBER} \(", 1, 1),
-    "input_only": (rf"\| border \(VP\) \| 1,410 \| {NUMBER} \(", 1, 1),  # as PNG
-    "inversion": (rf"\| 8-bit \| 1.000 \| {NUMBER} \|", 1, 1),
+    "adaptation": (rf"\| full fine-tuning \| 23,970 \| {NUMBER} \|", 1, 1),
+    "data_path": (rf"fastest loader: (?:plain|cached), \d workers, ratio {NUMBER}", *ANY),
+    "arithmetic": (f"share of a step, if nothing overlaps +{NUMBER}", 0.03, 0.04),
+    "generator_trials": (rf"\| slow \| {NUMBER} at 0.0003 \|", 0.5, 1),
+    "growth": (f"steepest training step: {NUMBER} of what its operations let one expect", *ANY),
+    "input_only": (rf"\| PGN, ring \| 321,746 \| 0.003 \| {NUMBER} \|", 1, 1),  # as PNG as in training
+    "inversion": (rf"\| 8-bit PNG \| images \| 32 \| 2 \| 4 \| 8 \| 1.000 \| {NUMBER} \|", 1, 1),
+    "many_adapters": (f"PGN: load {NUMBER} ms, activate", *ANY),
+    "many_tasks": (rf"\| PGN, lean \| {NUMBER} \|", 1.2, 1.2),
     "memory": (r"\| method \| tiny, batch (\d+), float32 \|", 8, 8),  # peaks need processes of their own
+    "multitask": (f"images: shared 1.000, separate {NUMBER}", 1, 1),
+    "pictures": (f"attention.png: {NUMBER} kB", 5, 50),
+    "score_head": (rf"\| float32 \| {NUMBER} \|", 1, 1),  # the same predictions as the head on features
     "report": (rf"\| \*\*PGN\*\* \| 456,698 to 474,068 \| {NUMBER} ", 0.871, 0.871),  # of recorded results
+    "robustness": (rf"\| full fine-tuning \| {NUMBER} \|", 1, 1),
+    "scaling": (f"efficiency of two processes {NUMBER}", *ANY),
     "step_time": (f"training step, PGN / static prompts: {NUMBER}", *ANY),
 }
 
@@ -58,10 +66,16 @@ def train(command, *more):
 def test_every_script_has_a_figure():
     paths = [path for folder in ("examples", "benchmarks") for path in ROOT.joinpath(folder).glob("*.py")]
     scripts = {path.stem for path in paths if "__main__" in path.read_text(encoding="utf-8")}
-    assert scripts == {*FIGURES, "faults"}  # which tests/test_faults.py runs
+    assert scripts == {*FIGURES, "faults"}  # of which tests/test_reliability.py runs a part
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if ROOT.joinpath(f"examples/{name}.py").exists() else pytest.mark.slow)
+        for name in FIGURES
+    ],
+)
 def test_smoke_mode_ends_with_its_figure(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # Offline the Hub's client calls nobody, not even the server that a script starts on this machine.
@@ -69,6 +83,14 @@ def test_smoke_mode_ends_with_its_figure(name, tmp_path, monkeypatch, capsys):
     script = importlib.import_module(name)
     if name == "memory":  # which measures each model in a process of its own
         monkeypatch.setattr(script, "in_own_process", script.measure)
+    if name == "scaling":  # which launches processes; tests/test_many_processes.py does
+
+        def measure(arrangement, options):
+            options.report = tmp_path / "report.json"
+            script.train(options)
+            return json.loads(options.report.read_text(encoding="utf-8"))
+
+        monkeypatch.setattr(script, "measure", measure)
     script.main(["--smoke"])
     pattern, low, high = FIGURES[name]
     figures = re.findall(pattern, capsys.readouterr().out)
@@ -79,8 +101,6 @@ def test_smoke_mode_ends_with_its_figure(name, tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     """A tiny ViT and a folder of JPEGs, as the training script's smoke mode makes them, and the command line."""
-    from smoke_material import smoke_arguments
-
     folder = tmp_path_factory.mktemp("material")
     return folder, [*smoke_arguments(folder), "--disable_tqdm", "true"]
 
@@ -102,17 +122,9 @@ def server(material):
         yield url
 
 
+@pytest.mark.slow
 def test_training_ends_with_an_adapter_a_stranger_can_use(finished):
     folder = finished
-    names = {path.name for path in folder.iterdir() if path.is_file()}
-    assert names == {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "preprocessor_config.json",
-        "README.md",
-        "library.png",
-        "results.json",
-    }
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["test_accuracy"] == results["validation_accuracy"] == 1
     assert results["train_images"] == 64
@@ -143,6 +155,7 @@ train_image_classifier.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(finished, material, tmp_path):
     folder = tmp_path / "killed"
     command = with_output(material[1], folder)
@@ -151,15 +164,18 @@ def test_a_killed_run_resumes_to_the_same_weights(finished, material, tmp_path):
     assert killed.returncode == -9, killed.stderr
     assert (folder / "checkpoint-16/adapter_model.safetensors").exists()
     assert not (folder / "adapter_model.safetensors").exists()
-    with pytest.raises(SystemExit, match="`output_dir` must hold no checkpoints of another run"):
+    with pytest.raises(SystemExit, match="holds checkpoints of another run"):
         train(command)
     results = train(command, "--resume_from_checkpoint", "true")
     assert results["test_accuracy"] == 1
     expected = load_file(finished / "adapter_model.safetensors")
     resumed = load_file(folder / "adapter_model.safetensors")
-    assert_same(resumed, expected, tolerance=1e-3)
+    assert expected.keys() == resumed.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(resumed[name], tensor, msg=f"{name} differs after resuming")
 
 
+@pytest.mark.slow
 def test_parquet_files_another_size_and_a_static_control(material, tmp_path):
     from datasets import load_dataset
 
@@ -177,13 +193,16 @@ def test_parquet_files_another_size_and_a_static_control(material, tmp_path):
     assert "interpolate_pos_encoding=True" in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--output_dir": f"{os.devnull}/nowhere"}, f"`output_dir` must be writable, but got '{os.devnull}/nowhere'"),
-        ({"--label_column": "species"}, "must be columns of the data set, but got 'species'. It has: image, label"),
-        ({"--generator": "resnet18"}, "`generator` must be one of resnet10, static, but got 'resnet18'"),
-        ({"--num_virtual_tokens": "0"}, "`num_virtual_tokens` must lie in 1..65536, but got 0"),
+        ({"--output_dir": f"{os.devnull}/nowhere"}, "nowhere"),
+        (
+            {"--label_column": "species"},
+            "There is no column 'species', but image, label. Choose one with --label_column",
+        ),
+        ({"--generator": "resnet18"}, "generator"),
     ],
 )
 def test_bad_arguments_are_found_before_training(material, tmp_path, change, message):
@@ -193,52 +212,42 @@ def test_bad_arguments_are_found_before_training(material, tmp_path, change, mes
             command[command.index(name) + 1] = value
         else:
             command += [name, value]
-    with pytest.raises((SystemExit, ValueError), match=re.escape(message)):
+    with pytest.raises((OSError, ValueError), match=re.escape(message)):
         train(command)
     assert not list(tmp_path.glob("adapter/checkpoint-*"))
 
 
-def test_splits_with_different_classes_are_refused(material, tmp_path):
-    from datasets import ClassLabel, load_dataset
-
-    images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
-    images.to_parquet(tmp_path / "train.parquet")
-    images.cast_column("label", ClassLabel(names=["blue", "green"])).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(SystemExit, match="a class of the training images, but got others in 'test': green"):
-        image_data.load_splits(image_data.DataArguments(dataset=str(tmp_path)), seed=0)
-
-
 def split_sizes(folder, **arguments):
-    return {
-        split: len(rows)
-        for split, rows in image_data.load_splits(image_data.DataArguments(str(folder), **arguments), seed=0).items()
-    }
+    return {split: len(rows) for split, rows in load_splits(DataArguments(str(folder), **arguments)).items()}
 
 
-def test_sources_with_some_splits_only(material, tmp_path):
+@pytest.fixture(scope="module")
+def images(material):
     from datasets import load_dataset
 
-    images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
+    return load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
+
+
+@pytest.mark.slow
+def test_sources_with_some_splits_only(images, tmp_path):
     images.to_parquet(tmp_path / "train.parquet")
     assert split_sizes(tmp_path) == {"train": 64, "validation": 8, "test": 8}
-    for wanted in (2, 10, 63, 64, 99):
+    for wanted in (2, 63, 99):
         sizes = split_sizes(tmp_path, max_train_samples=wanted)
         assert sizes == {"train": min(wanted, 64), "validation": 8, "test": 8}
-    with pytest.raises(SystemExit, match="`max_train_samples` must be at least 2, one a class, but got 1"):
+    with pytest.raises(ValueError, match="`max_train_samples` is 1, less than one image of each class"):
         split_sizes(tmp_path, max_train_samples=1)
     images.to_parquet(tmp_path / "test.parquet")
     assert split_sizes(tmp_path) == {"train": 72, "validation": 8, "test": 80}
     (tmp_path / "test.parquet").rename(tmp_path / "valid.parquet")
     assert split_sizes(tmp_path) == {"train": 80, "validation": 80}
     (tmp_path / "train.parquet").rename(tmp_path / "training.parquet")
-    with pytest.raises(SystemExit, match="`dataset` must have a split 'train', but got .* with training"):
+    with pytest.raises(ValueError, match="has no split 'train', but training, validation"):
         split_sizes(tmp_path)
 
 
-def test_files_cut_as_on_the_hub(material, tmp_path):
-    from datasets import load_dataset
-
-    images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
+@pytest.mark.slow
+def test_files_cut_as_on_the_hub(images, tmp_path):
     (tmp_path / "data").mkdir()
     for split, shards in {"train": 2, "test": 1}.items():
         for index in range(shards):
@@ -246,41 +255,27 @@ def test_files_cut_as_on_the_hub(material, tmp_path):
     assert split_sizes(tmp_path) == {"train": 144, "validation": 16, "test": 80}
 
 
-def test_sources_that_are_none_are_named(material, tmp_path):
-    with pytest.raises(SystemExit, match="`dataset` must be a folder .* but got './nowhere'.*misspelt"):
+@pytest.mark.slow
+def test_few_images_are_split_too_and_a_class_with_too_few_is_named(material, tmp_path):
+    with pytest.raises(ValueError, match="There is no folder './nowhere'. Look for a misspelt path"):
         split_sizes("./nowhere")
-    flat = tmp_path / "flat"
-    shutil.copytree(material[0] / "images/red", flat)
-    with pytest.raises(SystemExit, match="one subfolder a class, .* but got .*flat' with 40 images and no subfolders"):
-        split_sizes(flat)
+    shutil.copytree(material[0] / "images", tmp_path / "images")
+    for name, number in {"red": 3, "blue": 4}.items():
+        for file in sorted((tmp_path / "images" / name).iterdir())[number:]:
+            file.unlink()
+    assert split_sizes(tmp_path / "images") == {"train": 3, "validation": 2, "test": 2}
+    next((tmp_path / "images/red").iterdir()).unlink()
+    with pytest.raises(ValueError, match="Too few images of red to keep some for validation and test"):
+        split_sizes(tmp_path / "images")
 
 
+@pytest.mark.slow
 def test_resuming_with_another_adapter_is_refused(finished, material, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "adapter")
     command = with_output(material[1], folder, "--resume_from_checkpoint", "true")
     for change, field in ({"--library_size": "9"}, "library_size"), ({"--mixing": "sigmoid"}, "mixing"):
-        with pytest.raises(SystemExit, match=f"`resume_from_checkpoint` must name a run with the same {field}"):
+        with pytest.raises(SystemExit, match=f"{field} is .*, but .* in the run to resume"):
             train(command, *next(iter(change.items())))
-
-
-def test_classes_named_by_strings_and_columns_of_other_names(material, tmp_path):
-    from datasets import load_dataset
-
-    images = load_dataset("imagefolder", data_dir=str(material[0] / "images"))["train"]
-    named = images.add_column("kind", [images.features["label"].int2str(label) for label in images["label"]])
-    named.remove_columns("label").rename_column("image", "photo").to_parquet(tmp_path / "train.parquet")
-    splits = image_data.load_splits(
-        image_data.DataArguments(str(tmp_path), image_column="photo", label_column="kind"), seed=0
-    )
-    assert splits["train"].features["label"].names == ["blue", "red"]
-
-
-def test_a_class_too_small_to_be_split_is_named(material, tmp_path):
-    shutil.copytree(material[0] / "images", tmp_path / "images")
-    for file in sorted((tmp_path / "images/red").iterdir())[1:]:
-        file.unlink()
-    with pytest.raises(SystemExit, match=r"smallest classes: red \(1\), blue \(40\)"):
-        split_sizes(tmp_path / "images")
 
 
 def test_the_official_recipe_is_sgd_with_a_long_warm_up(tmp_path):
@@ -291,6 +286,7 @@ def test_the_official_recipe_is_sgd_with_a_long_warm_up(tmp_path):
     assert train_image_classifier.Arguments(output_dir=str(tmp_path), use_cpu=True).learning_rate == 1e-3
 
 
+@pytest.mark.slow
 def test_prompts_in_all_layers_are_one_option_away(material, tmp_path):
     folder = tmp_path / "deep"
     train(with_output(material[1], folder, "--prompt_depth", "0", "--num_train_epochs", "1"))
@@ -306,7 +302,6 @@ def test_prompts_in_all_layers_are_one_option_away(material, tmp_path):
     ("images", "options", "epochs", "steps"),
     [
         (20, {}, 100, 8),  # one step an epoch
-        (60, {}, 34, 6),  # of three steps
         (1000, {}, 12, None),
         (20, {"num_train_epochs": 3}, 3, None),
         (20, {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}, 50, 8),
@@ -314,12 +309,13 @@ def test_prompts_in_all_layers_are_one_option_away(material, tmp_path):
 )
 def test_few_images_are_trained_on_for_a_hundred_steps(images, options, epochs, steps, tmp_path):
     arguments = train_image_classifier.Arguments(output_dir=str(tmp_path), use_cpu=True, **options)
-    arguments.settle_epochs(images)
+    arguments.choose_epochs(images)
     assert arguments.num_train_epochs == epochs
     assert arguments.eval_strategy == arguments.save_strategy == ("epoch" if steps is None else "steps")
     assert steps is None or arguments.eval_steps == arguments.save_steps == steps
 
 
+@pytest.mark.slow
 def test_a_run_on_few_images_can_be_resumed(material, tmp_path, capsys):
     position = material[1].index("--num_train_epochs")
     command = material[1][:position] + material[1][position + 2 :]
@@ -330,11 +326,11 @@ def test_a_run_on_few_images_can_be_resumed(material, tmp_path, capsys):
     checkpoints = sorted(path.name for path in (tmp_path / "few").glob("checkpoint-*"))
     assert len(checkpoints) == 13  # after every eight epochs, and at the end
     shutil.rmtree(tmp_path / "few" / "checkpoint-100")
-    resumed = train([*few, "--resume_from_checkpoint", "true"])
-    assert_same(resumed["test_accuracy"], results["test_accuracy"])
+    assert train([*few, "--resume_from_checkpoint", "true"])["test_accuracy"] == results["test_accuracy"]
     assert "resuming from" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     material, server, tmp_path, monkeypatch, capsys
 ):
@@ -356,23 +352,14 @@ def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     deploy += ["--url", server, "--prompter"]
     figures = deploy_input_only.main([*deploy, str(folder / "prompter")])
     assert figures["agreement with the model at hand"] == figures["accuracy prompted"] == 1
-    printed = capsys.readouterr().out
-    assert "the server sees what it is sent" in printed
-    assert "The server gives 2 scores (all), softmax, with 7 significant digits." in printed
+    assert "the server sees what it is sent" in capsys.readouterr().out
     figures = deploy_input_only.main([*deploy, str(folder / "prompter"), "--fit_images", "20", "--top_k", "1"])
     assert figures["accuracy prompted"] == 1
     assert re.search(r"a head fitted to 20 answers \((ridge|mapping)\): 1.000 held out", capsys.readouterr().out)
 
-    with pytest.raises(OSError, match="must be a prompter, but got a folder without prompter_config.json"):
-        deploy_input_only.main([*deploy, str(folder)])
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SystemExit, match="`HF_HUB_OFFLINE` must not be set for this example"):
-        deploy_input_only.main([*deploy, str(folder)])
 
-
-@pytest.mark.parametrize(
-    ("family", "prompt_space"), [("Dinov2", "latent"), ("Dinov2", "pixel"), ("CLIP", "latent"), ("Siglip", "pixel")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "prompt_space"), [("Dinov2", "latent"), ("Siglip", "pixel")])
 def test_other_families_whose_processor_makes_another_size_than_the_checkpoint(
     family, prompt_space, material, tmp_path
 ):
@@ -399,6 +386,7 @@ def predictions(file):
         return list(csv.DictReader(rows))
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_becomes_a_csv(finished, material, tmp_path, capsys):
     import predict
 
@@ -417,7 +405,7 @@ def test_a_folder_of_images_becomes_a_csv(finished, material, tmp_path, capsys):
     assert "skipped 2 of 82 files that could not be read" in captured.out
     assert f"skipping {images / 'blue/broken.png'}: " in captured.err
     assert f"skipping {images / 'blue/cut.jpg'}: " in captured.err
-    with pytest.raises(SystemExit, match="`images` must all be readable, but got .*broken.png"):
+    with pytest.raises(SystemExit, match="broken.png"):
         predict.main([*command, "--strict"])
 
 
@@ -437,21 +425,21 @@ def test_images_of_any_shape_go_through_a_processor_that_cuts_nothing_off(tmp_pa
     assert len(predictions(tmp_path / "out.csv")) == 3
 
 
+@pytest.mark.slow
 def test_what_cannot_be_predicted_is_refused(finished, tmp_path):
     import predict
 
     command = ["--adapter", str(finished), "--output", str(tmp_path / "out.csv"), "--images"]
-    with pytest.raises(SystemExit, match="`images` must be a folder, but got 'nowhere'"):
+    with pytest.raises(SystemExit, match="There is no folder 'nowhere'"):
         predict.main([*command, "nowhere"])
-    with pytest.raises(SystemExit, match="`images` must hold images, but got none"):
+    with pytest.raises(SystemExit, match="There are no images"):
         predict.main([*command, str(tmp_path)])
     (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(SystemExit, match="`images` must hold a readable image, but got none"):
+    with pytest.raises(SystemExit, match="could be read; see above"):
         predict.main([*command, str(tmp_path)])
-    with pytest.raises(SystemExit):
-        predict.main([*command, str(tmp_path), "--top_k", "0"])
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_what_would_be_published(finished, material, capsys):
     import share_on_hub
 
@@ -473,10 +461,9 @@ def test_a_dry_run_shows_what_would_be_published(finished, material, capsys):
     for wrong in (["--metric", "f1"], ["--metric", "f1=good"]):
         with pytest.raises(SystemExit):
             share_on_hub.main(["--adapter", str(finished), *options, *wrong])
-    with pytest.raises(ValueError, match="`base_model_name_or_path` must be the id of a model on the Hub"):
-        share_on_hub.main(["--adapter", str(finished), "--repo_id", "user/colours"])
 
 
+@pytest.mark.slow
 def test_a_server_answers_whatever_it_is_sent(material, server):
     import urllib.error
     import urllib.request
@@ -493,17 +480,57 @@ def test_a_server_answers_whatever_it_is_sent(material, server):
 @pytest.mark.parametrize(
     ("images", "classes", "options", "depth", "says"),
     [
-        (80, 10, {}, 0, "8 images of each of 10 classes: prompts in every layer"),
-        (20, 10, {}, 0, "2 images of each of 10 classes: prompts in every layer"),
-        (800, 100, {}, 0, "prompts in every layer"),
+        (80, 10, {}, None, "8 images of each of 10 classes: prompts in every layer"),
         (200, 100, {}, 1, "2 images of each of 100 classes: few images of many classes: prompts for the first layer"),
         (80, 10, {"prompt_space": "pixel"}, 1, "prompts in pixels"),
-        (80, 10, {"prompt_layout": "append"}, 1, "prompts for the first layer"),
         (80, 10, {"head": "text"}, 1, "prompts for the first layer"),
         (80, 10, {"prompt_depth": 1}, 1, "--prompt_depth 1, as asked for; the rule is: prompts in every layer"),
     ],
 )
-def test_the_rule_of_the_readme_settles_what_was_left_open(images, classes, options, depth, says):
-    adapter = AdapterArguments(model_name_or_path="vit", **options)
-    assert says in adapter.choose(images, classes)
-    assert adapter.prompt_depth == depth
+def test_the_rule_of_the_readme_decides_what_was_left_open(images, classes, options, depth, says, capsys):
+    adapter = train_image_classifier.AdapterArguments(model_name_or_path="vit", **options)
+    assert train_image_classifier.choose_depth(adapter, images, classes) == depth
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_adapter_is_continued_with_other_classes(finished, material, tmp_path, capsys):
+    """`ignore_mismatched_sizes=True` would start the rows of all classes anew."""
+    images = shutil.copytree(material[0] / "images", tmp_path / "images")
+    (images / "green").mkdir()
+    for number in range(20):
+        Image.new("RGB", (36, 40), (40, 150 + 5 * number, 40)).save(images / f"green/{number}.png")
+    command = with_output(material[1], tmp_path / "adapter", "--adapter", str(finished), "--max_steps", "1")
+    command[command.index("--dataset") + 1] = str(images)
+    train(command, "--learning_rate", "1e-9")
+    assert "2 of 3 classes are the same, 2 were there" in capsys.readouterr().out
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (finished, tmp_path / "adapter"))
+    head = "base_model.model.classifier.pgn_head.weight"
+    assert load_classifier(tmp_path / "adapter").model.config.id2label == {0: "blue", 1: "green", 2: "red"}
+    torch.testing.assert_close(after[head][[0, 2]], before[head], atol=1e-6, rtol=0)
+    library = "base_model.model.vit.embeddings.pgn_library.tokens"
+    torch.testing.assert_close(after[library], before[library], atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_images_with_several_labels(material, images, tmp_path):
+    names = [["blue"], ["red"]]
+    rows = images.add_column("tags", [[*names[label], "colour"] for label in images["label"]])
+    rows.remove_columns("label").to_parquet(tmp_path / "train.parquet")
+    command = with_output(material[1], tmp_path / "adapter", "--label_column", "tags", "--num_train_epochs", "6")
+    command[command.index("--dataset") + 1] = str(tmp_path)
+    assert train(command)["test_f1"] > 0.9
+    answers = load_classifier(tmp_path / "adapter").pipeline()(Image.new("RGB", (36, 40), (200, 40, 40)))
+    assert {answer["label"] for answer in answers if answer["score"] > 0.5} == {"colour", "red"}
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "accelerated", "workers"),
+    [(2, 1, True, 1), (16, 1, True, 8), (16, 4, True, 3), (16, 1, False, 0)],
+)
+def test_the_loader_gets_the_cores_that_a_process_has(cores, processes, accelerated, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerated)
+    arguments = train_image_classifier.Arguments(str(tmp_path), use_cpu=not accelerated)
+    assert arguments.dataloader_num_workers == workers

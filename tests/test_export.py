@@ -21,10 +21,10 @@ FORMS = {
     "group norm": {"generator_norm": "group"},
     "factorised": {"generator_rank": 2},
     "static": {"generator": "static"},
-    "deep": {"prompt_depth": None},
-    "averaged": {"prompt_depth": None},  # on a DINOv2, where prompts leave the tokens after the last layer
+    "deep": {"prompt_depth": "all"},
+    "averaged": {"prompt_depth": "all"},  # on a DINOv2, where prompts leave the tokens after the last layer
     "canvas": PIXEL,
-    "dense": PIXEL | {"prompt_layout": "dense"},
+    "dense": PIXEL | {"prompt_layout": "additive"},
 }
 
 

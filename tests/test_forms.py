@@ -117,14 +117,13 @@ def test_autocast_training_step(pixel_values):
     torch.testing.assert_close(loss, exact, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("architecture", ["ViTForImageClassification", "DeiTForImageClassification"])
 @pytest.mark.parametrize(("use_reentrant", "enabled_first"), [(False, True), (True, False)])
-def test_gradient_checkpointing_gives_the_same_gradients(architecture, use_reentrant, enabled_first, pixel_values):
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, enabled_first, pixel_values):
     labels = torch.tensor([0, 1, 2, 3])
     arguments = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    plain = adapt(tiny_vit(architecture), generator_norm="group").train()
+    plain = adapt(tiny_vit(), generator_norm="group").train()
     plain(pixel_values, labels=labels).loss.backward()
-    base = tiny_vit(architecture)
+    base = tiny_vit()
     if enabled_first:
         base.gradient_checkpointing_enable(**arguments)
     model = adapt(base, generator_norm="group").train()
@@ -135,7 +134,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture, use_reent
     assert_same({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, expected, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("form", [{}, {"prompt_depth": None}])
+@pytest.mark.parametrize("form", [{}, {"prompt_depth": "all"}])
 def test_a_deep_copy_is_independent(form, pixel_values):
     model = adapt(tiny_vit(), id2label=dict(enumerate("ab")), **form)
     expected = answer(model, pixel_values)
@@ -196,7 +195,7 @@ def test_masked_positions_still_reach_the_embeddings(pixel_values):
     assert_same(model.embeddings(pixel_values, bool_masked_pos=masked)[:, :17], expected)
 
 
-@pytest.mark.parametrize("form", [{"prompt_depth": None}, PIXEL])
+@pytest.mark.parametrize("form", [{"prompt_depth": "all"}, PIXEL])
 def test_an_adapter_in_the_backbones_dtype_on_demand(form, pixel_values):
     def dtypes():
         return {t.dtype for n, t in model.state_dict().items() if "pgn_" in n and t.is_floating_point()}

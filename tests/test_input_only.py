@@ -1,16 +1,12 @@
 """The benchmark of input-only methods: its peers in pixel space, its heads, and a run of everything."""
 
-import json
-
 import bench
 import heads
 import input_only
 import pytest
 import torch
 from pixel_methods import PEERS, Masked
-from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 SCALE = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 SIDE = 32
@@ -127,43 +123,3 @@ def test_prompted_images_of_every_method_are_8_bit_images_of_the_servers_size(tm
             assert prompted.dtype == torch.uint8
             assert prompted.shape == images.shape
             assert torch.equal(prompted, images)  # all start at zero
-
-
-@pytest.fixture
-def clip(tmp_path):
-    """A folder with a tiny CLIP image tower and the text embeddings of 40 classes, and one with images of two."""
-    bench.make_smoke(tmp_path)
-    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    torch.manual_seed(0)
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=64, patch_size=8, projection_dim=16, **tiny))
-    folder = tmp_path / "clip"
-    model.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(folder)
-    texts = F.normalize(torch.randn(40, 16), dim=-1)
-    save_file({"a_photo_of_a": texts}, folder / "imagenet1k_text_embeds.safetensors")
-    names = {"names": [f"class {index}" for index in range(40)]}
-    folder.joinpath("imagenet1k_classes.json").write_text(json.dumps(names), encoding="utf-8")
-    tmp_path.joinpath("images", "classes.json").write_text('{"imagenet_index": [7, 3]}', encoding="utf-8")
-    return folder, tmp_path / "images", model, texts
-
-
-def test_a_clip_server_answers_with_scaled_cosines_also_at_another_size(clip):
-    folder, _, model, texts = clip
-    images = torch.randn(2, 3, 64, 64)
-    expected = 100 * F.normalize(model(images).image_embeds, dim=-1) @ texts.T
-    torch.testing.assert_close(heads.load_server(str(folder), 64)(images), expected, atol=1e-3, rtol=0)
-    small = torch.randn(2, 3, 32, 32)
-    expected = 100 * F.normalize(model(small, interpolate_pos_encoding=True).image_embeds, dim=-1) @ texts.T
-    torch.testing.assert_close(heads.load_server(str(folder), 32)(small), expected, atol=1e-3, rtol=0)
-
-
-@pytest.mark.slow
-def test_text_heads_are_run_on_clip(clip, tmp_path):
-    folder, images, _, _ = clip
-    protocol = "--head text --side 32 --epochs 1 --batch 8 --grid 1 --seeds 1 --precision float32"
-    command = ["--model", str(folder), "--data", str(images), *protocol.split()]
-    command += ["--methods", "none", "border", "pgn"]
-    rows = input_only.main([*command, "--results", str(tmp_path / "results.jsonl")])
-    assert [row["settings"]["method"] for row in rows] == ["none", "border", "pgn"]
-    assert all(row["heads"]["text"]["png_agreement"] == 1 for row in rows)
-    assert input_only.main([*command, "--results", str(tmp_path / "results.jsonl")]) == rows  # nothing is repeated

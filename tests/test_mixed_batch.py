@@ -13,7 +13,7 @@ ADAPTERS = {
     "sigmoid": {"mixing": "sigmoid"},
     "static": {"generator": "static"},
     "frozen": {"head": "frozen"},
-    "deep": {"prompt_depth": None},
+    "deep": {"prompt_depth": "all"},
     "deep and static": {"prompt_depth": 2, "generator": "static"},
     "pixel": PIXEL,
     "tile": PIXEL | {"generator": "static"},

@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch):
 def test_fine_tuning_on_a_folder(run):
     names = run("fine_tune_on_a_folder.ipynb")
     assert names["test_accuracy"] > 0.9  # guessing gives 0.33
-    assert names["answer"][0]["label"] == names["names"][names["test"].label(0)]
+    assert names["answer"][0]["label"] == names["names"][names["test"][0]["label"]]
 
 
 @pytest.mark.slow
@@ -44,8 +44,8 @@ def test_adapting_a_model_behind_an_api(run):
     assert accuracy["without prompts"] > 0.9
 
 
-@pytest.mark.parametrize("file", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda file: file.stem)
-def test_outputs_are_cleared(file):
-    for cell in read_cells(file.name):
-        assert not cell.get("outputs")
-        assert cell.get("execution_count") is None
+def test_outputs_are_cleared():
+    for file in NOTEBOOKS.glob("*.ipynb"):
+        for cell in read_cells(file.name):
+            assert not cell.get("outputs")
+            assert cell.get("execution_count") is None

@@ -55,7 +55,7 @@ FURTHER_ARGUMENTS = {
 KINDS = {
     "latent": {},
     "static": {"generator": "static"},
-    "deep": {"prompt_depth": None},
+    "deep": {"prompt_depth": "all"},
     "pixel": {"prompt_space": "pixel", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None},
 }
 

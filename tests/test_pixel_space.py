@@ -111,7 +111,7 @@ def test_two_adapters_in_pixel_space_at_once_are_refused(pixel_values):
         ({"image_mean": [float("nan")] * 3}, ValueError, "image_mean"),
         ({"image_mean": 0.5}, TypeError, "image_mean"),
         ({"image_mean": [0.5], "image_std": [0.5]}, ValueError, "3"),
-        ({"slot_prompts": True}, ValueError, "slot_prompts"),
+        ({"static_prompts": True}, ValueError, "static_prompts"),
         ({"prompt_space": "pixels"}, ValueError, "pixels"),
         ({"generator_rank": 4}, ValueError, "generator_rank"),
         ({"prompt_layout": "below"}, ValueError, "below"),

@@ -14,7 +14,7 @@ def adapted(**fields):
     return move_adapter(get_peft_model(tiny_vit(), tiny_config(prompt_dropout=0.5, generator_norm="group", **fields)))
 
 
-@pytest.mark.parametrize("fields", [{}, {"prompt_depth": None}, PIXELS], ids=["latent", "every layer", "pixel"])
+@pytest.mark.parametrize("fields", [{}, {"prompt_depth": "all"}, PIXELS], ids=["latent", "every layer", "pixel"])
 def test_about_half_of_the_images_have_the_mean_coefficients(fields):
     layer = find_layer(adapted(**fields).train())
     images = torch.randn(64, 3, 32, 32)

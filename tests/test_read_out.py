@@ -32,11 +32,9 @@ AVERAGING = [
     "SiglipVisionModel",
     "DINOv3ViTModel",
     "BeitForImageClassification",
-    "BeitModel",
     "Data2VecVisionForImageClassification",
     "Aimv2VisionModel",
     "TimmWrapperForImageClassification",
-    "TimmWrapperModel",
 ]
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
 

@@ -11,7 +11,7 @@ from conftest import refused, tiny_config, tiny_vit
 from peft import mapping
 
 import pgn_peft
-from pgn_peft.tuner import registration
+from pgn_peft import registration
 
 MAPPINGS = (
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING,

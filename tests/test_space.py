@@ -200,7 +200,7 @@ def test_what_an_adapter_asks_for_is_limited(tmp_path):
         limits.check_adapter(tmp_path)
     for text in ("[]", "{}", "[" * 10_000):
         config.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="does not (hold settings|name its base)"):
+        with pytest.raises(ValueError, match="does not hold settings|pixels large"):
             limits.check_adapter(tmp_path)
 
 
@@ -288,7 +288,7 @@ def test_training_stops_after_the_step_and_is_evaluated(options, tmp_path):
 @pytest.mark.slow
 def test_training_stops_when_its_time_is_over_or_nobody_watches(options, tmp_path, monkeypatch):
     monkeypatch.setattr(adapter_training, "SECONDS", -1)
-    with pytest.raises(ValueError, match="no step within"):
+    with pytest.raises(ValueError, match="no training step within"):
         list(train(**options, kind=KINDS[0], folder=tmp_path, stop=threading.Event()))
     monkeypatch.undo()
     stop = threading.Event()
@@ -325,7 +325,7 @@ def test_a_visitor_classifies_looks_inside_trains_and_loads_the_download(app, de
     assert app.upload_adapter(download.value["path"], BOB).value == UPLOADED
     _, *uploaded = app.classify(digits, UPLOADED, BOB)
     assert uploaded == [pytest.approx(scores, abs=1e-5) for scores in trained]
-    with pytest.raises(ValueError, match="must be made again"):
+    with pytest.raises(ValueError, match="Choose an adapter that is there"):
         app.classify(digits, TRAINED, BOB)  # it is Alice's
     with pytest.raises(ValueError, match="must be the id of a model on the Hub"):
         app.push("alice/digits", "", ALICE)
@@ -392,7 +392,7 @@ def test_an_empty_folder_or_model_is_refused_before_training(app):
         (SOURCES[0], None, "", " "),
     ):
         with pytest.raises(gr.Error, match=r"first|no folder|not the id"):
-            list(actions.steps_with_messages(app.train)(*values, KINDS[0], 1, ALICE))
+            list(actions.with_messages(app.train)(*values, KINDS[0], 1, ALICE))
 
 
 @pytest.mark.slow

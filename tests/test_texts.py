@@ -8,10 +8,10 @@ import pytest
 import torch
 import train_image_classifier
 from conftest import PIXEL, answer, assert_same, move_adapter, refused, tiny_config, tiny_vit
+from image_data import smoke_arguments
 from peft import AutoPeftModel, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
-from smoke_material import smoke_arguments
 from tiny_clip import NAMES, tokenizer, two_towers
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, Trainer, TrainingArguments
@@ -26,7 +26,7 @@ PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 
 SCALE = {"image_mean": list(PROCESSOR.image_mean), "image_std": list(PROCESSOR.image_std)}
 
 
-def own_answer(model, pixel_values, sentences):
+def base_predictions(model, pixel_values, sentences):
     """What the model itself answers for images and sentences."""
     tokens = tokenizer()(sentences, padding="max_length", max_length=12, return_tensors="pt")
     inputs = {"input_ids": tokens["input_ids"]}
@@ -54,7 +54,7 @@ def test_without_prompts_it_is_the_models_own_zero_shot_answer(kind, pixel_value
     base = two_towers(kind)
     structure, config = str(base), base.config.to_dict()
     sentences = [f"a photo of a {name}." for name in NAMES]
-    own = own_answer(base, pixel_values, sentences)
+    own = base_predictions(base, pixel_values, sentences)
     model = adapted(base, texts=False)
     use_texts(model, embed_texts(model, tokenizer(), NAMES))
     with model.disable_adapter():
@@ -67,7 +67,7 @@ def test_without_prompts_it_is_the_models_own_zero_shot_answer(kind, pixel_value
     unloaded = model.unload()
     assert str(unloaded) == structure
     assert unloaded.config.to_dict() == config
-    torch.testing.assert_close(own_answer(unloaded, pixel_values, sentences), own)
+    torch.testing.assert_close(base_predictions(unloaded, pixel_values, sentences), own)
 
 
 def test_several_sentences_of_a_class_are_averaged():

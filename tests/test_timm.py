@@ -5,9 +5,9 @@ import pytest
 import torch
 import train_image_classifier
 from conftest import PIXEL, assert_same, layers_of, move_adapter, refused, tiny_config
+from image_data import smoke_arguments
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from smoke_material import smoke_arguments
 from transformers import AutoImageProcessor, TimmWrapperConfig, TimmWrapperForImageClassification, ViTImageProcessor
 
 from pgn_peft import Classifier, load_classifier
@@ -93,7 +93,7 @@ def test_prompts_act_as_tokens_without_a_position(name, pixel_values, tmp_path):
 def test_prompts_in_every_layer_and_a_head_of_its_own_are_trained(name, pixel_values):
     base = tiny_timm(name)
     frozen = {part: tensor.clone() for part, tensor in base.state_dict().items()}
-    model = move_adapter(get_peft_model(base, tiny_config(prompt_depth=None, id2label={0: "cat", 1: "dog"}))).train()
+    model = move_adapter(get_peft_model(base, tiny_config(prompt_depth="all", id2label={0: "cat", 1: "dog"}))).train()
     model.get_base_model().gradient_checkpointing_enable()
     loss = model(pixel_values, labels=torch.tensor([0, 1, 0, 1])).loss
     loss.backward()

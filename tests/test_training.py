@@ -32,11 +32,9 @@ PIXELS = {"prompt_space": "pixel", "image_size": 32, "image_mean": [0.5] * 3, "i
 @pytest.mark.parametrize(
     ("fields", "library"),
     [
-        ({}, 1e-2),
-        ({"prompt_depth": 2}, 1e-3),
         ({"generator": "static"}, 1e-2),
-        ({"generator": "static", "prompt_depth": 2}, 1e-3),
-        (PIXELS | {"prompt_layout": "dense", "num_virtual_tokens": None}, 3e-2),
+        ({"prompt_depth": 2}, 1e-3),
+        (PIXELS | {"prompt_layout": "additive", "num_virtual_tokens": None}, 3e-2),
     ],
 )
 def test_each_form_has_rates_that_suit_it(fields, library):

@@ -14,14 +14,12 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
 
 from pgn_peft import PGNConfig
-from pgn_peft.tuner import saved_weights as weights
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -96,25 +94,15 @@ def test_pickled_weights_are_not_read(saved, on_the_hub, tmp_path):
     assert not tmp_path.joinpath("exploded").exists()
 
 
-BASE_TENSORS = {
-    "base_model.model.vit.layernorm.weight": torch.full((32,), 7.0),
-    "base_model.model.vit.embeddings.base_layer.cls_token": torch.full((1, 1, 32), 7.0),
-    "vit.layernorm.bias": torch.full((32,), 7.0),
-}
-
-
-@pytest.mark.parametrize("name", BASE_TENSORS)
+@pytest.mark.parametrize("name", ["base_model.model.vit.layernorm.weight", "vit.layernorm.bias"])
 def test_a_file_cannot_bring_weights_for_the_base(name, saved, on_the_hub):
     expected = tiny_vit().state_dict()
-    edit_weights(saved, **{name: BASE_TENSORS[name]})
+    edit_weights(saved, **{name: torch.full((32,), 7.0)})
     message = f"must hold the tensors of the adapter.*{name.removeprefix('base_model.model.')} is not part of it"
     base = tiny_vit()
     for load in (lambda: PeftModel.from_pretrained(base, saved), on_the_hub):
         with pytest.raises(ValueError, match=message):
             load()
-    # Transformers' own loader would take it: its users look at the file first.
-    with pytest.raises(ValueError, match=message):
-        PGNConfig.from_pretrained(saved)
     model = get_peft_model(tiny_vit(), tiny_config(num_labels=2))
     with pytest.raises(ValueError, match=message):
         set_peft_model_state_dict(model, load_file(saved / WEIGHTS))
@@ -133,26 +121,11 @@ def test_a_saved_module_cannot_bring_weights_for_the_original(tmp_path):
     assert torch.equal(base.vit.layernorm.original_module.weight, tiny_vit().vit.layernorm.weight)
 
 
-def test_the_same_tensor_twice_is_refused(saved):
-    edit_weights(saved, **{"elsewhere.pgn_library.tokens": torch.zeros(6, 32)})
-    with pytest.raises(ValueError, match="elsewhere.pgn_library.tokens is not part of it"):
-        PeftModel.from_pretrained(tiny_vit(), saved)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"library_size": 10**9}, "`library_size` must lie in 1..1048576, but got 1000000000"),
-        ({"num_labels": 10**9, "id2label": None}, "`num_labels` must lie in 1..1000000, but got 1000000000"),
-        (
-            {"num_virtual_tokens": 65_536, "library_size": 1_048_576},
-            "but got 2,267,778,.*most of them in .*pgn_generator.head",
-        ),
         ({"generator_width": 1024}, "must describe at most 268,435,456 numbers, but got 1,2"),
-        (
-            {"generator": "static", "slot_prompts": False, "num_virtual_tokens": 65_536, "hidden_size": 8192},
-            "but got 536,8",
-        ),
     ],
 )
 def test_a_config_that_asks_for_too_much_is_refused_before_memory_is_taken(fields, message, saved, on_the_hub):
@@ -170,13 +143,6 @@ def test_a_config_that_asks_for_too_much_is_refused_before_memory_is_taken(field
         with pytest.raises(ValueError, match=f"{message}|must hold the tensors of the adapter"):
             load()
     assert str(base) == before
-
-
-def test_sizes_are_compared_before_tensors_are_read(saved, monkeypatch):
-    edit_weights(saved, **{"base_model.model.classifier.pgn_head.weight": torch.zeros(200, 32)})
-    monkeypatch.setattr(weights, "load_file", lambda file: pytest.fail("the tensors were read"))
-    with pytest.raises(ValueError, match=r"pgn_head.weight has the shape \(200, 32\) instead of \(2, 32\)"):
-        PeftModel.from_pretrained(tiny_vit(), saved)
 
 
 def test_a_header_that_lies_about_sizes_is_refused(saved):
@@ -204,7 +170,7 @@ def test_no_module_is_imported_because_a_file_names_it(saved, tmp_path, monkeypa
 def test_text_in_a_field_is_never_evaluated(saved, tmp_path):
     trick = f"__import__('os').mkdir({str(tmp_path / 'evaluated')!r})"
     config = json.loads(saved.joinpath("adapter_config.json").read_text(encoding="utf-8"))
-    config |= {"prompt_space": "pixel", "slot_prompts": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    config |= {"prompt_space": "pixel", "static_prompts": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     del config["checksums"]
     for field in ("generator", "mixing", "library_size", "target_modules", "image_mean", "label_mapping", "head"):
         with pytest.raises((ValueError, TypeError), match="__import__"):
@@ -228,34 +194,20 @@ def test_what_is_no_file_of_tensors_is_refused(kind, saved, tmp_path):
     assert "own words" not in str(error.value)
 
 
-def test_what_is_saved_is_what_is_checked(saved):
-    """The description that files are compared with is the tensors that a model saves."""
-    model = PeftModel.from_pretrained(tiny_vit(), saved)
-    shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
-    described = weights.describe_weights(model.peft_config["default"])
-    assert {name: tensor.shape for name, tensor in described.items()} == shapes
-
-
-@pytest.mark.parametrize("prefix", ["module.", "base_model.model._orig_mod.", "_orig_mod."])
-def test_names_with_a_foreign_prefix_are_refused_at_every_door(saved, prefix):
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model._orig_mod."])
+def test_names_with_a_foreign_prefix_are_refused(saved, prefix):
     save_file({prefix + name: tensor for name, tensor in load_file(saved / WEIGHTS).items()}, saved / WEIGHTS)
-    for door in (PGNConfig.from_pretrained, lambda folder: PeftModel.from_pretrained(tiny_vit(), folder)):
-        with pytest.raises(ValueError, match=f"{prefix}base_model.model.* is not part of it"):
-            door(saved)
+    edit_config(saved)
+    with pytest.raises(ValueError, match=f"{prefix}base_model.model.* is not part of it"):
+        PeftModel.from_pretrained(tiny_vit(), saved)
     # Transformers reports names that it does not know, and goes on.
     with pytest.raises(ValueError, match="`default` must be loaded from a file with all tensors"):
         tiny_vit().load_adapter(str(saved))
 
 
-@pytest.mark.parametrize("part", ["pgn_library", "pgn_generator.head", "running_mean", "pgn_head"])
+@pytest.mark.parametrize("part", ["pgn_library", "running_mean"])
 def test_transformers_cannot_load_an_adapter_of_which_a_part_is_missing(saved, part):
     tensors = load_file(saved / WEIGHTS)
     save_file({name: tensor for name, tensor in tensors.items() if part not in name}, saved / WEIGHTS)
     with pytest.raises(ValueError, match="must be loaded from a file with all tensors"):
         tiny_vit().load_adapter(str(saved))
-
-
-def test_a_head_from_the_models_labels_is_limited_like_one_of_ones_own(monkeypatch):
-    monkeypatch.setattr(weights, "LARGEST_ADAPTER", 100_000)
-    with pytest.raises(ValueError, match="most of them in .*pgn_head.weight"):
-        get_peft_model(tiny_vit(num_labels=10_000), tiny_config())

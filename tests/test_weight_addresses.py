@@ -22,7 +22,7 @@ def at_shifted_addresses(tensors, shift):
     return copies
 
 
-@pytest.mark.parametrize("form", [{}, {"prompt_depth": None}, PIXEL], ids=["latent", "every layer", "pixel"])
+@pytest.mark.parametrize("form", [{}, {"prompt_depth": "all"}, PIXEL], ids=["latent", "every layer", "pixel"])
 def test_weights_at_any_address_give_the_same_answers(form, pixel_values, tmp_path):
     model = move_adapter(get_peft_model(tiny_vit(), tiny_config(**form))).eval()
     expected = answer(model, pixel_values)

@@ -29,7 +29,7 @@ from sessions import Session, Sessions
 from uploads import read_adapter, read_image, read_zip
 
 from pgn_peft import Classifier, load_classifier, make_prompter
-from pgn_peft.inspection import attention_to_prompts, mixing_coefficients, own_answer
+from pgn_peft.inspection import attention_to_prompts, base_predictions, mixing_coefficients
 from pgn_peft.plotting import OURS, THEIRS, plot_attention, plot_coefficients
 
 TRAINED, UPLOADED = "trained here", "uploaded"
@@ -101,7 +101,7 @@ class App:
             self.demo.make()
             found = load_classifier(self.demo.adapter(name), base_model_name_or_path=self.demo.base)
         elif name in ("", TRAINED, UPLOADED):
-            raise ValueError("Choose an adapter from the list, or name one. One of yours must be made again later.")
+            raise ValueError("Choose an adapter that is there. Train or upload one of an earlier visit again.")
         else:
             found = self.load_checked(limits.fetch_adapter(name)) if ON_A_SPACE else load_classifier(name)
         session.keep(name, found)
@@ -329,7 +329,7 @@ def to_pixel_values(classifier: Classifier, images: list[Image.Image]) -> torch.
 def own_answers(classifier: Classifier, images: list[Image.Image]) -> list[list[dict[str, Any]]]:
     """Return the frozen model's own answers, as its server would give them; empty ones if it has no classes."""
     try:
-        scores, names = own_answer(classifier.model, to_pixel_values(classifier, images))
+        scores, names = base_predictions(classifier.model, to_pixel_values(classifier, images))
     except ValueError:
         return [[] for _ in images]
     if set(names.values()) == {f"LABEL_{index}" for index in names}:  # a new head, of random numbers

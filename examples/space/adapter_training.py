@@ -16,9 +16,9 @@ from peft import get_peft_model
 from train_image_classifier import Arguments, compare, make_trainer, measure_head_alone, square_side
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback, set_seed
 
-from pgn_peft import CardFacts, Classifier, PGNConfig
+from pgn_peft import Classifier, ModelCardInfo, PGNConfig
 from pgn_peft.hub import plain_processor
-from pgn_peft.training import HeadAlone
+from pgn_peft.training import LinearProbe
 
 KINDS = ("tokens", "tokens in every layer", "pixels of the image")
 THREAD = "adapter-training"
@@ -44,9 +44,9 @@ class Report:
 
     text: str
     curve: tuple[tuple[float, float], ...] = ()
-    alone: HeadAlone | None = None
+    alone: LinearProbe | None = None
     classifier: Classifier | None = None
-    facts: CardFacts = field(default_factory=CardFacts)
+    facts: ModelCardInfo = field(default_factory=ModelCardInfo)
 
 
 class Watch(TrainerCallback):
@@ -197,6 +197,6 @@ def _train(
     watch.report.alone = alone
     trainer.train()  # evaluates also when it is stopped
     accuracy = watch.report.curve[-1][1]
-    facts = CardFacts(name, split="held out", metrics={"accuracy": accuracy})
+    facts = ModelCardInfo(name, split="held out", metrics={"accuracy": accuracy})
     text = f"accuracy {accuracy:.3f} on {number} images that were held out: {compare(accuracy, alone, None, number)}"
     watch.tell(text, classifier=Classifier(trainer.classifier.model.eval(), processor), facts=facts)

@@ -2,8 +2,9 @@
 
     python examples/space/app.py  # or: make space
 
-The folder is a Hugging Face Space as it is. It starts offline with the demo's tiny models, which are made on the first
-start. On a Space (SPACE_ID is set there) visitors name ids on the Hub; on your own machine also folders and servers.
+README.md says how it becomes a Hugging Face Space. It starts offline with the demo's tiny models, which are made on
+the first start. On a Space (SPACE_ID is set there) visitors name ids on the Hub; on your own machine also folders and
+servers.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from pgn_peft import CardFacts, Classifier
+from pgn_peft import Classifier, ModelCardInfo
 
 MOST_SESSIONS = 20
 MOST_LOADED = 2  # adapters in memory, beside those that were trained here or uploaded
@@ -21,7 +21,7 @@ class Session:
         self.stop = threading.Event()  # of the training that runs
         self.training = self.closed = False
         self.lock = threading.RLock()  # a model is switched to and fro while it answers
-        self.facts = CardFacts()  # of what was trained here
+        self.facts = ModelCardInfo()  # of what was trained here
         self.own: dict[str, Classifier] = {}  # trained here, or uploaded
         self.loaded: dict[str, Classifier] = {}
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from pgn_peft.hub import onnx_export, publishing
 from pgn_peft.hub.image_processors import interpolate_if_needed, made_of_square
-from pgn_peft.hub.model_card import CardFacts
+from pgn_peft.hub.model_card import ModelCardInfo
 from pgn_peft.nn.images import convert_image
 from pgn_peft.tuner.adapters import prompt_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED
@@ -53,7 +53,7 @@ class _Pipeline(transformers.ImageClassificationPipeline):
     def check_model_type(self, supported_models: Any) -> None:
         """Accept every model."""
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]  # as its class does
         """Read an image as `convert_image` does: a path, a URL, base64 or a Pillow image."""
         if isinstance(image, str):
             image = _open_image(image, timeout)
@@ -122,7 +122,7 @@ class Classifier(NamedTuple):
         interpolate_if_needed(model, self.image_processor)
         return model
 
-    def save_pretrained(self, save_directory: str | Path, facts: CardFacts | None = None) -> None:
+    def save_pretrained(self, save_directory: str | Path, facts: ModelCardInfo | None = None) -> None:
         """Write adapter_model.safetensors, adapter_config.json, preprocessor_config.json and README.md, the card.
 
         Args:
@@ -132,12 +132,12 @@ class Classifier(NamedTuple):
         Raises:
             TypeError: the model has no active PGN adapter, or `image_processor` is not an image processor.
         """
-        publishing.save(self.model, self.image_processor, Path(save_directory), facts or CardFacts())
+        publishing.save(self.model, self.image_processor, Path(save_directory), facts or ModelCardInfo())
 
     def push_to_hub(
         self,
         repo_id: str,
-        facts: CardFacts | None = None,
+        facts: ModelCardInfo | None = None,
         *,
         private: bool | None = None,
         token: str | bool | None = None,
@@ -165,7 +165,7 @@ class Classifier(NamedTuple):
                 and how to go on.
         """
         upload = publishing.Upload(repo_id, private, token, revision, commit_message, create_pr)
-        return publishing.push(self.model, self.image_processor, upload, facts or CardFacts(), save_directory)
+        return publishing.push(self.model, self.image_processor, upload, facts or ModelCardInfo(), save_directory)
 
 
 def load_classifier(
@@ -247,6 +247,8 @@ def _read_config(folder: Path, name: str) -> PGNConfig:
         if not folder.joinpath(file).is_file():
             raise OSError(f"There is no {file} in {name!r}. {remedy}")
     config = PGNConfig.from_pretrained(str(folder))
+    if not isinstance(config, PGNConfig):
+        raise ValueError(f"{name!r} is an adapter of another method, {config.peft_type}. Load it with PEFT.")
     if config.num_labels is None:
         raise ValueError(
             f"The adapter in {name!r} has no labels: it answers with features. Load it with AutoPeftModel."

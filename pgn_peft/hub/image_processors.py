@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.embeddings import own_image_size
 from pgn_peft.tuner.layer import PGNLayer
-from pgn_peft.utils.values import filled
+from pgn_peft.utils.values import not_none
 
 RESAMPLING = {"bilinear": 2, "bicubic": 3}
 
@@ -84,7 +84,7 @@ def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
     layer = prompt_layer(model)
     if makes_another_size(layer, image_processor):
         if not layer.takes_size_option:
-            height, width = filled(layer.fixed_size)
+            height, width = not_none(layer.fixed_size)
             raise ValueError(
                 f"The model takes images of {height} x {width} pixels only, and the image processor makes others. Set "
                 "its `size` (and `crop_size`)."

@@ -16,13 +16,13 @@ from pgn_peft.tuner.adapters import active_adapter, num_parameters
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.utils.markdown import CITATION, cell, list_names
 from pgn_peft.utils.sources import is_repo_id
-from pgn_peft.utils.values import filled
+from pgn_peft.utils.values import not_none
 
 EXAMPLE_FILES = tuple(f"example-{number}.jpg" for number in range(1, 5))
 
 
 @dataclass(frozen=True)
-class CardFacts:
+class ModelCardInfo:
     """Facts for an adapter's model card that are not in the adapter itself.
 
     Args:
@@ -68,7 +68,7 @@ class CardFacts:
         return self.dataset_name or self.dataset_id
 
 
-def make_card(model: nn.Module, name: str, facts: CardFacts, *, interpolate: bool = False) -> ModelCard:
+def make_card(model: nn.Module, name: str, facts: ModelCardInfo, *, interpolate: bool = False) -> ModelCard:
     """Write the card of a model's active adapter.
 
     Args:
@@ -112,13 +112,13 @@ def _cells(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(cell(name), cell(value)) for name, value in values.items()]
 
 
-def _metadata(name: str, config: PGNConfig, facts: CardFacts) -> ModelCardData:
+def _metadata(name: str, config: PGNConfig, facts: ModelCardInfo) -> ModelCardData:
     results = [
         EvalResult(
             task_type="image-classification",
             task_name="Image Classification",
             dataset_type=facts.dataset_id or "imagefolder",
-            dataset_name=filled(facts.dataset),
+            dataset_name=not_none(facts.dataset),
             dataset_split=facts.split,
             metric_type=metric,
             metric_name=metric.replace("_", " ").capitalize(),
@@ -141,7 +141,7 @@ def _metadata(name: str, config: PGNConfig, facts: CardFacts) -> ModelCardData:
     )
 
 
-def _widget(name: str, facts: CardFacts) -> list[dict[str, str]]:
+def _widget(name: str, facts: ModelCardInfo) -> list[dict[str, str]]:
     """List the examples as the Hub's widget reads them; a folder's name gives no address."""
     if not (is_repo_id(name) and "/" in name):
         return []

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pgn_peft.hub.image_processors import makes_another_size, plain_processor
-from pgn_peft.hub.model_card import EXAMPLE_FILES, CardFacts, make_card
+from pgn_peft.hub.model_card import EXAMPLE_FILES, ModelCardInfo, make_card
 from pgn_peft.nn.images import convert_image
 from pgn_peft.nn.preprocessing import check_image_processor
 from pgn_peft.tuner.adapters import active_adapter, adapter_tensors, prompt_layer
@@ -49,7 +49,9 @@ class Upload:
     create_pr: bool = False
 
 
-def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str | None = None) -> list[str]:
+def save(
+    model: nn.Module, image_processor: Any, folder: Path, facts: ModelCardInfo, name: str | None = None
+) -> list[str]:
     """Write an adapter's files, and delete those of an earlier save that no longer belong to it.
 
     Args:
@@ -81,7 +83,9 @@ def save(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts,
     return written
 
 
-def describe(model: nn.Module, image_processor: Any, folder: Path, facts: CardFacts, name: str | None = None) -> str:
+def describe(
+    model: nn.Module, image_processor: Any, folder: Path, facts: ModelCardInfo, name: str | None = None
+) -> str:
     """Return the adapter's card with what people wrote into the one in `folder`; see `save`."""
     interpolate = makes_another_size(prompt_layer(model), image_processor)
     card = make_card(model, name or folder.name, facts, interpolate=interpolate)
@@ -106,7 +110,7 @@ def check_shareable(model: nn.Module, repo_id: str) -> None:
 
 
 def push(
-    model: nn.Module, image_processor: Any, upload: Upload, facts: CardFacts, save_directory: str | Path | None
+    model: nn.Module, image_processor: Any, upload: Upload, facts: ModelCardInfo, save_directory: str | Path | None
 ) -> CommitInfo:
     """Save an adapter's files, and upload them; see `Classifier.push_to_hub`."""
     check_shareable(model, upload.repo_id)

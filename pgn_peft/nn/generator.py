@@ -109,7 +109,7 @@ class PromptGenerator(nn.Module):
         width: channels of the trunk's stem.
         norm: "batch", as in the official code, or "group", which needs no running statistics.
         mixing: "softmax" (coefficients of a prompt sum to 1) or "sigmoid" (each lies in [0, 1] by itself).
-        initial_logit_std: standard deviation of the initial bias of the logits; 0 keeps torch's small default, with
+        mixing_init_std: standard deviation of the initial bias of the logits; 0 keeps torch's small default, with
             which all prompts start as nearly the same mixture.
         rank: length of queries and keys of a factorised head; None: one linear layer, as in the official code.
         patch_size: one prompt for each patch of the image, whose side is this many pixels, by a `DenseHead`; None: one
@@ -131,7 +131,7 @@ class PromptGenerator(nn.Module):
         width: int = 16,
         norm: str = "batch",
         mixing: str = "softmax",
-        initial_logit_std: float = 0.0,
+        mixing_init_std: float = 0.0,
         rank: int | None = None,
         patch_size: int | None = None,
     ) -> None:
@@ -158,9 +158,9 @@ class PromptGenerator(nn.Module):
             self.head = nn.Linear(self.trunk.num_features, num_virtual_tokens * library_size)
         else:
             self.head = FactorisedHead(self.trunk.num_features, num_virtual_tokens, library_size, rank)
-        if initial_logit_std > 0:
+        if mixing_init_std > 0:
             biased = self.head.places if isinstance(self.head, DenseHead) else self.head
-            nn.init.normal_(cast(Tensor, biased.bias), std=initial_logit_std)
+            nn.init.normal_(cast(Tensor, biased.bias), std=mixing_init_std)
 
     @property
     def dtype(self) -> torch.dtype:

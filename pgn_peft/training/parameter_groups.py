@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from pgn_peft.tuner.fields import PGNFields
+from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.layer import PGNLayer
 
 HEAD_RATIO = 3.0
 
 
-def library_ratio(config: PGNFields) -> float:
+def library_ratio(config: PGNConfig) -> float:
     """Return the learning rate of an adapter's library as a multiple of its generator's, which suits its form."""
     if config.prompt_space == "pixel":
         return 30.0

@@ -20,11 +20,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Train
 
 from pgn_peft.hub import publishing
 from pgn_peft.hub.classifier import Classifier
-from pgn_peft.hub.model_card import CardFacts
+from pgn_peft.hub.model_card import ModelCardInfo
 from pgn_peft.nn.preprocessing import check_image_processor
 from pgn_peft.tuner.adapters import unwrap
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
-from pgn_peft.utils.values import filled
+from pgn_peft.utils.values import not_none
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class AdapterTrainer(Trainer):
     """
 
     def __init__(
-        self, model: nn.Module | None = None, *args: Any, facts: CardFacts | None = None, **kwargs: Any
+        self, model: nn.Module | None = None, *args: Any, facts: ModelCardInfo | None = None, **kwargs: Any
     ) -> None:
         inner = None if model is None else unwrap(model)
         if inner is not None and inner is not model:
@@ -72,12 +72,12 @@ class AdapterTrainer(Trainer):
                 "peft.get_peft_model whose adapter is called 'default'. Make it so, or set "
                 "load_best_model_at_end=False."
             )
-        self.facts = facts or CardFacts()
+        self.facts = facts or ModelCardInfo()
         if self.args.push_to_hub:
             # Now, rather than after hours of training.
             check_image_processor("processing_class", self.processing_class)
             if self.is_world_process_zero():
-                publishing.check_shareable(self.classifier.model, filled(self.hub_model_id))
+                publishing.check_shareable(self.classifier.model, not_none(self.hub_model_id))
             if self.args.hub_strategy != HubStrategy.END:
                 self.add_callback(_PushWhenSaved(self))
                 self.args.hub_strategy = HubStrategy.END  # Trainer's own pushes hold training_args.bin, a pickle
@@ -108,7 +108,7 @@ class AdapterTrainer(Trainer):
         """The model as it is now, with the image processor."""
         return Classifier(self.accelerator.unwrap_model(self.model), self.processing_class)
 
-    def card_facts(self) -> CardFacts:
+    def card_facts(self) -> ModelCardInfo:
         """Return the facts of the card; given ones take precedence over those of the run."""
         hyperparameters = extract_hyperparameters_from_trainer(self)
         if self.optimizer is not None:
@@ -135,7 +135,7 @@ class AdapterTrainer(Trainer):
     def create_model_card(self, model_name: str | None = None) -> None:  # type: ignore[override]  # rest: `facts`
         """Write the adapter's card into the output folder, where `Trainer` would write its own."""
         if self.is_world_process_zero():
-            folder = Path(filled(self.args.output_dir))
+            folder = Path(not_none(self.args.output_dir))
             name = model_name or self.hub_model_id
             card = publishing.describe(*self.classifier, folder, self.card_facts(), name)
             folder.joinpath(publishing.CARD_FILE).write_text(card, encoding="utf-8")
@@ -170,14 +170,14 @@ class AdapterTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         upload = publishing.Upload(
-            filled(self.hub_model_id),
+            not_none(self.hub_model_id),
             private=self.args.hub_private_repo if private is None else private,
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
             commit_message=commit_message,
         )
         publishing.check_shareable(self.classifier.model, upload.repo_id)
-        folder = Path(filled(self.args.output_dir))
+        folder = Path(not_none(self.args.output_dir))
         files = publishing.save(*self.classifier, folder, self.card_facts(), upload.repo_id)
         if blocking:
             return publishing.push_files(folder, files, upload)
@@ -215,7 +215,7 @@ def _list_evaluations(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str
     return list(rows.values())
 
 
-class EqualStatistics(TrainerCallback):
+class SyncBatchNormCallback(TrainerCallback):
     """Keep BatchNorm's running statistics equal in all processes whenever they are evaluated or saved.
 
     DistributedDataParallel broadcasts buffers before each step, so that they differ after the last one.

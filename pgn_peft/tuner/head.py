@@ -147,19 +147,19 @@ class PGNHead(PGNTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; the first one's head is used, and its labels are written into the model's config."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.show_labels()
+        self.sync_config_labels()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn adapters on or off; off restores the model's own head and labels."""
         super().enable_adapters(enabled)
-        self.show_labels()
+        self.sync_config_labels()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter's head and labels."""
         super().delete_adapter(adapter_name)
-        self.show_labels()
+        self.sync_config_labels()
 
-    def show_labels(self) -> None:
+    def sync_config_labels(self) -> None:
         """Write the labels of the head in use into the model's config."""
         # A frozen head has the model's names, and perhaps another `problem_type`. Texts classify without prompts too.
         name = self._first_active()

@@ -50,7 +50,7 @@ def make_generator(config: PGNConfig) -> PromptGenerator | None:
         width=config.generator_width,
         norm=config.generator_norm,
         mixing=config.mixing,
-        initial_logit_std=not_none(config.mixing_init_std),
+        mixing_init_std=not_none(config.mixing_init_std),
         rank=config.generator_rank,
         patch_size=config.patch_size if config.prompt_space == "pixel" else None,
     )

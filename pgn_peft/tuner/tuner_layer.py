@@ -15,7 +15,7 @@ NO_MERGE = (
 )
 # The fields of a config that determine the shape of a tensor, by a part of its name.
 SHAPED_BY = {
-    "slot_prompts": "`num_virtual_tokens`, `prompt_depth` and `static_prompts`",
+    "static_prompts": "`num_virtual_tokens`, `prompt_depth` and `static_prompts`",
     "pgn_library": "`library_size`, `prompt_depth`, `num_virtual_tokens` and the base model's width",
     ".trunk.": "`generator_width` and `num_channels`",
     "pgn_generator": "`num_virtual_tokens`, `library_size`, `generator_rank` and `generator_width`",

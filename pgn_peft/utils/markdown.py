@@ -37,8 +37,8 @@ def update_card(card: str, existing: str | None) -> str:
 
     new = RepoCard(card)
     if not OWN_PART.search(new.text):
-        names = " ".join(new.data.to_dict())
-        new.text = f"\n<!-- pgn-peft: begin [{names}] -->\n{new.text.strip()}\n<!-- pgn-peft: end -->\n"
+        ours = " ".join(new.data.to_dict())
+        new.text = f"\n<!-- pgn-peft: begin [{ours}] -->\n{new.text.strip()}\n<!-- pgn-peft: end -->\n"
     if not existing:
         return str(new)
     old = RepoCard(existing)

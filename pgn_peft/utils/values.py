@@ -7,11 +7,6 @@ from typing import TypeVar, cast
 T = TypeVar("T")
 
 
-def filled(value: T | None) -> T:
-    """Return a value that is never None at this point, such as a field that an adapter's config has by now."""
-    return cast(T, value)
-
-
 def not_none(value: T | None) -> T:
     """Return a value that is never None at this point, such as a field of a resolved config."""
     return cast(T, value)

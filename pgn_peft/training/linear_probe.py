@@ -16,7 +16,7 @@ from pgn_peft.tuner.head import PGNHead, find_head
 
 
 @dataclass(frozen=True)
-class HeadAlone:
+class LinearProbe:
     """Accuracy on the frozen model without prompts.
 
     Args:
@@ -29,12 +29,12 @@ class HeadAlone:
 
 
 @torch.no_grad()
-def head_alone(
+def linear_probe(
     model: nn.Module,
     train_batches: Iterable[Mapping[str, Any]],
     eval_batches: Iterable[Mapping[str, Any]],
     adapter_name: str = "default",
-) -> HeadAlone:
+) -> LinearProbe:
     """Measure what a head reaches without prompts. Costs a forward pass for each image.
 
     Args:
@@ -61,7 +61,7 @@ def head_alone(
         elif own_head is None:
             own = _accuracy(head.classify(adapter_name, others).float().cpu(), expected)
     weight, bias, _ = fit_ridge(features.cpu(), labels, config.num_labels)
-    return HeadAlone(_accuracy(others.double().cpu() @ weight.mT + bias, expected), own)
+    return LinearProbe(_accuracy(others.double().cpu() @ weight.mT + bias, expected), own)
 
 
 def _features(model: nn.Module, head: PGNHead, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from comparisons import compare
 from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
+from train_image_classifier import compare
 
-from pgn_peft.training import HeadAlone, head_alone
+from pgn_peft.training import LinearProbe, linear_probe
 
 SCALE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 
@@ -23,16 +23,16 @@ def batches(count, seed):
     ]
 
 
-@pytest.mark.parametrize("fields", [{}, {"prompt_depth": None}, {"prompt_space": "pixel"} | SCALE], ids=str)
+@pytest.mark.parametrize("fields", [{"prompt_depth": "all"}, {"prompt_space": "pixel"} | SCALE], ids=str)
 def test_a_linear_head_on_the_frozen_features(fields):
     model = move_adapter(get_peft_model(tiny_vit(), tiny_config(num_labels=2, **fields))).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = head_alone(model, batches(40, 0), batches(20, 1))
-    assert_same(found, HeadAlone(linear=1.0, own=None))
+    found = linear_probe(model, batches(40, 0), batches(20, 1))
+    assert_same(found, LinearProbe(linear=1.0, own=None))
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     swapped = [batch | {"labels": 1 - batch["labels"]} for batch in batches(20, 1)]
-    assert head_alone(model, batches(40, 0), swapped).linear == 0
+    assert linear_probe(model, batches(40, 0), swapped).linear == 0
 
 
 def test_the_models_own_head_through_the_mapping():
@@ -41,21 +41,18 @@ def test_the_models_own_head_through_the_mapping():
     logits = answer(tiny_vit(), torch.cat([batch["pixel_values"] for batch in evaluated]))[:, [3, 1]]
     labels = torch.cat([batch["labels"] for batch in evaluated])
     expected = (logits.argmax(1) == labels).double().mean().item()
-    assert_same(head_alone(model, batches(40, 0), evaluated).own, expected)
+    assert_same(linear_probe(model, batches(40, 0), evaluated).own, expected)
 
 
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="The model has no classification head"):
-        head_alone(get_peft_model(tiny_vit("ViTModel"), tiny_config()), batches(4, 0), batches(4, 0))
+        linear_probe(get_peft_model(tiny_vit("ViTModel"), tiny_config()), batches(4, 0), batches(4, 0))
 
 
-def test_a_gain_within_chance_is_said_to_be_nothing():
-    assert "prompts add nothing here" in compare(0.81, HeadAlone(0.80), None, 400)
-    assert compare(0.90, HeadAlone(0.80), None, 400) == "+0.100 compared with a linear head without prompts"
-    assert "-0.100" in compare(0.70, HeadAlone(0.80), None, 400)
-
-
-def test_the_script_says_whether_prompts_need_to_depend_on_the_image():
-    needed = compare(0.90, HeadAlone(0.80), 0.85, 400).splitlines()
+def test_the_script_says_what_prompts_add():
+    assert "prompts add nothing here" in compare(0.81, LinearProbe(0.80), None, 400)
+    assert compare(0.90, LinearProbe(0.80), None, 400) == "+0.100 compared with a linear head without prompts"
+    assert "-0.100" in compare(0.70, LinearProbe(0.80), None, 400)
+    needed = compare(0.90, LinearProbe(0.80), 0.85, 400).splitlines()
     assert needed[1] == "+0.050 compared with the prompts of other images"
-    assert "--generator static is smaller" in compare(0.90, HeadAlone(0.80), 0.895, 400)
+    assert "--generator static is smaller" in compare(0.90, LinearProbe(0.80), 0.895, 400)
