@@ -77,11 +77,6 @@ def test_a_stock_pipeline_and_the_adapted_model_give_the_same_scores():
             assert entry["score"] == pytest.approx(scores[model.config.label2id[entry["label"]]].item(), abs=0.02)
 
 
-def test_without_a_mapping_the_answer_is_passed_on():
-    prompter = make_prompter(make(), PROCESSOR)
-    assert prompter.read_answer([{"label": "b", "score": 0.3}, {"label": "a", "score": 0.7}])[0]["label"] == "a"
-
-
 def test_a_head_of_the_adapters_own_classifies_features_at_the_client():
     model = make(head="trained", id2label={0: "river", 1: "forest"})
     images = photos()
@@ -102,8 +97,9 @@ def test_a_head_of_the_adapters_own_classifies_features_at_the_client():
 # A server that sees what is sent, and servers that do not.
 
 
-def test_a_server_that_sees_what_is_sent_passes():
+def test_a_server_that_sees_what_is_sent_passes_and_its_own_labels_are_passed_on():
     prompter = make_prompter(make(), PROCESSOR)
+    assert prompter.read_answer([{"label": "b", "score": 0.3}, {"label": "a", "score": 0.7}])[0]["label"] == "a"
     assert prompter.check_server(server()(prompter.probe())) < 1e-3  # five labels are enough
     assert prompter.check_server(server()(prompter.probe(), top_k=20)) < 1e-3
 
@@ -122,7 +118,7 @@ def test_a_server_that_sees_something_else_is_found_out(fault):
         endpoint = server(seed=1)
     else:
         endpoint = server(ViTImageProcessor(size={"height": 32, "width": 32}))
-    with pytest.raises(ValueError, match="The scores of the probe differ by .* of the largest"):
+    with pytest.raises(ValueError, match="The answer to the probe differs from the model's by .*% of the largest"):
         prompter.check_server(endpoint(image))
 
 
@@ -136,7 +132,7 @@ def test_classes_that_share_a_name_do_not_disturb_the_probe():
 def test_a_server_with_other_labels_is_found_out():
     prompter = make_prompter(make(), PROCESSOR)
     for reply, labels in (([{"label": "cat", "score": 1.0}], r"\['cat'\]"), ([], r"\[\]")):
-        with pytest.raises(ValueError, match=f"The answer has the labels {labels}, and not the model's"):
+        with pytest.raises(ValueError, match=f"by inf% of the largest score, with the labels {labels}"):
             prompter.check_server(reply)
     config = tiny_config(prompt_space="pixel", image_mean=MEAN, image_std=STD, num_virtual_tokens=None)
     headless = make_prompter(get_peft_model(tiny_vit("ViTModel"), config), PROCESSOR)

@@ -53,7 +53,7 @@ def test_the_stock_model_gives_the_latent_models_logits(architecture, prompts, o
     stock = tiny_vit(architecture)
     found = answer(stock, prompter.pixel_values(images), interpolate_pos_encoding=True)
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     assert prompter.report.token_error < 1e-9
     assert not prompter.in_range
     # The prompts matter: without them the answer is another one.
@@ -139,7 +139,7 @@ def test_pixels_in_range_solve_the_bounded_problem():
 
 @pytest.mark.parametrize(
     ("overrides", "scale", "smallest", "largest"),
-    [({}, 40, 0, 1e-6), ({}, 4000, 0.05, 1), ({"generator": "static"}, 4000, 0.05, 1)],
+    [({}, 40, 0, 1e-6), ({"generator": "static"}, 4000, 0.05, 1)],
 )
 def test_inversion_in_range_gives_valid_images_and_says_what_it_lost(overrides, scale, smallest, largest, images):
     """At 40 the null space is room enough, at 4,000 it is not."""
