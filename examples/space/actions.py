@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import httpx
 import limits
 import torch
 from adapter_training import KINDS, train
@@ -51,7 +52,7 @@ def messages() -> Iterator[None]:
         yield
     except gr.Error:
         raise
-    except (ValueError, OSError, TypeError) as error:
+    except (ValueError, OSError, TypeError, httpx.HTTPError) as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from error
     except Exception as error:
         logger.exception("unexpected")
@@ -394,18 +395,11 @@ def draw_curve(curve: tuple[tuple[float, float], ...], alone: float | None) -> F
     """Draw accuracy by epoch, and that of a linear head alone as a line across."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
-    last = 0.0
-    if curve:
-        epochs, accuracies = zip(*curve, strict=True)
-        last = epochs[-1]
-        axes.plot(epochs, accuracies, "o-", color=OURS)
-        axes.annotate("with prompts", curve[-1], (8, -3), textcoords="offset points", color=OURS)
+    axes.plot(*zip(*curve or [(0, float("nan"))], strict=True), "o-", color=OURS, label="with prompts")
     if alone is not None:
-        axes.axhline(alone, color=THEIRS, linestyle="--")
-        axes.annotate("linear head alone", (0, alone), (4, 3), textcoords="offset points", color=THEIRS)
-    axes.set(
-        xlabel="epoch", ylim=(0, 1.05), xlim=(0, 1.25 * max(4, last)), title="Accuracy on images that are held out"
-    )
+        axes.axhline(alone, color=THEIRS, linestyle="--", label="linear head alone")
+    axes.set(xlabel="epoch", ylim=(0, 1.05), title="Accuracy on images that are held out")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
