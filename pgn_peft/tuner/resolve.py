@@ -49,7 +49,7 @@ def resolve(config: PGNConfig, model: nn.Module) -> PGNConfig:
         ValueError: fields do not fit each other or the model.
     """
     resolved = copy.deepcopy(config)
-    for name, (left_open, filled) in vars(resolved).pop(FILLED, {}).items():
+    for name, (left_open, not_none) in vars(resolved).pop(FILLED, {}).items():
         if getattr(resolved, name) == filled:  # for another model
             setattr(resolved, name, left_open)
     resolved.__post_init__()  # fields can be assigned after the config was made
