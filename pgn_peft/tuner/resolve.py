@@ -49,8 +49,8 @@ def resolve(config: PGNConfig, model: nn.Module) -> PGNConfig:
         ValueError: fields do not fit each other or the model.
     """
     resolved = copy.deepcopy(config)
-    for name, (left_open, not_none) in vars(resolved).pop(FILLED, {}).items():
-        if getattr(resolved, name) == filled:  # for another model
+    for name, (left_open, completed) in vars(resolved).pop(FILLED, {}).items():
+        if getattr(resolved, name) == completed:  # for another model
             setattr(resolved, name, left_open)
     resolved.__post_init__()  # fields can be assigned after the config was made
     backbone = find_backbone(model, resolved.target_modules)  # type: ignore[arg-type]  # no string by now
