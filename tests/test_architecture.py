@@ -15,6 +15,8 @@ ALLOWED = {
     "utils": set(),
     "prompter": {"nn", "utils", "version"},
     "tuner": {"nn", "utils", "version"},
+    "registration": {"tuner"},
+    "texts": {"nn", "tuner", "utils"},
     "inversion": {"nn", "prompter", "tuner"},
     "hub": {"nn", "tuner", "utils"},
     "training": {"hub", "nn", "tuner", "utils"},

@@ -163,6 +163,8 @@ def _fill_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> Non
     """Set the adapter's labels: those of its config, or else the model's own."""
     head = None if backbone.head is None else model.get_submodule(backbone.head)
     model_labels = Labels.of(getattr(model, "config", None))
+    if config.id2label is None and config.num_labels is None and config.label_mapping is not None:
+        config.num_labels = len(config.label_mapping)
     if head is not None:
         base = head.base_labels if isinstance(head, PGNHead) else labels_of(head, getattr(model, "config", None))
         # Users also rename the classes in the model's config, before or instead of here.
@@ -170,8 +172,6 @@ def _fill_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> Non
         if config.id2label is None and config.num_labels in (None, len(shown.id2label)):
             config.id2label = shown.id2label or None
             config.problem_type = config.problem_type or shown.problem_type
-    if config.id2label is None and config.num_labels is None and config.label_mapping is not None:
-        config.num_labels = len(config.label_mapping)
     if config.id2label is None and config.num_labels is not None:
         config.id2label = number_labels(config.num_labels)
     if config.id2label is not None:
