@@ -99,7 +99,7 @@ def make_layout(
         nearest = sorted(sorted(options, key=lambda count: abs(count - number))[:5])
         raise ValueError(
             f"{number} prompts do not fill whole rows and columns of patches ({rows} x {columns} patches of "
-            f"{patch_size} pixels). Set `num_virtual_tokens` to {' or '.join(map(str, nearest))}."
+            f"{patch_size} pixels). Set `num_virtual_tokens` to one of {', '.join(map(str, nearest))}."
         )
     return PromptLayout(name, patch_size, options[number], (rows, columns))
 

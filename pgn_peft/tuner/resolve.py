@@ -140,9 +140,7 @@ def _fill_from_backbone(config: PGNConfig, model: nn.Module, backbone: Backbone)
         (jpeg is not None and channels not in (1, 3), f"JPEG has one or three channels, and this model {channels}."),
     ])  # fmt: skip
     config.image_size = size[0]
-    layout = make_layout(
-        not_none(config.prompt_layout), size, config.patch_size, None if in_pixels else config.num_virtual_tokens
-    )
+    layout = make_layout(not_none(config.prompt_layout), size, config.patch_size, config.num_virtual_tokens)
     config.num_virtual_tokens = layout.num_virtual_tokens
 
 
@@ -193,7 +191,7 @@ def _label_rules(config: PGNConfig, model: nn.Module, backbone: Backbone) -> lis
          f"head='text' needs a model whose features are compared with texts, and a {name} has none. Load the "
          f"checkpoint as {', '.join(with_texts)}."),
         (config.head == "text" and number is None, "head='text' needs the classes: id2label=dict(enumerate(names))."),
-        (head is not None and number is None, f"This {name} has no labels. Give PGNConfig(id2label=...)."),
+        (head is not None and number is None, f"This {name} has no labels. Give `id2label` or `num_labels`."),
         (head is not None and not isinstance(plain_head, (nn.Linear, nn.Identity)),
          f"The head {backbone.head!r} is a {type(plain_head).__name__}, and PGN replaces linear heads only."),
         (head is None and number is not None and backbone.read is None,
