@@ -55,11 +55,10 @@ def colours(prefix="", number=4):
     ("files", "classes"),
     [
         (colours(), ["blue", "red"]),
-        (colours("pets/"), ["blue", "red"]),
         ({**colours("data/train/"), **colours("data/test/")}, ["blue", "red"]),
         ({**colours("a/b/"), "__MACOSX/a/._x.png": b"", "a/notes.txt": b"text"}, ["blue", "red"]),
     ],
-    ids=["classes", "in a folder", "splits", "in folders, with other files"],
+    ids=["classes", "splits", "in folders, with other files"],
 )
 def test_a_zip_of_images_has_the_classes_of_its_folders(files, classes, tmp_path):
     splits = uploads.read_zip(zip_of(tmp_path / "images.zip", files), tmp_path / "read")
@@ -76,7 +75,6 @@ def test_a_zip_of_images_has_the_classes_of_its_folders(files, classes, tmp_path
     [
         ("utf-8", "\u732b", "\u732b"),
         ("utf-8", "cafe\u0301", "caf\u00e9"),
-        ("cp437", "caf\u00e9", None),
         ("gbk", "\u72d7", None),  # these bytes are also Korean and Japanese letters
     ],
 )
@@ -125,39 +123,24 @@ def lzma_zip(path):
             archive.writestr(name, content)
 
 
-def damaged(path):
-    """Write a zip with a file whose packed content is damaged."""
-    zip_of(path, {**colours(), "red/x.png": bytes(10_000)})
-    content = bytearray(path.read_bytes())
-    start = content.rindex(b"red/x.png", 0, content.index(b"PK\x01\x02")) + len("red/x.png")
-    content[start : start + 4] = b"\xff" * 4
-    path.write_bytes(bytes(content))
-
-
 BAD_ZIPS = {
-    "text": (lambda path: path.write_text("no zip"), "damaged or has a password"),
     "truncated": (truncated, "damaged or has a password"),
     "encrypted": (encrypted, "damaged or has a password"),
     "another packing": (lzma_zip, "packed in an unusual way"),
-    "damaged packing": (damaged, "damaged or has a password"),
     "loose beside splits": (
         lambda path: zip_of(path, {**colours("train/"), "test/0.png": png()}),
         "'test/0.png' has no class",
     ),
-    "many pixels": (lambda path: zip_of(path, {**colours(), "red/x.png": png(side=7100)}), "too many pixels"),
     "another program's": (
         lambda path: zip_of(path, {**colours(), "red/x.png": b"%!PS-Adobe-3.0 EPSF-3.0\n"}),
         "'red/x.png' cannot be read",
     ),
     "many files": (lambda path: zip_of(path, {f"a/{n}.txt": "" for n in range(4001)}), "more than 4,000 files"),
-    "bomb": (bomb, "more than 250 MB"),
     "lying bomb": (lying_bomb, "damaged|more than 250 MB"),
     "50 MB": (lambda path: path.open("wb").truncate(uploads.MOST_UPLOADED + 1), "more than 50 MB"),
-    "no classes": (lambda path: zip_of(path, {"1.png": png(), "2.png": png()}), "2 images, in no subfolder"),
     "climbing": (lambda path: zip_of(path, colours("../../")), "There are no images"),
     "one class": (lambda path: zip_of(path, {"a/1.png": png(), "a/2.png": png()}), "2 images of 1 classes"),
     "one image": (lambda path: zip_of(path, {**colours(), "green/0.png": png("green")}), "Too few images of green"),
-    "damaged image": (lambda path: zip_of(path, {**colours(), "red/x.png": png()[:60]}), "'red/x.png'"),
 }
 
 
