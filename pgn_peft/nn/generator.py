@@ -58,7 +58,7 @@ class FactorisedHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, F) to logits (B, P * L)."""
         queries = self.queries(features).unflatten(-1, (-1, self.keys.shape[1]))  # (B, P, R)
-        return (queries @ self.keys.mT).flatten(1) + self.bias  # (B, P * L)
+        return (queries @ self.keys.T).flatten(1) + self.bias  # (B, P * L)
 
 
 class DenseHead(nn.Module):
@@ -94,7 +94,7 @@ class DenseHead(nn.Module):
         """
         grid = (image_size[0] // self.patch_size, image_size[1] // self.patch_size)
         logits = resize(self.places(places), grid) + self.image(features)[:, :, None, None]
-        return logits.flatten(2).mT
+        return logits.flatten(2).transpose(1, 2)
 
 
 class PromptGenerator(nn.Module):

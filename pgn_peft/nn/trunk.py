@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pgn_peft.nn.resize import is_exporting
+
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation, also for a single value per channel and for frozen weights.
@@ -133,8 +135,9 @@ class ResNet10(nn.Module):
         Returns:
             (B, 4 * width, H / 16, W / 16), rounded up, of the third block; and (B, 8 * width) of the last one.
         """
-        # Convolutions with few channels are up to twice as fast in channels-last.
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        if not is_exporting():  # the norms of ExecuTorch refuse channels-last
+            # Convolutions with few channels are up to twice as fast in channels-last.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         features = self.stem_norm(self.stem_conv(pixel_values))
         # Pooling before the ReLU gives the same values with a quarter of the ReLUs.
         features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1))
