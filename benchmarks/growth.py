@@ -131,8 +131,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
-
-    from pgn_peft.plotting import OURS, STYLE, THEIRS, THIRD
+    from plotting import OURS, STYLE, THEIRS, THIRD
 
     plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(2, len(rows), figsize=(3 * len(rows), 5.2), layout="constrained", sharex="col")

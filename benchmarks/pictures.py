@@ -23,16 +23,16 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench
 from adaptation import Cell, build, material_of, run, state_file
-from smoke_material import smoke_arguments
-
-from pgn_peft.inspection import attention_to_prompts, library_tokens, mixing_coefficients, usage_by_class
-from pgn_peft.plotting import (
+from plotting import (
     plot_attention,
     plot_coefficients,
     plot_images_by_entry,
     plot_library,
     plot_usage,
 )
+from smoke_material import smoke_arguments
+
+from pgn_peft.inspection import attention_to_prompts, library_tokens, mixing_coefficients, usage_by_class
 
 
 def draw(results: bench.Results, cell: Cell, folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -20,14 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import matplotlib as mpl
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
-
-from pgn_peft.plotting import OURS, STYLE, THEIRS
+from plotting import OURS, STYLE, THEIRS
 
 RESULTS = Path(__file__).with_name("results") / "adaptation.jsonl"
 # In the order of the tables; with how they are called there.

@@ -11,13 +11,13 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from huggingface_hub.errors import HFValidationError
+from image_files import list_files
 from image_folder import METADATA, SPLIT_NAMES, UprightImage, check_images, count, list_names, read_folder, say
 from recipes import RECIPES, Recipe
 from transformers import AutoImageProcessor
 
 from pgn_peft.hub import plain_processor
 from pgn_peft.hub.image_size import made_size
-from pgn_peft.nn.image_files import list_files
 
 
 @dataclass

@@ -13,9 +13,9 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from datasets.features.features import register_feature
+from image_files import check_image, is_image_file, list_files, open_image
 from tqdm import tqdm
 
-from pgn_peft.nn.image_files import check_image, is_image_file, list_files, open_image
 from pgn_peft.nn.images import convert_image
 
 SPLIT_NAMES = {

@@ -24,11 +24,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from image_files import is_image_file, list_files, open_image
 from PIL import Image
 from tqdm import tqdm
 
 from pgn_peft import load_classifier
-from pgn_peft.nn.image_files import is_image_file, list_files, open_image
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -25,9 +25,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from image_files import open_image
 
 from pgn_peft import CardFacts, Classifier, load_classifier
-from pgn_peft.nn.image_files import open_image
 
 
 def read_results(adapter: str) -> dict:

@@ -129,7 +129,7 @@ def test_every_kind_of_image_comes_back_as_it_came():
     assert prompter([array, array]).shape == (2, 32, 32, 3)
     assert prompter(image.convert("RGBA")).mode == "RGB"
     assert prompter(image.convert("L")).mode == "RGB"
-    with pytest.raises(ValueError, match="`images` must be one image at least, but got none"):
+    with pytest.raises(ValueError, match="No images were given"):
         prompter([])
 
 

@@ -96,34 +96,12 @@ def test_several_sentences_of_a_class_are_averaged():
     assert embed_texts(tower, tokenizer(), NAMES).shape == (3, tower.text_projection.out_features)
 
 
-def test_the_correction_starts_as_the_identity_and_is_trained(pixel_values):
-    plain = logits_of(adapted(two_towers()), pixel_values)
-    model = adapted(two_towers(), text_correction=True)
-    assert torch.equal(logits_of(model, pixel_values), plain)
-    head = find_head(model).head("default")
-    head.correction.data[0, 1] = 0.5
-    expected = plain + 0.5 * torch.stack([torch.zeros(4), plain[:, 0], torch.zeros(4)], dim=1)
-    torch.testing.assert_close(logits_of(model, pixel_values), expected)
-    with model.disable_adapter():
-        assert torch.equal(logits_of(model, pixel_values), head.zero_shot(features_of(model, pixel_values)))
-    weight, bias = head.linear()
-    features = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
-    torch.testing.assert_close(features @ weight.mT + bias, head(features))
-    model.train()(pixel_values=pixel_values, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-    assert head.correction.grad.abs().max() > 0
-
-
-def features_of(model, pixel_values):
-    with torch.no_grad():
-        return model.get_base_model().get_image_features(pixel_values).pooler_output
-
-
-@pytest.mark.parametrize("form", ["texts", "correction", "linear"])
+@pytest.mark.parametrize("form", ["texts", "linear"])
 def test_a_stranger_loads_it_with_every_loader(form, pixel_values, tmp_path):
     base = two_towers()
     base.save_pretrained(tmp_path / "base")
     base = type(base).from_pretrained(tmp_path / "base")
-    fields = {"linear": {"head": "trained"}, "correction": {"text_correction": True}, "texts": {}}[form]
+    fields = {"linear": {"head": "trained"}, "texts": {}}[form]
     model = move_adapter(adapted(base, texts=form != "linear", **fields)).eval()
     expected = logits_of(model, pixel_values)
     Classifier(model, PROCESSOR).save_pretrained(tmp_path / "adapter")
@@ -311,14 +289,6 @@ def test_texts_stay_nan_until_they_are_given():
     torch.testing.assert_close(head.text_embeds.norm(dim=-1), torch.ones(3))
     head.half().eval()
     assert head.is_set
-
-
-def test_texts_in_a_file_must_be_unit_vectors():
-    head = TextHead(4, 3)
-    head.set_texts(torch.randn(3, 4), 10)
-    state = head.state_dict()
-    head.load_state_dict(state | {"text_embeds": (100 * state["text_embeds"]).int()})
-    assert not head.is_set  # whoever uses it is told
 
 
 def test_a_network_of_the_paper_becomes_a_classifier_by_its_texts(pixel_values, tmp_path):

@@ -2,20 +2,24 @@
 
     python examples/space/app.py  # or: make space
 
-The folder is a Hugging Face Space as it is. It starts offline with the demo's tiny models, which are made on the first
-start. On a Space (SPACE_ID is set there) visitors name ids on the Hub; on your own machine also folders and servers.
+With image_files.py and plotting.py from the folder above, this folder is a Hugging Face Space. It starts offline with
+the demo's tiny models, which are made on the first start. On a Space (SPACE_ID is set there) visitors name ids on the
+Hub; on your own machine also folders and servers.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import threading
 import time
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
+# In a checkout image_files.py and plotting.py lie one folder above; in a Space beside this file.
+sys.path.append(str(Path(__file__).parents[1]))
 import gradio as gr
 from actions import DEMO_BASE, SOURCES, App, sessions, steps_with_messages, with_messages
 from adapter_training import KINDS, MOST_EPOCHS

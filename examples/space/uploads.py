@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from image_files import is_image_file, list_files, open_image
 from PIL import Image
-
-from pgn_peft.nn.image_files import is_image_file, list_files, open_image
 
 # Of which the first two must be there.
 ADAPTER_FILES = (

@@ -42,7 +42,7 @@ def make_head(config: PGNFields) -> nn.Linear | TextHead:
     """Create the head that a config describes, with new weights; not for head="frozen"."""
     num_features = config.head_features or filled(config.hidden_size)
     if config.head == "text":
-        return TextHead(num_features, filled(config.num_labels), config.text_correction)
+        return TextHead(num_features, filled(config.num_labels))
     head = nn.Linear(num_features, filled(config.num_labels))
     # As Transformers' ViTs initialise a new head.
     nn.init.normal_(head.weight, std=0.02)

@@ -143,7 +143,7 @@ class PGNHead(PGNTunerLayer):
     def _zero_shot(self, features: Tensor) -> Tensor:
         head = cast(TextHead, self.head(self.texts_of_base(adapters_of_batch() or ())))  # see `answers`
         self.check_texts(head)
-        return head.zero_shot(features)
+        return head(features)
 
     def texts_of_base(self, names: Sequence[str]) -> str | None:
         """Name the adapter whose texts the base is compared with: the active one, or else the first one with texts."""
@@ -156,7 +156,7 @@ class PGNHead(PGNTunerLayer):
         Raises:
             ValueError: none have been given, or a file has some that are no unit vectors.
         """
-        if isinstance(head, TextHead) and not head.is_set and not head.look():
+        if isinstance(head, TextHead) and not head.is_set:
             raise ValueError(
                 "`text_embeds` must be unit vectors, given before an adapter with head='text' is used, but got none "
                 "or others. Call use_texts(model, embed_texts(...))."
@@ -205,7 +205,7 @@ class PGNHead(PGNTunerLayer):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for name, head in self.pgn_head.items():
-            if isinstance(head, TextHead) and not head.is_set and not head.look():
+            if isinstance(head, TextHead) and not head.is_set:
                 logger.warning("saving %r without its texts: give it `text_embeds` first, by use_texts(...)", name)
         # Whatever saves an adapter reads the state dict first, and writes the config afterwards.
         self.record_problem_type()
