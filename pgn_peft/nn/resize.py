@@ -36,7 +36,7 @@ def resize(pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
 
 def is_exporting() -> bool:
     """Whether a graph for another runtime is being made, by `torch.export` or by tracing."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _filter(before: int, after: int, device: torch.device) -> Tensor:
