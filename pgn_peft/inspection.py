@@ -15,7 +15,7 @@ from pgn_peft.tuner.adapters import find_layer, image_function, own_logits, prom
 from pgn_peft.tuner.embeddings import has_class_token
 from pgn_peft.tuner.head import find_head
 from pgn_peft.tuner.layer import PGNLayer
-from pgn_peft.utils.values import filled
+from pgn_peft.utils.values import not_none
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def _generator(layer: PGNLayer, adapter_name: str) -> nn.Module:
 
 
 @contextmanager
-def prompts_of_other_images(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
+def shuffled_prompts(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
     """Give each image the prompts that the generator has made for the image before it.
 
     What this costs in accuracy is what prompts for each image are worth. Evaluate in random order: in a data set that
@@ -124,11 +124,11 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
             "attn_implementation='eager'."
         )
     # Each (B, heads, tokens, tokens). CLS is token 0, and prompts are the last tokens.
-    number = filled(config.num_virtual_tokens)
+    number = not_none(config.num_virtual_tokens)
     return torch.stack([weights[:, :, 0, -number:].mean(dim=1) for weights in attentions], dim=1).float().cpu()
 
 
-def own_answer(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, dict[int, str]]:
+def base_predictions(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, dict[int, str]]:
     """Compute what the frozen model answers by itself, without prompts and with its own classes.
 
     Args:
@@ -154,7 +154,7 @@ def library_tokens(model: nn.Module, adapter_name: str = "default") -> Tensor:
 
     Returns:
         Tokens (L, D); with prompts in several layers (depth, L, D); in pixel space patches (L, C, p, p) in [0, 1], or
-        their changes in the "dense" layout.
+        their changes in the "additive" layout.
 
     Raises:
         ValueError: no adapter has this name.

@@ -72,8 +72,8 @@ class OfficialNetwork:
             generator_image_size=settings["image_size"],
             generator_width=settings["width"],
             generator_norm=settings["norm"],
-            slot_prompts=False,
-            initial_logit_std=0.0,
+            static_prompts=False,
+            mixing_init_std=0.0,
             **fields,
         )
 

@@ -16,10 +16,10 @@ from pgn_peft.tuner.adapters import prompt_layer
 
 NAMES = {0: "cat", 1: "dog", 2: "owl"}
 SCALE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-PIXELS = {"prompt_space": "pixel", "prompt_layout": "dense", "num_virtual_tokens": None} | SCALE
+PIXELS = {"prompt_space": "pixel", "prompt_layout": "additive", "num_virtual_tokens": None} | SCALE
 FORMS = {
     "first layer": {},
-    "every layer": {"prompt_depth": None, "generator_norm": "group", "generator_rank": 2},
+    "every layer": {"prompt_depth": "all", "generator_norm": "group", "generator_rank": 2},
     "pixels": PIXELS,
 }
 

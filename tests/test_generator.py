@@ -29,10 +29,10 @@ def test_different_images_get_different_coefficients():
     assert (one - other).abs().max() > 1e-4
 
 
-def test_initial_logit_std_starts_each_prompt_near_a_token_of_its_own():
+def test_mixing_init_std_starts_each_prompt_near_a_token_of_its_own():
     images = torch.randn(2, 3, 32, 32)
     alike = make(num_virtual_tokens=16, library_size=64).eval()(images)
-    apart = make(num_virtual_tokens=16, library_size=64, initial_logit_std=4.0).eval()(images)
+    apart = make(num_virtual_tokens=16, library_size=64, mixing_init_std=4.0).eval()(images)
     assert alike.max() < 0.05
     assert apart.max(dim=-1).values.median() > 0.5
     assert len(apart.argmax(dim=-1)[0].unique()) > 8
@@ -51,7 +51,7 @@ def test_a_factorised_generator_is_a_generator_of_a_fraction_of_the_size():
     images = torch.randn(2, 3, 32, 32)
     coefficients = make(rank=2).eval()(images)
     torch.testing.assert_close(coefficients.sum(dim=-1), torch.ones(2, 3))
-    apart = make(num_virtual_tokens=16, library_size=64, rank=8, initial_logit_std=4.0).eval()(images)
+    apart = make(num_virtual_tokens=16, library_size=64, rank=8, mixing_init_std=4.0).eval()(images)
     assert apart.max(dim=-1).values.median() > 0.5
     head, official = PromptGenerator(16, 256, rank=8).head, PromptGenerator(16, 256).head
     assert sum(p.numel() for p in head.parameters()) == 22_656

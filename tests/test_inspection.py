@@ -8,15 +8,15 @@ from tiny_clip import two_towers
 
 from pgn_peft.inspection import (
     attention_to_prompts,
+    base_predictions,
     library_tokens,
     mixing_coefficients,
-    own_answer,
-    prompts_of_other_images,
+    shuffled_prompts,
     usage_by_class,
 )
 from pgn_peft.tuner.adapters import find_layer
 
-PIXELS = {"prompt_space": "pixel", "prompt_layout": "dense", "num_virtual_tokens": None}
+PIXELS = {"prompt_space": "pixel", "prompt_layout": "additive", "num_virtual_tokens": None}
 PIXELS |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
@@ -25,7 +25,7 @@ def adapted(**overrides):
 
 
 def test_coefficients_mix_the_library_into_the_models_own_prompts(pixel_values):
-    model = adapted(slot_prompts=False).train()
+    model = adapted(static_prompts=False).train()
     coefficients = mixing_coefficients(model, pixel_values, batch_size=3)
     assert coefficients.shape == (4, 3, 6)
     expected = find_layer(model.eval()).prompts("default", pixel_values)
@@ -125,7 +125,7 @@ def test_the_frozen_model_answers_by_itself_and_with_its_own_classes(pixel_value
     base = tiny_vit(num_labels=5)
     expected, names = answer(base.eval(), pixel_values).softmax(-1), base.config.id2label
     model = move_adapter(get_peft_model(base, tiny_config(id2label={0: "cat", 1: "dog"}))).train()
-    scores, found = own_answer(model, pixel_values)
+    scores, found = base_predictions(model, pixel_values)
     torch.testing.assert_close(scores, expected)
     assert found == names
     assert model.training
@@ -134,16 +134,16 @@ def test_the_frozen_model_answers_by_itself_and_with_its_own_classes(pixel_value
 
 def test_a_model_without_classes_of_its_own_has_no_answer(pixel_values):
     with pytest.raises(ValueError, match="has no classes of its own"):
-        own_answer(get_peft_model(two_towers(), tiny_config()), pixel_values)
+        base_predictions(get_peft_model(two_towers(), tiny_config()), pixel_values)
     with pytest.raises(TypeError, match="ViTForImageClassification"):
-        own_answer(tiny_vit(), pixel_values)
+        base_predictions(tiny_vit(), pixel_values)
 
 
-@pytest.mark.parametrize("fields", [{}, {"prompt_depth": None}, PIXELS], ids=["latent", "every layer", "pixel"])
+@pytest.mark.parametrize("fields", [{}, {"prompt_depth": "all"}, PIXELS], ids=["latent", "every layer", "pixel"])
 def test_each_image_gets_the_prompts_of_the_one_before_it(fields, pixel_values):
     model = adapted(**fields).eval()
     own = answer(model, pixel_values)
-    with prompts_of_other_images(model):
+    with shuffled_prompts(model):
         found = torch.cat([answer(model, pixel_values[:3]), answer(model, pixel_values[3:])])  # batches do not matter
         generator, before = find_layer(model).generator("default"), pixel_values[[2, 0, 1]]
     assert_nearly_equal(answer(model, pixel_values), own)
@@ -153,5 +153,5 @@ def test_each_image_gets_the_prompts_of_the_one_before_it(fields, pixel_values):
     before = pixel_values[2:3]
     torch.testing.assert_close(found[3:], answer(model, pixel_values[3:]))
     hook.remove()
-    with pytest.raises(ValueError, match="has static prompts"), prompts_of_other_images(adapted(generator="static")):
+    with pytest.raises(ValueError, match="has static prompts"), shuffled_prompts(adapted(generator="static")):
         pass

@@ -44,9 +44,7 @@ def test_gradients_pass_unchanged_in_a_compiled_graph_too():
 
 def test_an_adapter_sees_jpeg_in_training_only():
     scale = {"image_mean": MEAN, "image_std": STD}
-    config = tiny_config(
-        prompt_space="pixel", prompt_layout="dense", num_virtual_tokens=None, jpeg_quality=50, head="frozen", **scale
-    )
+    config = tiny_config(prompt_space="pixel", num_virtual_tokens=None, jpeg_quality=50, head="frozen", **scale)
     model = move_adapter(get_peft_model(tiny_vit(), config)).eval()
     layer = find_layer(model, "default")
     plain = layer.prompted_images("default", normalize(images(), MEAN, STD))

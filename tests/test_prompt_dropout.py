@@ -9,7 +9,7 @@ from pgn_peft.tuner.adapters import find_layer
 
 PIXELS = {
     "prompt_space": "pixel",
-    "prompt_layout": "dense",
+    "prompt_layout": "additive",
     "num_virtual_tokens": None,
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
@@ -20,7 +20,7 @@ def adapted(**fields):
     return move_adapter(get_peft_model(tiny_vit(), tiny_config(prompt_dropout=0.5, generator_norm="group", **fields)))
 
 
-@pytest.mark.parametrize("fields", [{}, {"prompt_depth": None}, PIXELS], ids=["latent", "every layer", "pixel"])
+@pytest.mark.parametrize("fields", [{}, {"prompt_depth": "all"}, PIXELS], ids=["latent", "every layer", "pixel"])
 def test_about_half_of_the_images_have_the_mean_coefficients(fields):
     layer = find_layer(adapted(**fields).train())
     images = torch.randn(64, 3, 32, 32)

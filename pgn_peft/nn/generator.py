@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from pgn_peft.nn.resize import resize
 from pgn_peft.nn.trunk import TRUNKS
 
-MIXINGS = ("softmax",)
-
 
 def resize_shorter_side(pixel_values: Tensor, size: int) -> Tensor:
     """Resize images (B, C, H, W) so that their shorter side measures `size` pixels, keeping the aspect ratio."""
@@ -83,8 +81,7 @@ class PromptGenerator(nn.Module):
         image_size: length that the image's shorter side is resized to, in pixels; None: no resizing.
         width: channels of the trunk's stem.
         norm: "batch", as in the official code, or "group", which needs no running statistics.
-        mixing: "softmax": the coefficients of a prompt sum to 1. There is no other choice.
-        initial_logit_std: standard deviation of the initial bias of the logits; 0 keeps torch's small default, with
+        mixing_init_std: standard deviation of the initial bias of the logits; 0 keeps torch's small default, with
             which all prompts start as nearly the same mixture.
         rank: length of queries and keys of a factorised head; None: one linear layer, as in the official code.
         patch_size: one prompt for each patch of the image, whose side is this many pixels, by a `DenseHead`; None: one
@@ -105,8 +102,7 @@ class PromptGenerator(nn.Module):
         image_size: int | None = None,
         width: int = 16,
         norm: str = "batch",
-        mixing: str = "softmax",
-        initial_logit_std: float = 0.0,
+        mixing_init_std: float = 0.0,
         rank: int | None = None,
         patch_size: int | None = None,
     ) -> None:
@@ -121,7 +117,6 @@ class PromptGenerator(nn.Module):
             "image_size": image_size,
             "width": width,
             "norm": norm,
-            "mixing": mixing,
             "rank": rank,
         }
         self.trunk = TRUNKS[trunk](num_channels=num_channels, width=width, norm=norm)
@@ -132,9 +127,9 @@ class PromptGenerator(nn.Module):
             self.head = nn.Linear(self.trunk.num_features, num_virtual_tokens * library_size)
         else:
             self.head = FactorisedHead(self.trunk.num_features, num_virtual_tokens, library_size, rank)
-        if initial_logit_std > 0:
+        if mixing_init_std > 0:
             biased = self.head.places if isinstance(self.head, DenseHead) else self.head
-            nn.init.normal_(cast(Tensor, biased.bias), std=initial_logit_std)
+            nn.init.normal_(cast(Tensor, biased.bias), std=mixing_init_std)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,18 @@ class BatchNorm2d(nn.BatchNorm2d):
     Differs from `torch.nn.BatchNorm2d` in training mode: it uses the running statistics, and does not update them,
     if its weight is frozen, or if a channel has a single value (one image of 1 x 1 pixels, as the last batch of an
     epoch can have), for which torch raises an error.
+
+    Its counter of batches, which only cumulative averages need, is not part of a saved file: tools that average or
+    cast weights change its type and shape.
     """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.register_buffer("num_batches_tracked", torch.tensor(0), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)  # in files of earlier versions
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)  # torch's would ask for the counter
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, C, H, W), channel by channel."""
