@@ -96,7 +96,7 @@ def test_in_range_a_slots_own_prompt_is_part_of_what_is_inverted():
     embeddings, layout = tiny_vit().vit.embeddings, make_layout("append", (32, 32), 8, 4)
     one, slots = torch.randn(1, 32), torch.randn(4, 32)
     preprocessing = Preprocessing(tuple(MEAN), tuple(STD))
-    found = invert(embeddings, one[None], layout, preprocessing, in_range=True, slot_prompts=slots)["library"]
+    found = invert(embeddings, one[None], layout, preprocessing, in_range=True, static_prompts=slots)["library"]
     expected = invert(embeddings, (one + slots)[:, None], layout, preprocessing, in_range=True)["library"]
     torch.testing.assert_close(found, expected)
 
