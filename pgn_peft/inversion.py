@@ -156,7 +156,7 @@ def invert(
     layout: PromptLayout,
     preprocessing: Preprocessing,
     in_range: bool = False,
-    slot_prompts: Tensor | None = None,
+    static_prompts: Tensor | None = None,
 ) -> dict[str, Any]:
     """Turn trained tokens into pixels for the "append" layout.
 
@@ -168,7 +168,7 @@ def invert(
         in_range: find pixels of valid images, with an error, instead of the exact ones, which lie far outside. Each
             slot then has a library of its own, and the image is not changed: its patches keep the small shift of the
             interpolated position embeddings. Only for coefficients that sum to 1.
-        slot_prompts: (P, D), the static prompt of each slot, to which the mixture is added; or None.
+        static_prompts: (P, D), the static prompt of each slot, to which the mixture is added; or None.
 
     Returns:
         Arguments of `ImagePrompter`: `library` and `report`, and for exact pixels `offsets` and `image_offset`.
@@ -181,8 +181,8 @@ def invert(
     tokens = tokens.detach().to(inverse.weight)
     added = position_tokens(embeddings, layout.size)  # (N', D)
     slots = added[layout.slots]  # (P, D)
-    if slot_prompts is not None:
-        slots = slots - slot_prompts.detach().to(slots)
+    if static_prompts is not None:
+        slots = slots - static_prompts.detach().to(slots)
     targets = (tokens - slots[:, None]).flatten(0, 1)  # (P * L, D): the projection's target in each slot
     if inverse.rank < tokens.shape[-1]:
         lost = (targets - (targets @ inverse.left) @ inverse.left.mT).norm(dim=-1) / targets.norm(dim=-1)
