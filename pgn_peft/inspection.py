@@ -134,11 +134,8 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
             f"`model` must answer with its attention, but got a {type(base).__name__} whose attention is fixed as "
             f"{before!r}. Load it with attn_implementation='eager'."
         )
-    # Each (B, heads, tokens, tokens). CLS is token 0; prompts are the last tokens, or some of the last patches.
+    # Each (B, heads, tokens, tokens). CLS is token 0; prompts are the last tokens, in pixel space all patches.
     places = torch.arange(-not_none(layer.configs[adapter_name].num_virtual_tokens), 0)
-    if adapter_name in layer.layouts:
-        layout = layer.layouts[adapter_name]
-        places = torch.as_tensor(layout.slots) - layout.grid[0] * layout.grid[1]
     return torch.stack([weights[:, :, 0, places].mean(dim=1) for weights in attentions], dim=1).float().cpu()
 
 
