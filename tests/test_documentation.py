@@ -1,6 +1,7 @@
 """What the documentation says: its code runs, its commands exist, its links lead somewhere, its figures have rows."""
 
 import base64
+import dataclasses
 import functools
 import inspect
 import io
@@ -16,12 +17,14 @@ import numpy as np
 import pytest
 import report
 import torch
+import transformers
 import yaml
 from bench import Results
 from conftest import tiny_vit
 from peft import get_peft_model
 from PIL import Image
 from tiny_clip import tokenizer, two_towers
+from transformers import ViTImageProcessor
 
 import pgn_peft
 from pgn_peft import Classifier, PGNConfig
@@ -56,9 +59,6 @@ def answer_with_embeddings(request, timeout):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run a page's code top to bottom in one session, with tiny stand-ins for the checkpoint, images and training."""
-    import transformers
-    from transformers import ViTImageProcessor
-
     tiny_vit(num_labels=1000).save_pretrained(tmp_path / "vit")
     tiny_vit("CLIPVisionModelWithProjection", projection_dim=512).save_pretrained(tmp_path / "clip")
     two_towers().save_pretrained(tmp_path / "two-towers")
@@ -165,6 +165,23 @@ def test_scripts_targets_and_results_that_a_page_names_exist():
                 if f"\n{target}:" not in makefile
             ]
         missing += [f"{page}: {name}" for name in dict.fromkeys(found) if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_options_that_a_page_names_exist():
+    """In commands of the scripts, and alone in backticks; but for commands of an earlier commit."""
+    files = [path for folder in ("examples", "benchmarks") for path in ROOT.joinpath(folder).glob("*.py")]
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in files}
+    trainer = " ".join(field.name for field in dataclasses.fields(transformers.TrainingArguments))
+    missing = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        named = [("\n".join(sources.values()), option) for option in re.findall(r"`--(\w+)", text)]
+        for block in blocks(page, "bash"):
+            commands = "" if "git checkout" in block else block.replace("\\\n", " ")
+            for script, options in re.findall(r"(?:examples|benchmarks)/(\w+)\.py(.*)", commands):
+                named += [(sources[script], option) for option in re.findall(r"--(\w+)", options)]
+        missing += [f"{page}: {option}" for source, option in named if option not in source + trainer]
     assert not missing
 
 
