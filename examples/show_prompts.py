@@ -17,12 +17,12 @@ import matplotlib
 import torch
 from deploy_input_only import train_smoke
 from image_data import DataArguments, class_names, load_splits, spread
+from plotting import OURS
 from torch import Tensor
 
 from pgn_peft import ImagePrompter
 from pgn_peft.nn.images import read_images
 from pgn_peft.nn.preprocessing import normalize
-from pgn_peft.plotting import OURS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -37,7 +37,7 @@ def choose(rows, number: int) -> tuple[list, list[str]]:
 
 def to_pixels(prompter: ImagePrompter, images: list) -> Tensor:
     """Return images (B, C, H, W) in [0, 1] as the prompter sees them."""
-    pixels, _, _ = read_images(images, prompter.preprocessing, prompter.num_channels, prompter.layout.input_size)
+    pixels, _, _ = read_images(images, prompter.preprocessing, prompter.num_channels, prompter.layout.image_size)
     return pixels.float() / 255
 
 

@@ -130,11 +130,6 @@ def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, mod
             f"The adapter was trained with images of {trained_size[0]} x {trained_size[1]} pixels, and the image "
             f"processor makes {size}. Set processor.size (and crop_size).",
         ),
-        (
-            in_range and latent and config.generator != "static" and config.mixing != "softmax",
-            f"`mixing` is {config.mixing!r}, and in_range=True needs coefficients that sum to 1, which mix valid "
-            "patches into a valid patch. Train with mixing='softmax'.",
-        ),
     ]
     for name in () if latent else ("image_mean", "image_std"):
         trained, found = torch.tensor(getattr(config, name)), torch.tensor(getattr(preprocessing, name))

@@ -169,6 +169,8 @@ def _read_layout(settings: dict[str, Any]) -> PromptLayout:
 def _read_generator(settings: dict[str, Any] | None, channels: int, layout: PromptLayout) -> PromptGenerator | None:
     if settings is None:
         return None
+    if settings.get("mixing", "softmax") != "softmax":
+        raise ValueError(f"mixing={settings['mixing']!r} was removed")
     if settings["image_size"] is not None:
         _read_size((settings["image_size"],) * 2)
     arguments = {name: settings[name] for name in inspect.signature(PromptGenerator).parameters if name in settings}
