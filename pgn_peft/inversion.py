@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.nn.images import PILLOW_MODES, to_pixels
+from pgn_peft.nn.images import to_pixels
 from pgn_peft.nn.layout import PromptLayout, make_layout, to_image
 from pgn_peft.nn.library import AdditiveLibrary
 from pgn_peft.nn.patch_inverse import InversionReport, PatchInverse
@@ -60,8 +60,7 @@ def make_prompter(
     Raises:
         TypeError: the model carries no adapter.
         ValueError: no adapter has this name; the adapter has prompts in several layers; its latent prompts do not fill
-            rows of patches, or the model averages its patches; its images have other channels than files have; or the
-            processor differs from that of the training.
+            rows of patches, or the model averages its patches; or the processor differs from that of the training.
     """
     layer, head = find_layer(model, adapter_name), find_head(model)
     config, preprocessing = layer.configs[adapter_name], Preprocessing.from_processor(processor)
@@ -104,21 +103,20 @@ def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, mod
     latent = config.prompt_space == "latent"
     averages = any(isinstance(part, PGNBlock) and part.ends for part in model.modules())
     size, trained_size = preprocessing.output_size, (config.image_size,) * 2
+    trained, found = (
+        torch.tensor([source.image_mean, source.image_std]) if not latent else torch.zeros(0)
+        for source in (config, preprocessing)
+    )
     refusals = [
         (
             config.prompt_depth != 1,
-            f"An image brings prompts to the first layer only, and `prompt_depth` is {config.prompt_depth}. Train an "
-            "adapter with prompt_depth=1.",
+            f"`prompt_depth` is {config.prompt_depth}, and an image brings prompts to the first layer only. Train with "
+            "prompt_depth=1.",
         ),
         (
             latent and (averages or layer.extends_positions),
             f"Latent prompts cannot become pixels here: {AVERAGES_PATCHES if averages else GIVES_POSITIONS}. Train an "
             "adapter with prompt_space='pixel'.",
-        ),
-        (
-            layer.num_channels not in PILLOW_MODES,
-            f"Image files have 1, 3 or 4 channels, and the model takes {layer.num_channels}. Use the adapter inside "
-            "its model.",
         ),
         (
             size is None,
@@ -135,16 +133,12 @@ def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, mod
             f"`mixing` is {config.mixing!r}, and in_range=True needs coefficients that sum to 1, which mix valid "
             "patches into a valid patch. Train with mixing='softmax'.",
         ),
+        (
+            not torch.allclose(trained, found, atol=1e-6),
+            f"The adapter was trained with image_mean and image_std {trained.tolist()}, and the image processor has "
+            f"{found.tolist()}. Pass the processor of the model that the adapter was made for.",
+        ),
     ]
-    for name in () if latent else ("image_mean", "image_std"):
-        trained, found = torch.tensor(getattr(config, name)), torch.tensor(getattr(preprocessing, name))
-        refusals.append(
-            (
-                not torch.allclose(trained, found, atol=1e-6),
-                f"The adapter was trained with {name}={trained.tolist()}, and the image processor has "
-                f"{found.tolist()}. Pass the processor of the model that the adapter was made for.",
-            )
-        )
     for is_refused, message in refusals:
         if is_refused:
             raise ValueError(message)
@@ -156,7 +150,7 @@ def invert(
     layout: PromptLayout,
     preprocessing: Preprocessing,
     in_range: bool = False,
-    slot_prompts: Tensor | None = None,
+    static_prompts: Tensor | None = None,
 ) -> dict[str, Any]:
     """Turn trained tokens into pixels for the "append" layout.
 
@@ -168,7 +162,7 @@ def invert(
         in_range: find pixels of valid images, with an error, instead of the exact ones, which lie far outside. Each
             slot then has a library of its own, and the image is not changed: its patches keep the small shift of the
             interpolated position embeddings. Only for coefficients that sum to 1.
-        slot_prompts: (P, D), the static prompt of each slot, to which the mixture is added; or None.
+        static_prompts: (P, D), the static prompt of each slot, to which the mixture is added; or None.
 
     Returns:
         Arguments of `ImagePrompter`: `library` and `report`, and for exact pixels `offsets` and `image_offset`.
@@ -181,8 +175,8 @@ def invert(
     tokens = tokens.detach().to(inverse.weight)
     added = position_tokens(embeddings, layout.size)  # (N', D)
     slots = added[layout.slots]  # (P, D)
-    if slot_prompts is not None:
-        slots = slots - slot_prompts.detach().to(slots)
+    if static_prompts is not None:
+        slots = slots - static_prompts.detach().to(slots)
     targets = (tokens - slots[:, None]).flatten(0, 1)  # (P * L, D): the projection's target in each slot
     if inverse.rank < tokens.shape[-1]:
         lost = (targets - (targets @ inverse.left) @ inverse.left.mT).norm(dim=-1) / targets.norm(dim=-1)
@@ -231,18 +225,14 @@ def _report(
 
 def _score_head(head: PGNHead, adapter_name: str) -> ScoreHead | None:
     """Make the adapter's head one on the model's scores; None without a head, or if these do not determine it."""
-    config, own, base, labels = (
-        head.configs[adapter_name],
-        head.head(adapter_name),
-        head.base_layer,
-        list(head.base_labels.id2label.values()),
-    )
+    config, own, base = head.configs[adapter_name], head.head(adapter_name), head.base_layer
+    labels = list(head.base_labels.id2label.values())
     if config.label_mapping is not None:
         return one_to_one_head(config.label_mapping, labels)
-    if not isinstance(own, nn.Linear) or own.out_features < 2 or not isinstance(base, nn.Linear) or not labels:
+    # `read_answer` gives probabilities that sum to 1.
+    single = config.problem_type in (None, "single_label_classification")
+    if not (single and labels and isinstance(base, nn.Linear) and isinstance(own, nn.Linear) and own.out_features > 1):
         return None
-    if config.problem_type not in (None, "single_label_classification"):
-        return None  # `read_answer` gives probabilities that sum to 1
     try:
         return exact_score_head(plain_weight(base), base.bias, own.weight, own.bias, labels)
     except ValueError:

@@ -19,8 +19,8 @@ def check_peft() -> None:
     found = version("peft")
     if Version(found) < Version(PEFT_FLOOR):
         raise ImportError(
-            f"`peft` must be at least {PEFT_FLOOR}, but got {found}, which would save adapters without their weights. "
-            "Run: pip install -U peft"
+            f"PEFT {found} would save adapters without their weights: {PEFT_FLOOR} or later is needed. Run: "
+            "pip install -U peft"
         )
 
 
@@ -38,19 +38,12 @@ def register() -> None:
 
     name = PGNPeftType.PGN.value
     mapping: Any = peft.mapping  # its keys are annotated as members of PEFT's enum
-    taken = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
-    if taken is not None and not _is_ours(taken, PGNConfig):
+    registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(name, PGNConfig)
+    if registered.__module__ != PGNConfig.__module__:  # by name: after a reload the class is another object
         raise ImportError(
-            f"`{name}` must not be registered with PEFT yet, but got {taken.__module__}.{taken.__qualname__}. Import "
-            "either that package or pgn_peft, not both."
+            f"{registered} is already registered with PEFT as {name!r}. Import only one of the packages."
         )
-    owners = [key for key, prefix in mapping.PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == PGNModel.prefix]
-    if any(owner != name for owner in owners):
-        raise ImportError(
-            f"`{PGNModel.prefix}` must not be another method's prefix in PEFT, but got it from {owners[0]}. Import "
-            "either that package or pgn_peft, not both."
-        )
-    if name in [member.value for member in peft_types.PeftType] and taken is None:
+    if name not in mapping.PEFT_TYPE_TO_CONFIG_MAPPING and name in [kind.value for kind in peft_types.PeftType]:
         # A later PEFT has the name: use its official function.
         peft_types.register_peft_method(name=name.lower(), config_cls=PGNConfig, model_cls=PGNModel)
         return
@@ -58,8 +51,3 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PGNPeftType.PGN] = PGNModel.prefix
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PGNPeftType.PGN] = PGNConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[PGNPeftType.PGN] = PGNModel
-
-
-def _is_ours(taken: type, ours: type) -> bool:
-    # By name: after a reload the class is another object.
-    return (taken.__module__, taken.__qualname__) == (ours.__module__, ours.__qualname__)

@@ -70,13 +70,6 @@ def test_another_plug_in_with_the_name_is_refused(monkeypatch):
         registration.register()
 
 
-@pytest.mark.usefixtures("unregistered")
-def test_another_plug_in_with_the_prefix_is_refused(monkeypatch):
-    monkeypatch.setitem(mapping.PEFT_TYPE_TO_PREFIX_MAPPING, "PIGEON", "pgn_")
-    with refused(ImportError, "pgn_", "PIGEON"):
-        registration.register()
-
-
 def test_a_peft_below_the_floor_is_refused(monkeypatch):
     monkeypatch.setattr(registration, "version", lambda package: "0.20.0")
     with refused(ImportError, "0.21", "0.20.0"):

@@ -25,12 +25,11 @@ from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.nn.ridge import fit_ridge
 from pgn_peft.prompter import files
 from pgn_peft.prompter.answers import by_label, find_scale, read_entries
-from pgn_peft.prompter.score_fitting import check_classes, fit_to_answers
-from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead
+from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead, check_classes, fit_to_answers
+from pgn_peft.utils.files import find_folder
 from pgn_peft.utils.labels import normalize_id2label
-from pgn_peft.utils.markdown import CITATION, list_names
+from pgn_peft.utils.markdown import CITATION, list_names, update_card_for_hub
 from pgn_peft.utils.onnx import export_module
-from pgn_peft.utils.sources import find_folder
 from pgn_peft.version import __version__
 
 # Of the largest score. Half precision moves a score of the probe by 0.02 of it, JPEG of quality 95 by 1.7, a resize by
@@ -103,20 +102,6 @@ class ImagePrompter(nn.Module):
         """Whether the prompted images are valid images, or have pixels that only a float tensor can hold."""
         return self.offsets is None
 
-    def patches(self, pixels: Tensor) -> Tensor:
-        """Generate the prompts for images (B, C, H, W) in [0, 1]: (B, P, C, p, p), as `compose` takes them."""
-        if self.generator is None:
-            # In the additive layout one for all patches.
-            patches = self.library.expand(pixels.shape[0], self.layout.num_virtual_tokens, -1, -1, -1)
-        else:
-            normalized = normalize(pixels, self.preprocessing.image_mean, self.preprocessing.image_std)
-            coefficients = self.generator(normalized)  # (B, P, L)
-            if self.library.ndim == 5:
-                patches = torch.einsum("bpl,plchw->bpchw", coefficients, self.library)
-            else:
-                patches = (coefficients @ self.library.flatten(1)).unflatten(-1, self.library.shape[1:])
-        return patches if self.offsets is None else patches + self.offsets
-
     def prompted(self, pixels: Tensor) -> Tensor:
         """Add prompts to images.
 
@@ -126,9 +111,16 @@ class ImagePrompter(nn.Module):
         Returns:
             (B, C, H', W') of the layout's `size`; where `in_range`, in [0, 1] and rounded to 8 bits.
         """
-        patches = self.patches(pixels)
-        pixels = pixels if self.image_offset is None else pixels + self.image_offset
-        return compose(pixels, patches, self.layout, valid=self.in_range)
+        if self.generator is None:
+            # In the additive layout one for all patches.
+            patches = self.library.expand(pixels.shape[0], self.layout.num_virtual_tokens, -1, -1, -1)
+        else:
+            normalized = normalize(pixels, self.preprocessing.image_mean, self.preprocessing.image_std)
+            coefficients = self.generator(normalized)  # (B, P, L)
+            form = "bpl,plchw->bpchw" if self.library.ndim == 5 else "bpl,lchw->bpchw"
+            patches = torch.einsum(form, coefficients, self.library)
+        patches = patches if self.offsets is None else patches + self.offsets
+        return compose(pixels, patches, self.layout, self.image_offset, valid=self.in_range)
 
     @torch.inference_mode()
     def pixel_values(self, images: Any) -> Tensor:
@@ -376,8 +368,7 @@ class ImagePrompter(nn.Module):
             ValueError: a file is damaged, or does not hold what the configuration declares.
         """
         wanted = (files.CONFIG_FILE, files.WEIGHTS_FILE)
-        field = "pretrained_model_name_or_path"
-        folder = find_folder(field, pretrained_model_name_or_path, wanted, revision=revision, token=token)
+        folder = find_folder(pretrained_model_name_or_path, wanted, revision=revision, token=token)
         prompter = cls(**files.read_config(folder / files.CONFIG_FILE))
         tensors = files.read_tensors(folder / files.WEIGHTS_FILE, prompter.state_dict())
         prompter.load_state_dict(tensors, assign=True)
@@ -385,6 +376,8 @@ class ImagePrompter(nn.Module):
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
         """Publish files and card on the Hub in one commit (with `huggingface_hub` installed).
+
+        Text and metadata that people wrote into an existing card are kept.
 
         Args:
             repo_id: the repository, "user/name", which is made where it does not exist.
@@ -397,10 +390,11 @@ class ImagePrompter(nn.Module):
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             self.make_card(repo_id).save(Path(folder, "README.md"))
+            update_card_for_hub(api, repo_id, Path(folder, "README.md"))
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload prompter")
         return repo_id
 
