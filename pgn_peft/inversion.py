@@ -110,8 +110,8 @@ def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, mod
     refusals = [
         (
             config.prompt_depth != 1,
-            f"`prompt_depth` is {config.prompt_depth}, and an image brings prompts to the first layer only. Train with "
-            "prompt_depth=1.",
+            f"`prompt_depth` is {config.prompt_depth}, and an image brings prompts to the first layer only. Train an "
+            "adapter with prompt_depth=1.",
         ),
         (
             latent and (averages or layer.extends_positions),

@@ -203,7 +203,7 @@ def test_a_failed_push_does_not_end_the_training(hub, caplog):
         trainer.train()
     trainer.push_to_hub()
     assert caplog.text.count("A push while training failed.") == 2
-    assert "the adapter is saved in pets" in caplog.text
+    assert "The adapter is saved in pets" in caplog.text
     assert hub.repositories["user/pets"].log == ["initial commit", "End of training"]
 
 

@@ -129,7 +129,7 @@ def _read_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_preprocessing(settings: dict[str, Any]) -> Preprocessing:
-    values = {field.name: settings[field.name] for field in dataclasses.fields(Preprocessing)}
+    values: dict[str, Any] = {field.name: settings[field.name] for field in dataclasses.fields(Preprocessing)}
     return Preprocessing(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     )

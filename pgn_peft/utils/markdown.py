@@ -60,7 +60,7 @@ def update_card(card: str, existing: str | None) -> str:
 
 
 def update_card_for_hub(api: Any, repo_id: str, file: Path, revision: str | None = None) -> None:
-    """Put what people wrote into a repository's card into the new one in `file`; `api` is a `huggingface_hub.HfApi`."""
+    """Put what people wrote into a repository's card into the new one in `file`; `api` is an `HfApi`."""
     existing = None
     if api.file_exists(repo_id, "README.md", revision=revision):
         existing = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8-sig")
