@@ -37,7 +37,7 @@ def choose(rows, number: int) -> tuple[list, list[str]]:
 
 def to_pixels(prompter: ImagePrompter, images: list) -> Tensor:
     """Return images (B, C, H, W) in [0, 1] as the prompter sees them."""
-    pixels, _, _ = read_images(images, prompter.preprocessing, prompter.num_channels, prompter.layout.input_size)
+    pixels, _, _ = read_images(images, prompter.preprocessing, prompter.num_channels, prompter.layout.image_size)
     return pixels.float() / 255
 
 

@@ -170,6 +170,16 @@ def test_damaged_weights_are_refused(damage, loader, pixel_values, tmp_path):
     assert type(caught.value).__name__ in ("ValueError", "RuntimeError", "SafetensorError", "OSError")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [("ViTModel", {}), ("DeiTForImageClassification", {}), ("ViTForImageClassification", {"hidden_size": 16})],
+)
+def test_an_adapter_made_for_another_model_is_refused(architecture, sizes, tmp_path):
+    adapter, _ = save(tmp_path)
+    with pytest.raises((ValueError, RuntimeError), match="embeddings"):
+        PeftModel.from_pretrained(tiny_vit(architecture, **sizes), adapter)
+
+
 @pytest.mark.parametrize("config_class", [PGNConfig, PeftConfig])
 def test_a_configuration_loads_without_weights(config_class, tmp_path):
     adapter, model = save(tmp_path)

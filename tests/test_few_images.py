@@ -20,7 +20,7 @@ def test_few_images_of_each_class_are_chosen_by_the_seed():
     assert labels[few].tolist() != sorted(labels[few].tolist())  # in random order
 
 
-@pytest.mark.parametrize("number", [1, 4, 8])
+@pytest.mark.parametrize("number", [1, 8])
 def test_as_many_shapes_are_drawn_as_the_class_says(number):
     for seed in range(20):
         image = np.asarray(far_domains.draw_shapes(number, random.Random(seed))).astype(int)

@@ -74,7 +74,6 @@ def test_folders_of_splits_are_recognised(names, tmp_path, capsys):
     [
         (["train/cat", "train/dog", "unlabeled"], "'train' looks like a split, and 'unlabeled' beside it does not"),
         (["train/cat", "train/dog", "test"], "'train' looks like a split, and 'test/0.png' has no class then"),
-        (["train/cat", "test/cat", "train/stray.png"], "and 'train/stray.png' has no class then"),
         (["val/cat", "test/cat"], "there is no 'train' beside test, val"),
         (["train/cat", "val/cat", "dev/cat"], "several folders for one split: dev, train, val"),
         (["0.png"], "There are 1 images, in no subfolder. Put the images of each class"),
@@ -312,7 +311,7 @@ def test_training_images_are_augmented_each_time_and_others_never(tmp_path):
     assert pickle.loads(pickle.dumps(splits["train"]))[0]["pixel_values"].shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("number", [2, 9, 10, 31])
+@pytest.mark.parametrize("number", [2, 31])
 def test_any_number_of_images_has_the_same_share_of_each_class(number):
     rows = numbered().filter(lambda row, place: row["label"] == 1 or place % 4 == 0, with_indices=True)
     counts = np.bincount(np.array(rows["label"])[image_data.spread(rows, seed=0)[:number]])

@@ -186,10 +186,10 @@ def test_threads_do_not_see_each_others_batches():
 @pytest.mark.parametrize(
     ("arguments", "error", "word"),
     [
-        ({"adapter_names": "latent"}, TypeError, "latent"),
-        ({"adapter_names": ["latent", 3]}, TypeError, "3"),
+        ({"adapter_names": "latent"}, ValueError, "latent"),
+        ({"adapter_names": ["latent", 3]}, ValueError, "3"),
         ({"adapter_names": ["latent", "mroe"]}, ValueError, "mroe"),
-        ({"adapter_names": ["latent"]}, ValueError, "1"),
+        ({"adapter_names": ["latent"]}, ValueError, "2"),
         ({"adapter_names": ["latent"] * 2, "labels": torch.tensor([0, 1])}, ValueError, "labels"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 mpl.use("Agg")
 
+pytestmark = pytest.mark.slow
 NOTEBOOKS = Path(__file__).parents[1] / "examples/notebooks"
 
 
@@ -30,14 +31,12 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.slow
 def test_fine_tuning_on_a_folder(run):
     names = run("fine_tune_on_a_folder.ipynb")
     assert names["test_accuracy"] > 0.9  # guessing gives 0.33
     assert names["answer"][0]["label"] == names["names"][names["test"][0]["label"]]
 
 
-@pytest.mark.slow
 def test_adapting_a_model_behind_an_api(run):
     accuracy = run("adapt_a_model_behind_an_api.ipynb")["accuracy"]
     assert accuracy["prompted"] > 0.9  # guessing gives 0.33

@@ -108,7 +108,6 @@ def test_two_adapters_in_pixel_space_at_once_are_refused(pixel_values):
     [
         ({"image_mean": None}, ValueError, "image_mean"),
         ({"image_std": [0.2, 0.0, 0.2]}, ValueError, "image_std"),
-        ({"image_mean": [float("nan")] * 3}, ValueError, "image_mean"),
         ({"image_mean": 0.5}, TypeError, "image_mean"),
         ({"image_mean": [0.5], "image_std": [0.5]}, ValueError, "3"),
         ({"static_prompts": True}, ValueError, "static_prompts"),

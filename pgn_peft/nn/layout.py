@@ -83,6 +83,13 @@ def make_layout(
             f"`image_size` to a multiple of {patch_size}."
         )
     rows, columns = image_size[0] // patch_size, image_size[1] // patch_size
+    if name == "additive":
+        if num_virtual_tokens not in (None, rows * columns):
+            raise ValueError(
+                f"Images of {rows} x {columns} patches have {rows * columns} prompts in pixel space, one for each. "
+                "Leave `num_virtual_tokens` out."
+            )
+        return PromptLayout(name, patch_size, (rows, columns), (rows, columns))
     options = {
         (rows + down) * (columns + right) - rows * columns: (rows + down, columns + right)
         # Most even last, which replaces the others; among equals, more rows.
@@ -92,14 +99,12 @@ def make_layout(
         )
         if down or right
     }
-    if name == "additive":
-        options = {rows * columns: (rows, columns)}
-    number = (rows * columns if name == "additive" else columns) if num_virtual_tokens is None else num_virtual_tokens
+    number = columns if num_virtual_tokens is None else num_virtual_tokens
     if number not in options:
         nearest = sorted(sorted(options, key=lambda count: abs(count - number))[:5])
         raise ValueError(
             f"{number} prompts do not fill whole rows and columns of patches ({rows} x {columns} patches of "
-            f"{patch_size} pixels). Set `num_virtual_tokens` to {' or '.join(map(str, nearest))}."
+            f"{patch_size} pixels). Set `num_virtual_tokens` to one of {', '.join(map(str, nearest))}."
         )
     return PromptLayout(name, patch_size, options[number], (rows, columns))
 

@@ -8,6 +8,7 @@ import functools
 import inspect
 import textwrap
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -237,9 +238,11 @@ class PGNConfig(PeftConfig):
         if self.id2label is not None:
             self.id2label = normalize_id2label(self.id2label)
         for name in ("label_mapping", "image_mean", "image_std"):
-            kind = int if name == "label_mapping" else float
-            if getattr(self, name) is not None:
-                setattr(self, name, [kind(value) for value in getattr(self, name)])
+            kind, values = int if name == "label_mapping" else float, getattr(self, name)
+            if values is not None and (isinstance(values, (str, Mapping)) or not isinstance(values, Iterable)):
+                raise TypeError(f"`{name}` is {values!r}. It must be a list of numbers.")
+            if values is not None:
+                setattr(self, name, [kind(value) for value in values])
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json; see `PeftConfig.save_pretrained`.

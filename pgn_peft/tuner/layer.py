@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -172,9 +172,10 @@ class PGNLayer(PromptedLayer):
 
     def _embed(self, names: list[str], pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Compute tokens (B, N, D) and the prompts (B, P, D) to append to them."""
+        check_together(names, self.configs)
         adapters = [self.adapter(name) for name in names]
         images = pixel_values
-        for adapter in adapters:  # one in pixel space at most: `PGNModel.set_adapter`
+        for adapter in adapters:
             images = adapter.images(images)
         tokens = self.base_layer(images, *args, **kwargs)
         if returns_grid(self.base_layer):
@@ -313,6 +314,21 @@ class PGNBlock(PromptedLayer):
         if waiting:
             tokens = torch.cat([tokens, later], dim=1)
         return (tokens, *others) if isinstance(output, tuple) else tokens
+
+
+def check_together(adapter_names: Sequence[str], configs: Mapping[str, PGNConfig]) -> None:
+    """Refuse adapters that cannot be active at the same time.
+
+    Raises:
+        ValueError: more than one is in pixel space, or one of several has prompts in several layers.
+    """
+    active = [configs[name] for name in adapter_names]
+    in_pixels = [config for config in active if config.prompt_space == "pixel"]
+    if len(in_pixels) > 1 or (len(active) > 1 and any(config.prompt_depth != 1 for config in active)):
+        raise ValueError(
+            f"The adapters {', '.join(adapter_names)} cannot be active together: at most one can be in pixel space, "
+            "and one with prompts in several layers must be active alone."
+        )
 
 
 def check_pixel_values(pixel_values: Any, num_channels: int, image_size: tuple[int, int] | None) -> None:

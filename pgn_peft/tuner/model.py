@@ -17,7 +17,7 @@ from pgn_peft.tuner.backbones import HEAD, Backbone, find_backbone, find_layers
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.head import PGNHead, find_head
 from pgn_peft.tuner.headless import append_prompts, make_classifier, restore_class, restore_model
-from pgn_peft.tuner.layer import PGNBlock, PGNLayer
+from pgn_peft.tuner.layer import PGNBlock, PGNLayer, check_together
 from pgn_peft.tuner.mixed_batch import BASE, join_passes, running_batch, split_batch
 from pgn_peft.tuner.prompts import describe_modules
 from pgn_peft.tuner.resolve import resolve
@@ -177,14 +177,7 @@ class PGNModel(BaseTuner):
             raise ValueError(
                 f"No adapter is called {unknown[0]!r}. There are {', '.join(self.peft_config) or 'none'}."
             )
-        configs = [cast(PGNConfig, self.peft_config[name]) for name in names]
-        in_pixels = [config for config in configs if config.prompt_space == "pixel"]
-        deep = [config for config in configs if config.prompt_depth != 1]
-        if len(in_pixels) > 1 or (deep and len(configs) > 1):
-            raise ValueError(
-                f"The adapters {', '.join(names)} cannot be active together: at most one can be in pixel space, and "
-                "one with prompts in several layers must be active alone."
-            )
+        check_together(names, cast("dict[str, PGNConfig]", self.peft_config))
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:

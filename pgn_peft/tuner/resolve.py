@@ -140,9 +140,7 @@ def _fill_from_backbone(config: PGNConfig, model: nn.Module, backbone: Backbone)
         (jpeg is not None and channels not in (1, 3), f"JPEG has one or three channels, and this model {channels}."),
     ])  # fmt: skip
     config.image_size = size[0]
-    layout = make_layout(
-        not_none(config.prompt_layout), size, config.patch_size, None if in_pixels else config.num_virtual_tokens
-    )
+    layout = make_layout(not_none(config.prompt_layout), size, config.patch_size, config.num_virtual_tokens)
     config.num_virtual_tokens = layout.num_virtual_tokens
 
 
@@ -163,6 +161,8 @@ def _fill_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> Non
     """Set the adapter's labels: those of its config, or else the model's own."""
     head = None if backbone.head is None else model.get_submodule(backbone.head)
     model_labels = Labels.of(getattr(model, "config", None))
+    if config.id2label is None and config.num_labels is None and config.label_mapping is not None:
+        config.num_labels = len(config.label_mapping)
     if head is not None:
         base = head.base_labels if isinstance(head, PGNHead) else labels_of(head, getattr(model, "config", None))
         # Users also rename the classes in the model's config, before or instead of here.
@@ -170,8 +170,6 @@ def _fill_labels(config: PGNConfig, model: nn.Module, backbone: Backbone) -> Non
         if config.id2label is None and config.num_labels in (None, len(shown.id2label)):
             config.id2label = shown.id2label or None
             config.problem_type = config.problem_type or shown.problem_type
-    if config.id2label is None and config.num_labels is None and config.label_mapping is not None:
-        config.num_labels = len(config.label_mapping)
     if config.id2label is None and config.num_labels is not None:
         config.id2label = number_labels(config.num_labels)
     if config.id2label is not None:
@@ -193,7 +191,7 @@ def _label_rules(config: PGNConfig, model: nn.Module, backbone: Backbone) -> lis
          f"head='text' needs a model whose features are compared with texts, and a {name} has none. Load the "
          f"checkpoint as {', '.join(with_texts)}."),
         (config.head == "text" and number is None, "head='text' needs the classes: id2label=dict(enumerate(names))."),
-        (head is not None and number is None, f"This {name} has no labels. Give PGNConfig(id2label=...)."),
+        (head is not None and number is None, f"This {name} has no labels. Give `id2label` or `num_labels`."),
         (head is not None and not isinstance(plain_head, (nn.Linear, nn.Identity)),
          f"The head {backbone.head!r} is a {type(plain_head).__name__}, and PGN replaces linear heads only."),
         (head is None and number is not None and backbone.read is None,

@@ -84,7 +84,7 @@ class PGNTunerLayer(nn.Module, BaseTunerLayer):
         if module is None:
             return
         weight = next(self.reference_module.parameters(), None)
-        if weight is not None and not any(tensor.is_meta for tensor in (weight, *module.parameters())):
+        if weight is not None and not any(parameter.is_meta for parameter in module.parameters()):
             module.to(weight.device)
         modules[adapter_name] = module.train(self.base_layer.training)
 
