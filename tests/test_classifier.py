@@ -230,7 +230,7 @@ def test_what_cannot_be_saved_is_refused(model, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_other_adapters_are_refused_in_words(base, saved, tmp_path):
+def test_other_adapters_are_refused_in_words(base, tmp_path):
     lora = get_peft_model(ViTForImageClassification.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="is an adapter of another method"):
@@ -239,10 +239,6 @@ def test_other_adapters_are_refused_in_words(base, saved, tmp_path):
     get_peft_model(vit, tiny_config()).save_pretrained(tmp_path / "features")
     with pytest.raises(ValueError, match="has no labels and answers with features"):
         load_classifier(tmp_path / "features")
-    for text in ("[]", "{", '"PGN"'):
-        (saved / "adapter_config.json").write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="`(adapter_config.json|peft_type)` must be"):
-            load_classifier(saved)
 
 
 # Adapters that are not trusted.

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROCESSOR_FILE = "preprocessor_config.json"
-PROCESSOR_FILES = (PROCESSOR_FILE, "processor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # All that is downloaded. Pickles and Python files, which can run code, are not.
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 BASE_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *PROCESSOR_FILES)
@@ -226,25 +225,23 @@ def load_classifier(
     patterns = [Path(subfolder or "", file).as_posix() for file in ADAPTER_FILES]
     folder = find_folder(pretrained_model_name_or_path, patterns, revision=revision, **options) / (subfolder or "")
     config = _read_config(folder, name)
-
-    base, base_revision = base_model_name_or_path, None
-    if base is None:
-        base, base_revision = config.base_model_name_or_path, config.revision
+    base = str(base_model_name_or_path or config.base_model_name_or_path)
+    base_revision = config.revision if base_model_name_or_path is None else None
     try:
-        base_folder = find_folder(str(base), BASE_FILES, revision=base_revision, **options)
+        base_folder = find_folder(base, BASE_FILES, revision=base_revision, **options)
     except OSError as error:
         raise OSError(
             f"{error} {name!r} was made for this base model: where it has been moved, pass its place, "
             "load_classifier(..., base_model_name_or_path=...)."
         ) from error
-    model = _load_base(base_folder, str(base), config, device_map, dtype)
+    model = _load_base(base_folder, base, config, device_map, dtype)
     model.load_adapter(str(folder), use_safetensors=True)
     # In a folder with both files Transformers prefers the second, which an earlier save of a CLIP processor can have
     # left there (huggingface/transformers#42085); `save_pretrained` writes the first.
-    source = folder / PROCESSOR_FILE if folder.joinpath(PROCESSOR_FILE).is_file() else folder
-    if not any(folder.joinpath(file).is_file() for file in PROCESSOR_FILES):
+    files = [folder / file for file in PROCESSOR_FILES if folder.joinpath(file).is_file()]
+    if not files:
         logger.warning("%s has no image processor of its own; taking that of its base model, %s", name, base)
-        source = base_folder
+    source = files[0] if files else base_folder
     image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     interpolate_if_needed(model, image_processor)
     return Classifier(model, image_processor)
@@ -276,13 +273,12 @@ def _load_base(
             f"The base model {name!r} is an adapter, or lacks config.json or weights in safetensors. Pass a model "
             "without adapters; pickled weights are not read, because they can run code: convert them first."
         )
-    made_for = (config.auto_mapping or {}).get("base_model_class")
+    made_for = (config.auto_mapping or {}).get("base_model_class") or ""
+    backbone = SUPPORTED.get(made_for)
     # From our own table of names: importing a module that a file names could run untrusted code.
-    model_class: Any = getattr(transformers, made_for) if made_for in SUPPORTED else AutoModelForImageClassification
-    automatic = model_class is AutoModelForImageClassification
-    options = {"trust_remote_code": False} if automatic else {}
-    # A tower's own configuration, where the base has two.
-    base_config = (AutoConfig if automatic else model_class.config_class).from_pretrained(folder, **options)
+    model_class: Any = AutoModelForImageClassification if backbone is None else getattr(transformers, made_for)
+    config_class: Any = AutoConfig if backbone is None else model_class.config_class  # of a tower, where there are two
+    base_config = config_class.from_pretrained(folder, trust_remote_code=False)
     base_config._attn_implementation = None  # a file could name a kernel on the Hub, which is code
     model, found = model_class.from_pretrained(
         folder,
@@ -291,9 +287,8 @@ def _load_base(
         device_map=device_map,
         dtype=dtype,
         output_loading_info=True,
-        **options,
+        trust_remote_code=False,
     )
-    backbone = SUPPORTED.get(made_for or "")
     if backbone is not None:
         # The base may lack the head that the adapter brings, and the pooler of a ViT, which no classifier reads.
         unread = None if config.head == "frozen" else backbone.head

@@ -33,11 +33,7 @@ LARGEST_SIZE = 2**28
 
 
 def write_files(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files into a folder, which is made.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """Write both files into a folder, which is made."""
     with replacing(folder) as staged:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged / WEIGHTS_FILE)
         staged.joinpath(CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")

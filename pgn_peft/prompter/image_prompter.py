@@ -164,8 +164,8 @@ class ImagePrompter(nn.Module):
             The same kind, one or several: upright, resized and cropped as the model's image processor does it.
         """
         pixels, kind, single = read_images(images, self.preprocessing, self.num_channels, self.layout.image_size)
-        answers = to_images(pixels, kind)
-        return answers[0] if single else answers
+        plain = to_images(pixels, kind)
+        return plain[0] if single else plain
 
     def _check_in_range(self) -> None:
         if not self.in_range:
@@ -199,16 +199,15 @@ class ImagePrompter(nn.Module):
         """
         if self.probe_scores is None:
             raise ValueError("The prompter was made from a model without a classification head: nothing to compare.")
-        labels = list((self.server_labels or {}).values())
-        expected = by_label(zip(labels, self.probe_scores.tolist(), strict=True))
+        names = (self.server_labels or {}).values()
+        expected = by_label(zip(names, self.probe_scores.tolist(), strict=True))
         entries = read_entries(answer)
-        scores = torch.tensor([score for _, score in entries])
-        complete = len(scores) == len(labels)
-        if complete and find_scale([scores.tolist()], complete) == "logits":
-            scores = scores.softmax(0)
-        elif len(scores) and scores.max() > 1:  # percentages; the comparison finds others
-            scores = scores / 100
-        found = by_label(zip([label for label, _ in entries], scores.tolist(), strict=True))
+        scores = [score for _, score in entries]
+        if len(scores) == len(names) and find_scale([scores], complete=True) == "logits":
+            scores = torch.tensor(scores).softmax(0).tolist()
+        elif max(scores, default=0) > 1:  # percentages; the comparison finds others
+            scores = [score / 100 for score in scores]
+        found = by_label(zip([label for label, _ in entries], scores, strict=True))
         # A label that the model does not have differs by more than all of its scores.
         differences = [abs(score - expected.get(label, math.inf)) for label, score in found.items()]
         difference = max(differences, default=math.inf) / max(expected.values())
@@ -237,8 +236,7 @@ class ImagePrompter(nn.Module):
             ValueError: `answer` lacks scores that are needed, or is about other classes.
         """
         entries = read_entries(answer)
-        scores = by_label(entries)
-        names = self.id2label or {}
+        scores, names = by_label(entries), self.id2label or {}
         by_own_head = self.head is not None and scores.keys() <= set(names.values())  # the server has the adapter's
         if self.score_head is not None and not (by_own_head and scores.keys().isdisjoint(self.score_head.labels)):
             probabilities = self.score_head.read_entries(entries).softmax(-1).tolist()

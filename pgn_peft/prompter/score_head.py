@@ -14,7 +14,12 @@ from torch.nn import functional as F
 from pgn_peft.nn.ridge import fit_ridge, held_out
 from pgn_peft.prompter.answers import as_row, find_scale, log_scores, read_entries
 
-KINDS = ("exact", "ridge", "mapping", "one-to-one")
+KINDS = (
+    "exact",  # computed from a trained head and the server's
+    "ridge",  # fitted to answers by ridge regression on log-scores
+    "mapping",  # fitted to answers by Bayesian label mapping
+    "one-to-one",  # one of the server's classes for each of the task's
+)
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,7 @@ class ScoreHeadReport:
     """How a `ScoreHead` was made, and what it needs.
 
     Args:
-        kind: "exact": computed from a trained head and the server's; "ridge": fitted to answers by ridge regression on
-            log-scores; "mapping": Bayesian label mapping, fitted to answers; "one-to-one": one of the server's classes
-            for each of the task's.
+        kind: one of `KINDS`.
         top_k: how many of the best scores it reads; None: the scores of all classes, which all kinds but "one-to-one"
             need then.
         rank: rank of the server's centred head; None if the head was fitted.
@@ -79,16 +82,15 @@ class ScoreHead(nn.Module):
         return centred(scores) @ weight.mT + self.bias.double()
 
     def read(self, answers: Iterable[Iterable[Any]]) -> Tensor:
-        """Compute the task's logits (B, M) of a server's answers, each for one image.
-
-        Raises:
-            TypeError: an answer is not a list of entries with `label` and `score`.
-            ValueError: an answer lacks a score that the head needs.
-        """
+        """Compute the task's logits (B, M) of a server's answers, each for one image; see `read_entries`."""
         return torch.stack([self.read_entries(read_entries(answer)) for answer in answers])
 
     def read_entries(self, entries: Sequence[tuple[str, float]]) -> Tensor:
-        """Compute the task's logits (M,) of one answer's labels and scores."""
+        """Compute the task's logits (M,) of one answer's labels and scores.
+
+        Raises:
+            ValueError: the answer lacks a score that the head needs.
+        """
         if self.report.top_k is not None:
             entries = sorted(entries, key=lambda entry: -entry[1])[: self.report.top_k]
         row = as_row(entries, self.labels)
@@ -114,12 +116,7 @@ def centred(scores: Tensor) -> Tensor:
 
 
 def one_to_one_head(label_mapping: Sequence[int], server_labels: Sequence[str]) -> ScoreHead:
-    """Make a head that reads one of the server's classes for each of the task's, and leaves the others out.
-
-    Args:
-        label_mapping: for each of the task's classes the index of the server's; see `frequency_mapping`.
-        server_labels: names of the server's classes.
-    """
+    """Make a head that reads one of the server's classes, an index in `label_mapping`, for each of the task's."""
     weight = torch.zeros(len(label_mapping), len(server_labels))
     weight[torch.arange(len(label_mapping)), torch.tensor(label_mapping)] = 1
     return ScoreHead(weight, torch.zeros(len(weight)), server_labels, ScoreHeadReport("one-to-one"))
@@ -129,7 +126,7 @@ def exact_score_head(
     server_weight: Tensor,
     server_bias: Tensor | None,
     head_weight: Tensor,
-    head_bias: Tensor | None,
+    head_bias: Tensor,
     server_labels: Sequence[str],
 ) -> ScoreHead:
     """Convert a head on features into a head on the scores of a server with the same features.
@@ -142,34 +139,30 @@ def exact_score_head(
         server_weight: (K, D), W.
         server_bias: (K,), b; None: 0.
         head_weight: (M, D), V.
-        head_bias: (M,), c; None: 0.
-        server_labels: names of the K classes. Classes that share a name are left out: an answer does not tell them
-            apart.
+        head_bias: (M,), c.
+        server_labels: names of the K classes. Those that share a name are left out: an answer cannot tell them apart.
 
     Raises:
         ValueError: the server's classes do not determine its features.
     """
-    names = list(server_labels)
-    kept = [index for index, name in enumerate(names) if names.count(name) == 1]
-    weight, head = server_weight.detach().double().cpu()[kept], head_weight.detach().double().cpu()
-    width = weight.shape[1]
-    weight = weight - weight.mean(dim=0) if kept else weight
+    kept = [index for index, name in enumerate(server_labels) if server_labels.count(name) == 1]
+    weight, head, bias = (part.detach().double().cpu() for part in (server_weight, head_weight, head_bias))
+    weight = weight[kept] - weight[kept].mean(dim=0)
     left, singular, right = torch.linalg.svd(weight, full_matrices=False)
     # The weights were trained in float32: what is smaller than its rounding is noise.
-    rank = int((singular > singular.amax() * max(weight.shape) * 2**-24).sum()) if kept else 0
-    if rank < width:
+    rank = int((singular > singular[:1] * max(weight.shape) * 2**-24).sum())
+    if rank < weight.shape[1]:
         raise ValueError(
-            f"The {width} features of the server cannot be computed from the scores of {len(kept)} classes, whose "
-            f"centred weights have rank {rank}. Fit a head to the server's answers: prompter.fit_answers(answers, "
-            "labels)."
+            f"The {weight.shape[1]} features of the server cannot be computed from the scores of {len(kept)} classes, "
+            f"whose centred weights have rank {rank}. Fit a head to the server's answers: "
+            "prompter.fit_answers(answers, labels)."
         )
     mapped = head @ (right.mT / singular) @ left.mT  # V pinv(Wc), (M, K')
-    bias = torch.zeros(len(head)).double() if head_bias is None else head_bias.detach().double().cpu()
     if server_bias is not None:
         own = server_bias.detach().double().cpu()[kept]
         bias = bias - mapped @ (own - own.mean())
     report = ScoreHeadReport("exact", rank=rank, condition_number=float(singular[0] / singular[-1]))
-    return ScoreHead(mapped, bias, [names[index] for index in kept], report)
+    return ScoreHead(mapped, bias, [server_labels[index] for index in kept], report)
 
 
 class EmbeddingHead(nn.Linear):
@@ -181,10 +174,10 @@ class EmbeddingHead(nn.Linear):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
-        """Make a head with a weight (M, D) and a bias (M,), on the CPU in float32."""
+        """Make a head with a weight (M, D) and a bias (M,), None: 0, on the CPU in float32."""
         head = cls(weight.shape[1], weight.shape[0])
-        zeros = torch.zeros(len(weight))
-        head.load_state_dict({"weight": weight.detach().cpu(), "bias": zeros if bias is None else bias.detach().cpu()})
+        bias = torch.zeros(len(weight)) if bias is None else bias
+        head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
         return head.requires_grad_(False).eval()
 
 
@@ -221,16 +214,13 @@ def fit_to_answers(answers: Iterable[Iterable[Any]], labels: Sequence[int] | Ten
     return max(heads, key=lambda head: head.report.accuracy or 0.0)
 
 
-def fit_label_mapping(
-    probabilities: Tensor, labels: Tensor, num_labels: int, smoothing: float = 1.0
-) -> tuple[Tensor, float]:
+def fit_label_mapping(probabilities: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, float]:
     """Fit a Bayesian label mapping: a score of the task's class is the weighted sum of all scores.
 
     Args:
         probabilities: (N, K), 0 where an answer has no score.
         labels: (N,) 0..M-1.
         num_labels: M.
-        smoothing: added to the sum of each of the server's classes, so that rare ones weigh less.
 
     Returns:
         The weights (M, K), rows of which sum to 1, and the cross-validated accuracy.
@@ -242,7 +232,8 @@ def fit_label_mapping(
 
     def weigh(rows: Tensor) -> Tensor:
         summed = one_hot[rows].mT @ probabilities[rows]  # (M, K)
-        conditional = summed / (summed.sum(dim=0) + smoothing).clamp(min=1e-30)  # P(task's class | server's class)
+        # P(task's class | server's class); the 1 makes rare ones weigh less.
+        conditional = summed / (summed.sum(dim=0) + 1)
         return conditional / conditional.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
     predicted = held_out(lambda rows, rest: probabilities[rest] @ weigh(rows).mT, labels)
@@ -293,16 +284,10 @@ def frequency_mapping(
 
 
 def check_classes(labels: Sequence[int] | Tensor, number: int, num_labels: int, fewest: int = 2) -> Tensor:
-    """Return class indices as a tensor (N,), if they suit N images and each class has some of them.
-
-    Args:
-        labels: the images' classes.
-        number: N.
-        num_labels: number of classes, M.
-        fewest: images that each class must have.
+    """Return the classes of `number` images as a tensor (N,).
 
     Raises:
-        ValueError: they do not.
+        ValueError: there are more or fewer, a class is not one of 0..`num_labels`-1, or has less than `fewest` images.
     """
     classes = torch.as_tensor(labels).long().cpu()
     counts = classes[(classes >= 0) & (classes < num_labels)].bincount(minlength=num_labels)

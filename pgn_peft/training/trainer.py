@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
 from peft import PeftModel
-from torch import distributed, nn
+from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
@@ -102,20 +101,21 @@ class AdapterTrainer(Trainer):
         if self.optimizer is not None:
             # Trainer reports its own default instead.
             hyperparameters["optimizer"] = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
-        facts = dataclasses.replace(
+        measured: dict[str, Any] = {}
+        if not given.metrics and given.dataset is not None and log:
+            metrics = {
+                name: value
+                for name, value in log[-1].items()
+                if not name.endswith(("epoch", "step", "loss"))
+                if isinstance(value, (int, float)) and math.isfinite(value)
+            }
+            measured = {"metrics": metrics, "split": "validation"}
+        return dataclasses.replace(
             given,
             hyperparameters=given.hyperparameters or hyperparameters,
             training_log=given.training_log or log,
+            **measured,
         )
-        if given.metrics or given.dataset is None or not log:
-            return facts
-        metrics = {
-            name: value
-            for name, value in log[-1].items()
-            if name not in ("epoch", "step") and not name.endswith("loss")
-            if isinstance(value, (int, float)) and math.isfinite(value)
-        }
-        return dataclasses.replace(facts, metrics=metrics, split="validation")
 
     def create_model_card(self, model_name: str | None = None) -> None:  # type: ignore[override]  # rest: `facts`
         """Write the adapter's card into the output folder, where `Trainer` would write its own."""
@@ -180,14 +180,10 @@ def _list_evaluations(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str
     training_loss: Any = "-"
     for entry in log_history:
         training_loss = entry.get("loss", training_loss)
-        found = {
-            name.removeprefix("eval_"): value
-            for name, value in entry.items()
-            if name.startswith("eval_") and not name.endswith(DURATIONS)
-        }
-        if found:
-            start = {"epoch": entry.get("epoch"), "step": entry["step"], "training_loss": training_loss}
-            rows.setdefault(entry["step"], start).update(found)
+        for name, value in entry.items():
+            if name.startswith("eval_") and not name.endswith(DURATIONS):
+                start = {"epoch": entry.get("epoch"), "step": entry["step"], "training_loss": training_loss}
+                rows.setdefault(entry["step"], start)[name.removeprefix("eval_")] = value
     return list(rows.values())
 
 
@@ -200,24 +196,15 @@ class SyncBatchNormCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Broadcast before an evaluation or a checkpoint in the middle of an epoch."""
-        if control.should_evaluate or control.should_save or control.should_training_stop:
-            _broadcast_buffers(kwargs["model"])
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Broadcast before an evaluation or a checkpoint at the end of an epoch."""
-        _broadcast_buffers(kwargs["model"])
-
-
-def _broadcast_buffers(model: nn.Module) -> None:
-    if distributed.is_available() and distributed.is_initialized():
-        for layer in model.modules():
-            if isinstance(layer, PGNTunerLayer):
-                for container in layer.adapter_layer_names:
+        """Broadcast the buffers of adapters before an evaluation or a checkpoint."""
+        is_read = control.should_evaluate or control.should_save or control.should_training_stop
+        if is_read and distributed.is_available() and distributed.is_initialized():
+            for layer in kwargs["model"].modules():
+                for container in layer.adapter_layer_names if isinstance(layer, PGNTunerLayer) else ():
                     for buffer in getattr(layer, container).buffers():
                         distributed.broadcast(buffer, src=0)
+
+    on_epoch_end = on_step_end
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -229,7 +216,6 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     Returns:
         The folder, or None if there is no complete one.
     """
-    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    folders = [file.parent for file in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
-    steps = {int(match[1]): folder for folder in folders if (match := pattern.fullmatch(folder.name))}
-    return steps[max(steps)] if steps else None
+    folders = (file.parent for file in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json"))
+    numbered = [folder for folder in folders if folder.name.rpartition("-")[2].isdecimal()]
+    return max(numbered, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)

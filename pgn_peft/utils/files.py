@@ -25,9 +25,9 @@ def find_folder(
     Args:
         name_or_path: a folder, or the id of a repository.
         files: patterns of the names of the files to download.
-        revision: branch, tag or commit of the repository.
-        token: for private repositories; None: the token of `hf auth login`.
-        cache_dir: where downloads are kept; None: the Hub's cache.
+        revision: branch, tag or commit of the repository; this and the rest as for `snapshot_download`.
+        token: for private repositories.
+        cache_dir: where downloads are kept.
         local_files_only: look into the cache only.
 
     Raises:
