@@ -99,7 +99,6 @@ def make_prompter(
 
 
 def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, model: nn.Module, in_range: bool) -> None:
-    """Refuse an adapter that cannot become pixels, or another image processor than that of its training."""
     latent = config.prompt_space == "latent"
     averages = any(isinstance(part, PGNBlock) and part.ends for part in model.modules())
     size, trained_size = preprocessing.output_size, (config.image_size,) * 2
@@ -158,7 +157,7 @@ def invert(
         embeddings: the frozen backbone's embeddings.
         tokens: (1, L, D), a library for all slots; or (P, 1, D), one token for each slot.
         layout: where the prompts go.
-        preprocessing: with the mean and standard deviation that the image processor normalises by.
+        preprocessing: with the mean and standard deviation that images are normalised by.
         in_range: find pixels of valid images, with an error, instead of the exact ones, which lie far outside. Each
             slot then has a library of its own, and the image is not changed: its patches keep the small shift of the
             interpolated position embeddings. Only for coefficients that sum to 1.
@@ -179,11 +178,10 @@ def invert(
         slots = slots - static_prompts.detach().to(slots)
     targets = (tokens - slots[:, None]).flatten(0, 1)  # (P * L, D): the projection's target in each slot
     if inverse.rank < tokens.shape[-1]:
-        lost = (targets - (targets @ inverse.left) @ inverse.left.mT).norm(dim=-1) / targets.norm(dim=-1)
         raise ValueError(
             f"The backbone's patch projection has rank {inverse.rank} ({inverse.weight.shape[1]} values per patch), "
-            f"less than its width {tokens.shape[-1]}: up to {lost.max().item():.0%} of a prompt cannot be reached by "
-            "pixels. Train an adapter with prompt_space='pixel'."
+            f"less than its width {tokens.shape[-1]}: pixels cannot reach all of a prompt. Train an adapter with "
+            "prompt_space='pixel'."
         )
     std = torch.tensor(preprocessing.image_std, dtype=torch.float64, device=tokens.device)[:, None, None]
     if in_range:

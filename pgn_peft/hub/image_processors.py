@@ -65,10 +65,6 @@ def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
 
     A pipeline has no option for that. Can be called again.
 
-    Args:
-        model: a Transformers model with a PGN adapter.
-        image_processor: its image processor.
-
     Raises:
         ValueError: the model takes one size only, and the processor makes another.
     """

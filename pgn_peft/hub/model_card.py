@@ -80,9 +80,6 @@ def make_card(model: nn.Module, name: str, facts: ModelCardInfo, *, interpolate:
         name: id of the adapter's repository, or its folder.
         facts: what model and adapter do not show.
         interpolate: the adapter's images have another size than the base's.
-
-    Raises:
-        TypeError: the model carries no PGN adapter.
     """
     adapter_name, config = active_adapter(model)
     columns = list(facts.training_log[0]) if facts.training_log else []

@@ -24,13 +24,13 @@ STALE_FILE = "processor_config.json"
 def save(
     model: nn.Module, image_processor: Any, folder: Path, facts: ModelCardInfo, name: str | None = None
 ) -> list[str]:
-    """Write an adapter's files, and delete an image processor of an earlier save that ours does not replace.
+    """Write the files of the active adapter, and delete `STALE_FILE`; see `Classifier.save_pretrained`.
 
     Args:
         model: a model with an active PGN adapter.
-        image_processor: the adapter's image processor.
-        folder: where to write. Other files there are left alone.
-        facts: facts for the card.
+        image_processor: the adapter's.
+        folder: where to write.
+        facts: for the card.
         name: the id that the card's examples load; None: the folder's name.
 
     Returns:
@@ -62,11 +62,7 @@ def describe(
 
 
 def check_shareable(model: nn.Module, repo_id: str) -> None:
-    """Refuse, before anything is written, what would be of no use to others.
-
-    Raises:
-        ValueError: `repo_id` is not a valid id, or the base model is a folder.
-    """
+    """Raise ValueError, before anything is written, if `repo_id` is not a valid id or the base model is a folder."""
     # With the owner, because the card tells others what to load.
     if not is_repo_id(repo_id) or "/" not in repo_id:
         raise ValueError(f"{repo_id!r} is not the id of a repository. Name its owner too: 'user/name'.")

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCALES = ("softmax", "sigmoid", "logits", "percent")
-
 
 def read_entries(answer: Iterable[Any]) -> list[tuple[str, float]]:
     """Return the labels and scores in an answer. Two classes of a server can have the same label.
@@ -85,7 +83,7 @@ def log_scores(scores: Tensor, scale: str) -> Tensor:
 
     Args:
         scores: (N, K), NaN where a score is missing.
-        scale: one of `SCALES`.
+        scale: see `find_scale`.
 
     Returns:
         (N, K) float64, NaN where a score is missing. A score of 0 was rounded or underflowed; it counts as half of the

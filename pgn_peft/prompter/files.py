@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.layout import PromptLayout, make_layout
 from pgn_peft.nn.preprocessing import Preprocessing
-from pgn_peft.prompter.answers import SCALES
-from pgn_peft.prompter.score_head import KINDS, EmbeddingHead, ScoreHead, ScoreHeadReport, one_to_one_head
+from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead, ScoreHeadReport, one_to_one_head
 from pgn_peft.utils.files import compare_tensors, replacing
 from pgn_peft.utils.labels import normalize_id2label
 
@@ -39,44 +37,36 @@ def write_files(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str,
         staged.joinpath(CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """Make the arguments of `ImagePrompter` from prompter_config.json; the other file's tensors are meta.
-
-    Raises:
-        OSError: the file is missing.
-        ValueError: the file cannot be read, or asks for images of an absurd size.
-    """
-    content = file.read_bytes()
-    try:
-        with torch.device("meta"):
-            return _read_settings(json.loads(content))
-    except Exception as error:  # an untrusted file can have any structure
-        raise ValueError(
-            f"{file} cannot be read ({type(error).__name__}: {error}). Save or fetch the prompter again."
-        ) from error
-
-
-def read_tensors(file: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read the tensors that the configuration declares, and convert them to the expected dtypes.
+def read_files(folder: Path, make: Callable[..., nn.Module]) -> nn.Module:
+    """Read both files of a folder.
 
     Args:
-        file: prompter.safetensors.
-        expected: tensors of the same names and shapes; on the meta device if the file has to have them.
+        folder: untrusted files. No memory is taken for tensors that they only announce.
+        make: `ImagePrompter`.
 
     Raises:
-        ValueError: the file is damaged, or holds other tensors.
+        OSError: a file is missing.
+        ValueError: a file is damaged, does not fit the other one, or asks for images of an absurd size.
     """
-    _check_size(sum(tensor.numel() for tensor in expected.values()))
     try:
-        tensors = {name: tensor for name, tensor in expected.items() if not tensor.is_meta} | load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read ({error}). Save or fetch the prompter again.") from error
-    for name in expected:
-        # BatchNorm counts training steps there. Tools convert and average it with the weights; nothing reads it.
-        if name.endswith(".num_batches_tracked"):
-            tensors[name] = torch.zeros_like(expected[name], device="cpu")
-    compare_tensors(expected, tensors, str(file))
-    return {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+        with torch.device("meta"):
+            prompter = make(**_read_settings(json.loads(folder.joinpath(CONFIG_FILE).read_bytes())))
+        expected = prompter.state_dict()
+        _check_size(sum(tensor.numel() for tensor in expected.values()))
+        tensors = {name: tensor for name, tensor in expected.items() if not tensor.is_meta}
+        tensors |= load_file(folder / WEIGHTS_FILE)
+        for name in expected:
+            # BatchNorm counts training steps there. Tools convert and average it with the weights; nothing reads it.
+            if name.endswith(".num_batches_tracked"):
+                tensors[name] = torch.zeros_like(expected[name], device="cpu")
+        compare_tensors(expected, tensors, WEIGHTS_FILE)
+        converted = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+        prompter.load_state_dict(converted, assign=True)
+    except OSError:
+        raise
+    except Exception as error:  # an untrusted file can have any structure
+        raise ValueError(f"The prompter in {folder} cannot be read ({type(error).__name__}: {error}).") from error
+    return prompter.requires_grad_(False).eval()
 
 
 def _check_size(number: int) -> None:
@@ -150,7 +140,5 @@ def _read_score_head(settings: dict[str, Any], num_labels: int, server_labels: l
         with torch.device("cpu"):  # files of earlier versions have no tensors of it
             return one_to_one_head(settings["label_mapping"], server_labels)
     report = ScoreHeadReport(**{field.name: described[field.name] for field in dataclasses.fields(ScoreHeadReport)})
-    if report.kind not in KINDS or described["scale"] not in (None, *SCALES):
-        raise ValueError(f"kind {report.kind!r} or scale {described['scale']!r} is unknown")
-    labels = list(map(str, described["labels"]))
+    labels = described["labels"]
     return ScoreHead(torch.empty(num_labels, len(labels)), torch.empty(num_labels), labels, report, described["scale"])

@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -154,7 +154,7 @@ class ImagePrompter(nn.Module):
         self._check_in_range()
         pixels, kind, single = read_images(images, self.preprocessing, self.num_channels, self.layout.image_size)
         pixels = to_8_bit(self.prompted(pixels.to(self.library.device).float() / 255))
-        answers = to_images(F.pad(pixels, self._margins), kind)
+        answers = to_images(self._add_margins(pixels), kind)
         return answers[0] if single else answers
 
     def unprompted(self, images: Any) -> Any:
@@ -174,10 +174,9 @@ class ImagePrompter(nn.Module):
                 "a model that takes tensors, or make the prompter with in_range=True."
             )
 
-    @property
-    def _margins(self) -> tuple[int, int, int, int]:
-        """The margins that the server's processor cuts off. Images with appended rows bypass the processor."""
-        return self.preprocessing.margins if self.layout.name == files.ADDITIVE else (0, 0, 0, 0)
+    def _add_margins(self, pixels: Tensor) -> Tensor:
+        """Add the margins that the server's processor cuts off. Images with appended rows bypass the processor."""
+        return F.pad(pixels, self.preprocessing.margins) if self.layout.name == files.ADDITIVE else pixels
 
     # Reading answers.
 
@@ -185,7 +184,7 @@ class ImagePrompter(nn.Module):
         """Return an image of noise to send to a server once, for `check_server`."""
         shape = (1, self.num_channels, *self.layout.size)
         noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        return to_images(F.pad(noise, self._margins), Image.Image)[0]
+        return to_images(self._add_margins(noise), Image.Image)[0]
 
     def check_server(self, answer: Iterable[Any]) -> float:
         """Check by a server's answer to `probe()` that images reach its model unchanged.
@@ -367,10 +366,7 @@ class ImagePrompter(nn.Module):
         """
         wanted = (files.CONFIG_FILE, files.WEIGHTS_FILE)
         folder = find_folder(pretrained_model_name_or_path, wanted, revision=revision, token=token)
-        prompter = cls(**files.read_config(folder / files.CONFIG_FILE))
-        tensors = files.read_tensors(folder / files.WEIGHTS_FILE, prompter.state_dict())
-        prompter.load_state_dict(tensors, assign=True)
-        return prompter.requires_grad_(False).eval()
+        return cast(ImagePrompter, files.read_files(folder, cls))
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
         """Publish files and card on the Hub in one commit (with `huggingface_hub` installed).

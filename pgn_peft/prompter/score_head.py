@@ -14,20 +14,15 @@ from torch.nn import functional as F
 from pgn_peft.nn.ridge import fit_ridge, held_out
 from pgn_peft.prompter.answers import as_row, find_scale, log_scores, read_entries
 
-KINDS = (
-    "exact",  # computed from a trained head and the server's
-    "ridge",  # fitted to answers by ridge regression on log-scores
-    "mapping",  # fitted to answers by Bayesian label mapping
-    "one-to-one",  # one of the server's classes for each of the task's
-)
-
 
 @dataclass(frozen=True)
 class ScoreHeadReport:
     """How a `ScoreHead` was made, and what it needs.
 
     Args:
-        kind: one of `KINDS`.
+        kind: "exact": computed from a trained head and the server's; "ridge": fitted to answers by ridge regression on
+            log-scores; "mapping": Bayesian label mapping, fitted to answers; "one-to-one": one of the server's classes
+            for each of the task's.
         top_k: how many of the best scores it reads; None: the scores of all classes, which all kinds but "one-to-one"
             need then.
         rank: rank of the server's centred head; None if the head was fitted.
@@ -50,7 +45,7 @@ class ScoreHead(nn.Module):
         bias: (M,); not used by a mapping.
         labels: the K names of the server's classes that are read.
         report: how it was made. `kind` and `top_k` decide what `forward` does.
-        scale: what the server's scores are, one of `SCALES`; None: found out for each answer.
+        scale: what the server's scores are, see `find_scale`; None: found out for each answer.
     """
 
     weight: Tensor

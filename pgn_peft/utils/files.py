@@ -7,28 +7,18 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 
-def find_folder(
-    name_or_path: str | Path,
-    files: Sequence[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Path:
+def find_folder(name_or_path: str | Path, files: Sequence[str], **options: Any) -> Path:
     """Find a folder: a local one, or one commit of a Hub repository, of which only the named files are downloaded.
 
     Args:
         name_or_path: a folder, or the id of a repository.
         files: patterns of the names of the files to download.
-        revision: branch, tag or commit of the repository; this and the rest as for `snapshot_download`.
-        token: for private repositories.
-        cache_dir: where downloads are kept.
-        local_files_only: look into the cache only.
+        **options: of `huggingface_hub.snapshot_download`.
 
     Raises:
         OSError: there is neither a folder nor a repository of that name, or the Hub could not be reached.
@@ -42,30 +32,17 @@ def find_folder(
     except ImportError as error:
         raise OSError(f"{problem}. To look for it on the Hub, run: pip install huggingface_hub") from error
     try:
-        folder = snapshot_download(
-            str(name_or_path),
-            revision=revision,
-            allow_patterns=list(files),
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        return Path(snapshot_download(str(name_or_path), allow_patterns=list(files), **options))
     except (OSError, HFValidationError) as error:
         raise OSError(f"{problem}, and cannot be read from the Hub. {error}") from error
-    return Path(folder)
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder. The files written into it then replace those of the same names in `folder`.
 
-    Where writing fails, the old files are unchanged. Each file is replaced atomically, JSON after the rest.
-
-    Args:
-        folder: is made. Files of other names in it are left alone.
-
-    Raises:
-        OSError: the folder cannot be written to, or the disk is full.
+    `folder` is made, and files of other names in it are left alone. Where writing fails, the old files are unchanged.
+    Each file is replaced atomically, JSON after the rest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staged:
@@ -82,7 +59,7 @@ def compare_tensors(
     Args:
         expected: tensors of the right names, shapes and kinds (floating-point or not).
         found: the tensors to load; on the meta device if their values are not to be checked.
-        source: what `found` is, for the message.
+        source: what they come from, for the message.
         remedy: what to do, for the message.
 
     Raises:

@@ -24,15 +24,8 @@ PEFT_NOTE = re.compile(r"### Framework versions\s+(- PEFT \S+\s*)+")
 def update_card(card: str, existing: str | None) -> str:
     """Put a card in place of an existing one, and keep what people have written there.
 
-    Our text lies between two comments. Text around it, tags, and metadata that the existing card did not have from us
-    are kept. So is all of a card without these comments, except PEFT's empty template.
-
-    Args:
-        card: the new card. Text around the comments is used where the existing card has none.
-        existing: the card that it replaces; None: there is none.
-
-    Returns:
-        The new card, with the comments.
+    Our text lies between two comments, which are added. Text around it, tags, and metadata that the existing card did
+    not have from us are kept. So is all of a card without these comments, except PEFT's empty template.
     """
     from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
 
