@@ -31,22 +31,14 @@ def register() -> None:
         ImportError: another package has taken the method's name.
     """
     import peft.mapping
-    from peft.utils import peft_types
 
     from pgn_peft.tuner.config import PGNConfig, PGNPeftType
     from pgn_peft.tuner.model import PGNModel
 
-    name = PGNPeftType.PGN.value
     mapping: Any = peft.mapping  # its keys are annotated as members of PEFT's enum
-    registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(name, PGNConfig)
+    registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(PGNPeftType.PGN.value, PGNConfig)
     if registered.__module__ != PGNConfig.__module__:  # by name: after a reload the class is another object
-        raise ImportError(
-            f"{registered} is already registered with PEFT as {name!r}. Import only one of the packages."
-        )
-    if name not in mapping.PEFT_TYPE_TO_CONFIG_MAPPING and name in [kind.value for kind in peft_types.PeftType]:
-        # A later PEFT has the name: use its official function.
-        peft_types.register_peft_method(name=name.lower(), config_cls=PGNConfig, model_cls=PGNModel)
-        return
+        raise ImportError(f"{registered} is registered with PEFT as 'PGN' already. Import only one of the packages.")
     # `register_peft_method` accepts only members of PEFT's own enum; this is what it does otherwise.
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PGNPeftType.PGN] = PGNModel.prefix
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PGNPeftType.PGN] = PGNConfig

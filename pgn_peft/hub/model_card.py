@@ -113,12 +113,10 @@ def _metadata(name: str, config: PGNConfig, facts: ModelCardInfo) -> ModelCardDa
     results = [
         EvalResult(
             task_type="image-classification",
-            task_name="Image Classification",
             dataset_type=facts.dataset_id or "imagefolder",
             dataset_name=facts.dataset or "",
             dataset_split=facts.split,
             metric_type=metric,
-            metric_name=metric.replace("_", " ").capitalize(),
             metric_value=value,
         )
         for metric, value in facts.metrics.items()

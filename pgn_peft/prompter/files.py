@@ -115,10 +115,11 @@ def _read_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_preprocessing(settings: dict[str, Any]) -> Preprocessing:
-    values: dict[str, Any] = {field.name: settings[field.name] for field in dataclasses.fields(Preprocessing)}
-    return Preprocessing(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Preprocessing):
+        value = settings[field.name]
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return Preprocessing(**values)
 
 
 def _read_layout(settings: dict[str, Any]) -> PromptLayout:

@@ -135,9 +135,9 @@ class AdapterTrainer(Trainer):
 
         Args:
             commit_message: the commit's summary.
-            token: in place of `args.hub_token`.
-            revision: in place of `args.hub_revision`, a branch.
-            private: in place of `args.hub_private_repo`.
+            token: this and the rest in place of the fields of `args` with the prefix "hub_".
+            revision: a branch.
+            private: whether a new repository is private.
 
         Returns:
             The commit; None in all processes but the first.
