@@ -22,6 +22,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 from peft import PeftModel, get_peft_model
+from plotting import OURS, STYLE, THEIRS
 from safetensors.torch import load_file, save_file
 from space.digits import SEED, Digits, make_base, train
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from transformers import ViTForImageClassification, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from pgn_peft import PGNConfig
-from pgn_peft.plotting import OURS, STYLE, THEIRS
 from pgn_peft.training import parameter_groups
 
 mpl.use("Agg")

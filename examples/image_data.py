@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, load_dataset
 from datasets.features.features import register_feature
+from image_files import check_image, is_image_file, list_files, open_image
 from torchvision.transforms import v2
 from tqdm import tqdm
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from pgn_peft.hub import plain_processor
-from pgn_peft.nn.image_files import check_image, is_image_file, list_files, open_image
 from pgn_peft.nn.images import convert_image
 
 SPLIT_NAMES = {

@@ -17,12 +17,12 @@ import matplotlib
 import torch
 from deploy_input_only import train_smoke
 from image_data import DataArguments, class_names, load_splits, spread
+from plotting import OURS
 from torch import Tensor
 
 from pgn_peft import ImagePrompter
 from pgn_peft.nn.images import read_images
 from pgn_peft.nn.preprocessing import normalize
-from pgn_peft.plotting import OURS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -99,7 +99,6 @@ FIELDS = (
     "generator_width",
     "generator_norm",
     "generator_rank",
-    "mixing",
     "static_prompts",
     "initializer_range",
     "mixing_init_std",

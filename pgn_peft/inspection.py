@@ -47,10 +47,7 @@ def mixing_coefficients(
 def _generator(layer: PGNLayer, adapter_name: str) -> nn.Module:
     generator = layer.generator(adapter_name)
     if generator is None:
-        raise ValueError(
-            f"`adapter_name` must be an adapter with a generator, but got {adapter_name!r}, whose prompts are static. "
-            "There is nothing mixed in it."
-        )
+        raise ValueError(f"The adapter {adapter_name!r} has static prompts: no generator mixes them for each image.")
     return generator
 
 
@@ -97,31 +94,23 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         (B, number of layers, P) shares of CLS's attention, averaged over the heads, in float32 on the CPU.
 
     Raises:
-        ValueError: no adapter has this name, it is not the only active one, or the backbone has no CLS or does not
-            return its attention.
+        ValueError: no adapter has this name, it is not the only active one, its prompts are not tokens, or the
+            backbone has no CLS or does not return its attention.
     """
     layer = find_layer(model, adapter_name)
+    config = layer.configs[adapter_name]
     base: Any = model
     if hasattr(model, "get_base_model"):
         base = base.get_base_model()
-    if layer.carries:
+    active = [] if layer.disable_adapters else list(layer.active_adapters)
+    if active != [adapter_name] or config.prompt_space == "pixel" or not has_class_token(layer):
         raise ValueError(
-            f"`model` must answer with its attention, but got a {type(base).__name__}, which does not. Look at its "
-            "mixing coefficients instead: mixing_coefficients."
-        )
-    if not has_class_token(layer):
-        raise ValueError(
-            f"`model` must have a CLS token whose attention can be measured, but got a {type(base).__name__} whose "
-            "tokens are all patches. Look at its mixing coefficients instead: mixing_coefficients."
-        )
-    if layer.disable_adapters or list(layer.active_adapters) != [adapter_name]:
-        raise ValueError(
-            f"`adapter_name` must be the only active adapter, but got {adapter_name!r} with {layer.active_adapters} "
-            "active. Call set_adapter first."
+            f"Attention is measured from CLS to the prompts in latent space of the only active adapter. Here {active} "
+            f"are active on a {type(base).__name__}, and {adapter_name!r} has prompts in {config.prompt_space} space. "
+            "Call set_adapter, or look at mixing_coefficients instead."
         )
     before = base.config._attn_implementation
-    height, width = pixel_values.shape[2:]
-    options = layer.size_options((height, width))
+    options = layer.size_options((pixel_values.shape[2], pixel_values.shape[3]))
     compute = image_function(model)
     with evaluating(model):
         try:
@@ -131,22 +120,19 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
             base.set_attn_implementation(before)
     if not attentions or any(weights is None for weights in attentions):
         raise ValueError(
-            f"`model` must answer with its attention, but got a {type(base).__name__} whose attention is fixed as "
-            f"{before!r}. Load it with attn_implementation='eager'."
+            f"This {type(base).__name__} does not return its attention, which is fixed as {before!r}. Load it with "
+            "attn_implementation='eager'."
         )
-    # Each (B, heads, tokens, tokens). CLS is token 0; prompts are the last tokens, or some of the last patches.
-    places = torch.arange(-not_none(layer.configs[adapter_name].num_virtual_tokens), 0)
-    if adapter_name in layer.layouts:
-        layout = layer.layouts[adapter_name]
-        places = torch.as_tensor(layout.slots) - layout.grid[0] * layout.grid[1]
-    return torch.stack([weights[:, :, 0, places].mean(dim=1) for weights in attentions], dim=1).float().cpu()
+    # Each (B, heads, tokens, tokens). CLS is token 0, and prompts are the last tokens.
+    number = not_none(config.num_virtual_tokens)
+    return torch.stack([weights[:, :, 0, -number:].mean(dim=1) for weights in attentions], dim=1).float().cpu()
 
 
 def base_predictions(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, dict[int, str]]:
     """Compute what the frozen model answers by itself, without prompts and with its own classes.
 
     Args:
-        model: a model with adapters, made by PEFT or by Transformers' own loaders.
+        model: a model with adapters.
         pixel_values: (B, C, H, W), normalised as for the backbone.
 
     Returns:
@@ -159,10 +145,7 @@ def base_predictions(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, di
     prompt_layer(model)
     head = find_head(model)
     if head is None or not head.base_labels.id2label:
-        raise ValueError(
-            f"`model` must have a classification head of its own, but got a {type(model).__name__} without. Look at "
-            "the adapter's answers only."
-        )
+        raise ValueError(f"This {type(model).__name__} has no classes of its own. Look at the adapter's answers only.")
     return own_logits(model, pixel_values).softmax(-1).cpu(), dict(head.base_labels.id2label)
 
 
@@ -191,20 +174,7 @@ def usage_by_class(coefficients: Tensor, labels: Tensor, num_labels: int) -> Ten
 
     Returns:
         (num_labels, L): mean over the images of a class and over their prompts; rows of absent classes are zero.
-
-    Raises:
-        ValueError: `labels` and `coefficients` differ in length, or a label is out of range.
     """
-    if labels.shape != coefficients.shape[:1]:
-        raise ValueError(
-            f"`labels` must hold one class for each of {coefficients.shape[0]} images, but got shape "
-            f"{tuple(labels.shape)}. Pass the labels of the same images."
-        )
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
-        raise ValueError(
-            f"`labels` must lie in 0..{num_labels - 1}, but got {int(labels.min())}..{int(labels.max())}. Pass class "
-            "indices."
-        )
     use = coefficients.mean(dim=1)  # (B, L)
     sums = torch.zeros(num_labels, use.shape[1], dtype=use.dtype).index_add_(0, labels.long(), use)
     counts = torch.bincount(labels.long(), minlength=num_labels).clamp(min=1)

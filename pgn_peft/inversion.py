@@ -128,11 +128,6 @@ def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, mod
             f"processor makes {size}. Set processor.size (and crop_size).",
         ),
         (
-            in_range and latent and config.generator != "static" and config.mixing != "softmax",
-            f"`mixing` is {config.mixing!r}, and in_range=True needs coefficients that sum to 1, which mix valid "
-            "patches into a valid patch. Train with mixing='softmax'.",
-        ),
-        (
             not torch.allclose(trained, found, atol=1e-6),
             f"The adapter was trained with image_mean and image_std {trained.tolist()}, and the image processor has "
             f"{found.tolist()}. Pass the processor of the model that the adapter was made for.",

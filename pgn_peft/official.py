@@ -5,7 +5,6 @@ A released file is the state dict of a prompt generator: neither the backbone no
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +17,23 @@ from torch import Tensor, nn
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.tuner.adapters import prompt_layer
-from pgn_peft.tuner.backbones import find_backbone
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.tuner.embeddings import patch_projection
-from pgn_peft.utils.files import compare_tensors
+from pgn_peft.utils.tensors import compare_tensors
 
 LIBRARY = "tl_vectors"
-STEM, HEAD = "model.input_net.0", "model.output_net.2"
+STEM_WEIGHT, HEAD_WEIGHT = "model.input_net.0.weight", "model.output_net.2.weight"
 # Our module -> the official one.
-MODULES = {"trunk.stem_conv": STEM, "trunk.stem_norm": "model.input_net.1", "head": HEAD} | {
+IN_BLOCKS = {"conv1": "net.0", "norm1": "net.1", "conv2": "net.3", "norm2": "net.4", "shortcut": "downsample"}
+MODULES = {
+    "trunk.stem_conv": "model.input_net.0",
+    "trunk.stem_norm": "model.input_net.1",
+    "head": "model.output_net.2",
+} | {
     f"trunk.block{block + 1}.{ours}": f"model.blocks.{block}.{official}"
     for block in range(4)
-    for ours, official in {
-        "conv1": "net.0",
-        "norm1": "net.1",
-        "conv2": "net.3",
-        "norm2": "net.4",
-        "shortcut": "downsample",
-    }.items()
+    for ours, official in IN_BLOCKS.items()
 }
-REMEDY = "Give a .pt file of the official release: the state dict of a PGN with the resnet10 generator."
+REMEDY = "Give a .pt file of the official release, the state dict of a PGN with the resnet10 generator."
 
 
 @dataclass(frozen=True)
@@ -76,56 +72,56 @@ class OfficialNetwork:
             generator_image_size=settings["image_size"],
             generator_width=settings["width"],
             generator_norm=settings["norm"],
-            mixing=settings["mixing"],
             static_prompts=False,
             mixing_init_std=0.0,
             **fields,
         )
 
 
-def load(path: str | Path, mixing: str = "softmax", generator_image_size: int | None = None) -> OfficialNetwork:
+def load(path: str | Path) -> OfficialNetwork:
     """Read a released network; its sizes follow from the tensors in the file.
 
     Args:
         path: the .pt file. It is read as tensors only: no code in it is run.
-        mixing: "softmax", as released, or "sigmoid"; the file does not say.
-        generator_image_size: side to which the generator resizes images; None, as released: it does not. The file does
-            not say that either.
 
     Raises:
         OSError: the file does not exist.
         ValueError: the file is not a released network.
 
-    Source: the official code and checkpoints of arXiv:2210.06466 (MIT). The code can leave out the pooling after
-    the stem, which changes no tensor; the released networks have it.
+    Source: the official code and checkpoints of arXiv:2210.06466 (MIT). The code can mix by a sigmoid, resize the
+    images of its generator, or leave out the pooling after the stem, none of which changes a tensor; the released
+    networks do nothing of this.
     """
-    file = Path(path)
-    tensors = _read(file)
-    library_size, hidden_size = _shape(tensors, LIBRARY, 2, file)
-    width, num_channels, _, _ = _shape(tensors, STEM + ".weight", 4, file)
-    num_logits, _ = _shape(tensors, HEAD + ".weight", 2, file)
-    if 0 in (library_size, hidden_size, width, num_channels, num_logits) or num_logits % library_size:
+    tensors = _read(Path(path))
+    shapes = [tuple(tensors[name].shape) if name in tensors else () for name in (LIBRARY, STEM_WEIGHT, HEAD_WEIGHT)]
+    if [len(shape) for shape in shapes] != [2, 4, 2] or 0 in sum(shapes, ()) or shapes[2][0] % shapes[0][0]:
         raise ValueError(
-            f"`{file}` must have {library_size} logits for each prompt, one for each library token, but got "
-            f"{num_logits} in {HEAD}. {REMEDY}"
+            f"{str(path)!r} is not a released network: {LIBRARY}, {STEM_WEIGHT} and {HEAD_WEIGHT} have the shapes "
+            f"{shapes}, but must be a library (L, D), a convolution, and L logits for each prompt. {REMEDY}"
         )
+    (library_size, hidden_size), (width, num_channels, *_), (num_logits, _) = shapes
     with torch.device("meta"):  # until the file's tensors have been compared with these sizes
-        generator = PromptGenerator(
-            num_logits // library_size,
-            library_size,
-            num_channels=num_channels,
-            width=width,
-            mixing=mixing,
-            image_size=generator_image_size,
-        )
+        generator = PromptGenerator(num_logits // library_size, library_size, num_channels=num_channels, width=width)
         library = TokenLibrary(library_size, hidden_size)
     expected = {LIBRARY: library.tokens} | {_official(name): value for name, value in generator.state_dict().items()}
-    compare_tensors(expected, tensors, str(file), REMEDY)
+    compare_tensors(expected, tensors, str(path), holds="those of a released network", remedy=REMEDY)
     generator.load_state_dict(
         {name: tensors[_official(name)].to(value.dtype) for name, value in generator.state_dict().items()}, assign=True
     )
     library.load_state_dict({"tokens": tensors[LIBRARY].float()}, assign=True)
     return OfficialNetwork(generator.eval(), library.eval())
+
+
+def _read(file: Path) -> Mapping[str, Tensor]:
+    size = file.stat().st_size
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+    except Exception as error:  # of many kinds; for other objects torch's own message advises to run their code
+        raise ValueError(f"{str(file)!r} is damaged, or holds something else than tensors. {REMEDY}") from error
+    if sum(sizes) > size:  # with strides of 0 a small file can describe huge tensors
+        raise ValueError(f"{str(file)!r} describes tensors that are larger than the file. {REMEDY}")
+    return tensors
 
 
 def _official(name: str) -> str:
@@ -137,44 +133,6 @@ def state_dict(network: OfficialNetwork) -> dict[str, Tensor]:
     """Return a network's tensors under their official names: what `load` reads, written back."""
     tensors = {_official(name): tensor for name, tensor in network.generator.state_dict().items()}
     return {LIBRARY: network.library.tokens.detach()} | tensors
-
-
-def _read(file: Path) -> Mapping[str, Tensor]:
-    if file.is_dir():
-        raise ValueError(f"`{file}` must be a file, but got a directory. {REMEDY}")
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        # torch's own message advises to read it with code execution.
-        raise ValueError(
-            f"`{file}` must hold tensors only, but got other objects, or no torch file. {REMEDY}"
-        ) from error
-    except Exception as error:  # torch reports a damaged file in many ways
-        raise ValueError(
-            f"`{file}` must be a complete torch file, but reading it failed: {error}. {REMEDY}"
-        ) from error
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(value, Tensor) and value.layout is torch.strided for value in tensors.values()
-    ):
-        raise ValueError(f"`{file}` must hold dense tensors by name, but got a {type(tensors).__name__}. {REMEDY}")
-    # With strides of 0 a small file can describe a huge tensor.
-    size = sum(value.numel() * value.element_size() for value in tensors.values())
-    if size > file.stat().st_size:
-        raise ValueError(
-            f"`{file}` must hold all numbers of its tensors, {size:,} bytes, but got {file.stat().st_size:,}. {REMEDY}"
-        )
-    return tensors
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str, axes: int, file: Path) -> tuple[int, ...]:
-    if name not in tensors or tensors[name].ndim != axes:
-        found = (
-            f"{tuple(tensors[name].shape)} there" if name in tensors else f"{', '.join(list(tensors)[:3]) or 'none'}"
-        )
-        raise ValueError(f"`{file}` must hold {name} with {axes} axes, but got {found}. {REMEDY}")
-    return tuple(tensors[name].shape)
 
 
 def adapt(model: nn.Module, network: OfficialNetwork, adapter_name: str = "default", **fields: Any) -> PeftModel:
@@ -192,14 +150,9 @@ def adapt(model: nn.Module, network: OfficialNetwork, adapter_name: str = "defau
 
     Raises:
         TypeError: the model is not supported.
-        ValueError: the model has another width, or a field does not fit it.
+        ValueError: a field does not fit the model.
+        RuntimeError: the model has another width.
     """
-    width = patch_projection(model.get_submodule(find_backbone(model).embeddings)).out_channels
-    if width != network.hidden_size:
-        raise ValueError(
-            f"`model` must have the width {network.hidden_size} of the network's library, but got {width} in a "
-            f"{type(model).__name__}. Load the backbone that the network was trained for."
-        )
     adapted = get_peft_model(model, network.config(**fields), adapter_name=adapter_name)
     layer = prompt_layer(adapted)
     layer.pgn_generator[adapter_name].load_state_dict(network.generator.state_dict())

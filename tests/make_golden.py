@@ -26,7 +26,7 @@ ADAPTERS = {
     "generated": {"id2label": {0: "cat", 1: "dog", 2: "owl"}},
     "every_layer": {"prompt_depth": None, "slot_prompts": True, "num_labels": 2},
     "static": {"generator": "static", "num_labels": 2},
-    "factorised": {"generator_rank": 2, "mixing": "sigmoid", "generator_norm": "group", "num_labels": 2},
+    "factorised": {"generator_rank": 2, "generator_norm": "group", "num_labels": 2},
     "additive": PIXEL | {"num_labels": 2},
     "tile": PIXEL
     | {"generator": "static", "head": "frozen", "label_mapping": [3, 1], "id2label": {0: "wet", 1: "dry"}},

@@ -22,7 +22,6 @@ ALLOWED = {
     "training": {"hub", "nn", "tuner", "utils"},
     "official": {"nn", "tuner", "utils"},
     "inspection": {"nn", "tuner", "utils"},
-    "plotting": set(),
 }
 
 

@@ -20,7 +20,7 @@ from pgn_peft.version import __version__
         ("generator", "resnet18", ValueError),
         ("generator_image_size", 4, ValueError),
         ("generator_norm", "layer", ValueError),
-        ("mixing", "relu", ValueError),
+        ("mixing", "sigmoid", ValueError),
         ("initializer_range", float("nan"), ValueError),
         ("mixing_init_std", -1, ValueError),
         ("prompt_dropout", 1, ValueError),
@@ -60,7 +60,6 @@ def test_what_is_left_out_follows_from_what_is_given():
 
     assert (resolved().static_prompts, resolved().mixing_init_std) == (True, 4.0)
     assert resolved(generator="static").static_prompts is False
-    assert resolved(mixing="sigmoid").mixing_init_std == 0.0
     assert (resolved().prompt_dropout, resolved(prompt_depth="all").prompt_dropout) == (0.0, 0.5)
     assert resolved(generator="static", prompt_depth="all").prompt_dropout == 0.0
     assert resolved(prompt_depth="all", prompt_dropout=0).prompt_dropout == 0
@@ -76,7 +75,6 @@ def test_json_round_trip(tmp_path):
         generator_norm="group",
         generator_rank=8,
         static_prompts=True,
-        mixing="sigmoid",
         id2label={1: "dog", 0: "cat"},
         modules_to_save=["layernorm"],
         target_modules="backbone.embeddings",

@@ -254,7 +254,7 @@ def test_few_images_are_split_too_and_a_class_with_too_few_is_named(material, tm
 def test_resuming_with_another_adapter_is_refused(finished, material, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "adapter")
     command = with_output(material[1], folder, "--resume_from_checkpoint", "true")
-    for change, field in ({"--library_size": "9"}, "library_size"), ({"--mixing": "sigmoid"}, "mixing"):
+    for change, field in ({"--library_size": "9"}, "library_size"), ({"--generator_norm": "group"}, "generator_norm"):
         with pytest.raises(SystemExit, match=f"{field} is .*, but .* in the run to resume"):
             train(command, *next(iter(change.items())))
 

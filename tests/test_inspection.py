@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import answer, move_adapter, tiny_config, tiny_vit
+from conftest import answer, assert_nearly_equal, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 from tiny_clip import two_towers
 
@@ -16,7 +16,8 @@ from pgn_peft.inspection import (
 )
 from pgn_peft.tuner.adapters import find_layer
 
-SCALE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+PIXELS = {"prompt_space": "pixel", "prompt_layout": "additive", "num_virtual_tokens": None}
+PIXELS |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def adapted(**overrides):
@@ -44,13 +45,12 @@ def test_looking_leaves_modes_and_statistics_alone(pixel_values):
     assert model.get_base_model().config._attn_implementation == attention
 
 
-@pytest.mark.parametrize("size", [32, 48])
-def test_attention_is_a_share_for_each_layer_and_prompt(size):
-    pixel_values = torch.randn(2, 3, size, size)
-    shares = attention_to_prompts(adapted(), pixel_values)
-    assert shares.shape == (2, 2, 3)
-    assert ((shares > 0) & (shares < 1)).all()
-    assert (shares.sum(dim=-1) < 1).all()
+def test_attention_is_a_share_for_each_layer_and_prompt():
+    for size in (32, 48):
+        shares = attention_to_prompts(adapted(), torch.randn(2, 3, size, size))
+        assert shares.shape == (2, 2, 3)
+        assert ((shares > 0) & (shares < 1)).all()
+        assert (shares.sum(dim=-1) < 1).all()
 
 
 def test_a_prompt_that_nothing_attends_to_has_no_share(pixel_values):
@@ -66,39 +66,16 @@ def test_a_prompt_that_nothing_attends_to_has_no_share(pixel_values):
     assert (shares[:, 0] > 2 * shares[:, 1]).all()
 
 
-def test_in_pixel_space_prompts_are_found_where_the_layout_has_them(pixel_values):
-    model = get_peft_model(
-        tiny_vit(), tiny_config(num_virtual_tokens=None, prompt_space="pixel", prompt_layout="canvas", **SCALE)
-    ).eval()
-    assert attention_to_prompts(model, pixel_values).shape == (4, 2, 12)  # a ring of 12 patches in a grid of 4 x 4
-    patches = library_tokens(model)
-    assert patches.shape == (6, 3, 8, 8)
-    assert ((patches >= 0) & (patches <= 1)).all()
+def test_attention_is_refused_where_no_token_is_cls_or_a_prompt(pixel_values):
+    siglip = get_peft_model(tiny_vit("SiglipForImageClassification"), tiny_config())
+    pixels = get_peft_model(tiny_vit(), tiny_config(**PIXELS))
+    for model in (siglip, pixels):
+        with pytest.raises(ValueError, match="Attention is measured from CLS to the prompts in latent space"):
+            attention_to_prompts(model, pixel_values)
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["ViTModel", "DeiTModel", "Dinov2WithRegistersForImageClassification", "CLIPForImageClassification"],
-)
-def test_patches_are_found_behind_whatever_tokens_come_first(architecture, pixel_values):
-    base = tiny_vit(architecture, attn_implementation="eager")
-    model = move_adapter(
-        get_peft_model(
-            base, tiny_config(num_virtual_tokens=None, prompt_space="pixel", prompt_layout="canvas", **SCALE)
-        )
-    )
-    with torch.no_grad():
-        weights = model.eval()(pixel_values, output_attentions=True).attentions[1]  # (B, heads, tokens, tokens)
-    image = [5, 6, 9, 10]  # of 4 x 4 patches
-    patches = weights[:, :, 0, -16:].mean(dim=1)
-    expected = patches[:, [place for place in range(16) if place not in image]]
-    torch.testing.assert_close(attention_to_prompts(model, pixel_values)[:, 1], expected)
-
-
-def test_where_no_token_is_cls_there_is_no_attention_of_it(pixel_values):
-    model = get_peft_model(tiny_vit("SiglipForImageClassification"), tiny_config())
-    with pytest.raises(ValueError, match="`model` must have a CLS token .* got a SiglipForImageClassification whose"):
-        attention_to_prompts(model, pixel_values)
+def test_the_library_in_pixel_space_is_patches():
+    assert library_tokens(get_peft_model(tiny_vit(), tiny_config(**PIXELS))).shape == (6, 3, 8, 8)
 
 
 def test_usage_is_averaged_over_the_images_of_a_class():
@@ -111,31 +88,22 @@ def test_usage_is_averaged_over_the_images_of_a_class():
 
 
 def test_what_is_not_there_is_refused_by_name(pixel_values):
-    with pytest.raises(
-        ValueError, match="`adapter_name` must be one of the model's adapters, default, but got 'cats'"
-    ):
-        find_layer(adapted(), "cats")
-    with pytest.raises(TypeError, match="`model` must carry a PGN adapter, but got ViTForImageClassification"):
+    with pytest.raises(ValueError, match="cats"):
+        mixing_coefficients(adapted(), pixel_values, "cats")
+    with pytest.raises(TypeError, match="ViTForImageClassification"):
         library_tokens(tiny_vit())
-    with pytest.raises(ValueError, match="`adapter_name` must be an adapter with a generator, but got 'default'"):
+    with pytest.raises(ValueError, match="'default' has static prompts"):
         mixing_coefficients(adapted(generator="static"), pixel_values)
     model = adapted()
-    with (
-        model.disable_adapter(),
-        pytest.raises(ValueError, match="`adapter_name` must be the only active adapter, but got 'default'"),
-    ):
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"Here \[\] are active"):
         attention_to_prompts(model, pixel_values)
-    with pytest.raises(ValueError, match=r"`labels` must hold one class for each of 5 images, but got shape \(4,\)"):
-        usage_by_class(torch.rand(5, 3, 4), torch.zeros(4, dtype=torch.long), 3)
-    with pytest.raises(ValueError, match="`labels` must lie in 0..2, but got 1..3"):
-        usage_by_class(torch.rand(2, 3, 4), torch.tensor([1, 3]), 3)
 
 
 def test_the_answer_is_the_same_before_and_after(pixel_values):
     model = adapted().eval()
     before = answer(model, pixel_values)
     attention_to_prompts(model, pixel_values)
-    assert torch.equal(answer(model, pixel_values), before)
+    assert_nearly_equal(answer(model, pixel_values), before)
 
 
 def test_attention_of_a_model_of_two_towers_is_that_of_its_image_tower(pixel_values):
@@ -149,7 +117,7 @@ def test_attention_of_a_model_of_two_towers_is_that_of_its_image_tower(pixel_val
 
 def test_attention_that_is_fixed_at_creation_is_refused_in_words(pixel_values):
     base = tiny_vit("Data2VecVisionForImageClassification", attn_implementation="sdpa")
-    with pytest.raises(ValueError, match="but got a Data2VecVisionForImageClassification whose attention is fixed as"):
+    with pytest.raises(ValueError, match="does not return its attention, which is fixed as 'sdpa'"):
         attention_to_prompts(get_peft_model(base, tiny_config()), pixel_values)
 
 
@@ -165,25 +133,25 @@ def test_the_frozen_model_answers_by_itself_and_with_its_own_classes(pixel_value
 
 
 def test_a_model_without_classes_of_its_own_has_no_answer(pixel_values):
-    with pytest.raises(ValueError, match="must have a classification head of its own"):
+    with pytest.raises(ValueError, match="has no classes of its own"):
         base_predictions(get_peft_model(two_towers(), tiny_config()), pixel_values)
-    with pytest.raises(TypeError, match="must carry a PGN adapter"):
+    with pytest.raises(TypeError, match="ViTForImageClassification"):
         base_predictions(tiny_vit(), pixel_values)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"prompt_depth": "all"}, {"prompt_space": "pixel", **SCALE}])
-def test_each_image_gets_the_prompts_of_the_one_before_it(overrides, pixel_values):
-    model = adapted(**({"num_virtual_tokens": None if overrides.get("prompt_space") else 3} | overrides)).eval()
+@pytest.mark.parametrize("fields", [{}, {"prompt_depth": "all"}, PIXELS], ids=["latent", "every layer", "pixel"])
+def test_each_image_gets_the_prompts_of_the_one_before_it(fields, pixel_values):
+    model = adapted(**fields).eval()
     own = answer(model, pixel_values)
     with shuffled_prompts(model):
         found = torch.cat([answer(model, pixel_values[:3]), answer(model, pixel_values[3:])])  # batches do not matter
         generator, before = find_layer(model).generator("default"), pixel_values[[2, 0, 1]]
-    assert torch.equal(answer(model, pixel_values), own)
+    assert_nearly_equal(answer(model, pixel_values), own)
     # The same by hand: the generator is shown other images than the backbone.
     hook = generator.register_forward_pre_hook(lambda module, inputs: (before,))
     torch.testing.assert_close(found[:3], answer(model, pixel_values[:3]))
     before = pixel_values[2:3]
     torch.testing.assert_close(found[3:], answer(model, pixel_values[3:]))
     hook.remove()
-    with pytest.raises(ValueError, match="prompts are static"), shuffled_prompts(adapted(generator="static")):
+    with pytest.raises(ValueError, match="has static prompts"), shuffled_prompts(adapted(generator="static")):
         pass

@@ -42,7 +42,7 @@ def adapted(num_virtual_tokens, architecture="ViTForImageClassification", **over
     [
         ("ViTForImageClassification", 4, {}),
         ("DeiTForImageClassification", 8, {"generator_rank": 2, "static_prompts": True}),
-        ("ViTForImageClassification", 4, {"mixing": "sigmoid", "static_prompts": True}),
+        ("ViTForImageClassification", 4, {"static_prompts": False}),
         ("ViTForImageClassification", 9, {"generator": "static"}),
     ],
 )
@@ -75,8 +75,7 @@ def test_the_training_resolution_may_be_another_than_the_models_own(images):
 @pytest.mark.parametrize(
     ("prompts", "overrides", "sizes", "in_range", "message"),
     [
-        (3, {}, {}, False, "3 prompts do not fill .* one of 4, 8, 9, 12, 14"),
-        (4, {"mixing": "sigmoid"}, {}, True, "`mixing` is 'sigmoid', and in_range=True needs coefficients that sum"),
+        (3, {}, {}, False, "3 prompts do not fill .* to one of 4, 8, 9, 12, 14"),
         # 3 * 4 * 4 = 48 pixels a patch for 64 dimensions, as with ViT-L/14 (588 for 1,024).
         (
             8,

@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 ADAPTERS = {
     "latent": {},
-    "sigmoid": {"mixing": "sigmoid"},
+    "lean": {"generator_rank": 2},
     "static": {"generator": "static"},
     "frozen": {"head": "frozen"},
     "deep": {"prompt_depth": "all"},
@@ -19,7 +19,7 @@ ADAPTERS = {
     "tile": PIXEL | {"generator": "static"},
 }
 GROUPS = [
-    ["latent", "sigmoid", "static", "frozen"],
+    ["latent", "lean", "static", "frozen"],
     ["deep", "deep and static"],
     ["pixel", "__base__", "tile"],
 ]
@@ -96,7 +96,7 @@ def test_nothing_of_it_is_left_after_a_failure():
     model = serve()
     base = model.get_base_model()
     pixel_values = images(4)
-    names = ["latent", "sigmoid", "static", "latent"]
+    names = ["latent", "lean", "static", "latent"]
     before, attributes = answer(model, pixel_values), set(vars(base))
     mixed = answer(model, pixel_values, adapter_names=names)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import answer, assert_nearly_equal, tiny_vit
 from peft import PeftModel
-from torch import nn
 
 from pgn_peft import official
 from pgn_peft.nn.generator import PromptGenerator
@@ -52,9 +51,6 @@ def test_shapes_come_from_the_file(file, network, pixel_values):
     assert_nearly_equal(loaded.prompts(pixel_values), network.prompts(pixel_values))
     assert (loaded.generator.num_virtual_tokens, loaded.generator.library_size, loaded.hidden_size) == (3, 6, 32)
     assert loaded.config().generator_width == 4
-    sigmoid = official.load(file, mixing="sigmoid", generator_image_size=16)
-    assert (sigmoid.config().mixing, sigmoid.config().generator_image_size) == ("sigmoid", 16)
-    assert not torch.allclose(sigmoid.prompts(pixel_values), network.prompts(pixel_values))
 
 
 def test_it_becomes_an_adapter_whose_head_can_be_trained(file, network, pixel_values, tmp_path):
@@ -73,12 +69,8 @@ def test_it_becomes_an_adapter_whose_head_can_be_trained(file, network, pixel_va
 
 
 def test_a_base_of_another_width_is_refused(file):
-    base = tiny_vit(hidden_size=64)
-    before = str(base)
-    message = "`model` must have the width 32 of the network's library, but got 64 in a ViTForImageClassification"
-    with pytest.raises(ValueError, match=message):
-        official.adapt(base, official.load(file))
-    assert str(base) == before
+    with pytest.raises(RuntimeError, match=r"size mismatch for tokens: .*\[6, 32\].*\[6, 64\]"):
+        official.adapt(tiny_vit(hidden_size=64), official.load(file))
 
 
 def change(file, **tensors):
@@ -93,25 +85,18 @@ def change(file, **tensors):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"tl_vectors": None}, "must hold tl_vectors with 2 axes, but got model.input_net.0.weight, "),
-        ({"tl_vectors": torch.zeros(3)}, r"must hold tl_vectors with 2 axes, but got \(3,\) there"),
-        ({"tl_vectors": torch.zeros(5, 32)}, "5 logits for each prompt, one for each library token, but got 18"),
-        ({"tl_vectors": torch.zeros(0, 32)}, "0 logits for each prompt"),
+        ({"tl_vectors": torch.zeros(3)}, r"is not a released network: .* have the shapes \[\(3,\)"),
+        ({"tl_vectors": torch.zeros(5, 32)}, "L logits for each prompt"),
         ({"tl_vectors": torch.full((6, 32), float("nan"))}, "tl_vectors holds NaN or infinity"),
         ({"model.blocks.2.net.4.bias": None}, "model.blocks.2.net.4.bias is missing"),
         ({"model.blocks.2.net.3.weight": torch.zeros(2, 2)}, r"has the shape \(2, 2\) instead of \(16, 16, 3, 3\)"),
-        ({"model.blocks.4.net.0.weight": torch.zeros(2)}, "model.blocks.4.net.0.weight is not part of it"),
-        ({"tl_vectors": torch.zeros(1).expand(10**9, 32)}, "must hold all numbers of its tensors, 128,000,"),
-        ({"tl_vectors": torch.zeros(6, 32).to_sparse()}, "must hold dense tensors by name"),
-        ({"epoch": 3}, "must hold dense tensors by name, but got a OrderedDict"),
+        ({"tl_vectors": torch.zeros(1).expand(10**9, 32)}, "describes tensors that are larger than the file"),
+        ({"epoch": 3}, "holds something else than tensors"),
     ],
 )
 def test_other_tensors_are_refused(tensors, message, file):
     change(file, **tensors)
-    with pytest.raises(
-        ValueError,
-        match=f"network.pt` must .*{message.removeprefix('must ')}.*Give a .pt file of the official release",
-    ):
+    with pytest.raises(ValueError, match=f"network.pt.*{message}.*Give a .pt file of the official release"):
         official.load(file)
 
 
@@ -132,29 +117,19 @@ def test_objects_are_not_unpickled(legacy, file, tmp_path):
         file.write_bytes(pickle.dumps(Bomb(exploded)))
     else:
         torch.save({"tl_vectors": Bomb(exploded)}, file)
-    with pytest.raises(ValueError, match="network.pt` must hold tensors only, but got other objects"):
+    with pytest.raises(ValueError, match="network.pt' is damaged, or holds something else than tensors"):
         official.load(file)
     assert not exploded.exists()
 
 
-def test_a_whole_module_is_refused(file):
-    torch.save(nn.Linear(2, 2), file)
-    with pytest.raises(ValueError, match="network.pt` must hold tensors only, but got other objects"):
-        official.load(file)
-
-
-@pytest.mark.parametrize("size", [0, 100, 20_000])
-def test_a_truncated_file_is_refused(size, file):
-    os.truncate(file, size)
-    with pytest.raises(ValueError, match="network.pt` must (be a complete torch file|hold tensors only)"):
-        official.load(file)
-
-
-def test_a_directory_a_list_and_nothing_are_refused(file, tmp_path):
-    with pytest.raises(ValueError, match="must be a file, but got a directory"):
-        official.load(tmp_path)
+def test_damaged_and_other_files_are_refused(file, tmp_path):
+    content = file.read_bytes()
+    for size in (0, 100, 20_000):
+        file.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="network.pt' is damaged"):
+            official.load(file)
     torch.save([torch.zeros(2)], file)
-    with pytest.raises(ValueError, match="must hold dense tensors by name, but got a list"):
+    with pytest.raises(ValueError, match="holds something else than tensors"):
         official.load(file)
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
         official.load(tmp_path / "nowhere.pt")

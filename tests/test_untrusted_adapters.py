@@ -171,8 +171,15 @@ def test_text_in_a_field_is_never_evaluated(saved, tmp_path):
     trick = f"__import__('os').mkdir({str(tmp_path / 'evaluated')!r})"
     config = json.loads(saved.joinpath("adapter_config.json").read_text(encoding="utf-8"))
     config |= {"prompt_space": "pixel", "static_prompts": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    del config["checksums"]
-    for field in ("generator", "mixing", "library_size", "target_modules", "image_mean", "label_mapping", "head"):
+    for field in (
+        "generator",
+        "generator_norm",
+        "library_size",
+        "target_modules",
+        "image_mean",
+        "label_mapping",
+        "head",
+    ):
         with pytest.raises((ValueError, TypeError), match="__import__"):
             inject_adapter_in_model(PGNConfig(**config | {field: trick}), tiny_vit())
     assert not tmp_path.joinpath("evaluated").exists()

@@ -26,12 +26,12 @@ from image_data import DataArguments, load_splits
 from limits import ON_A_SPACE, TOKEN
 from matplotlib.figure import Figure
 from PIL import Image
+from plotting import OURS, THEIRS, plot_attention, plot_coefficients
 from sessions import Session, Sessions
 from uploads import read_adapter, read_image, read_zip
 
 from pgn_peft import Classifier, load_classifier, make_prompter
 from pgn_peft.inspection import attention_to_prompts, base_predictions, mixing_coefficients
-from pgn_peft.plotting import OURS, THEIRS, plot_attention, plot_coefficients
 
 TRAINED, UPLOADED = "trained here", "uploaded"
 DEMO_BASE = "the demo's tiny ViT"

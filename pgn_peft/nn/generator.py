@@ -5,7 +5,6 @@ Plain torch, without PEFT or Transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,39 +13,24 @@ from torch import Tensor, nn
 from pgn_peft.nn.resize import resize
 from pgn_peft.nn.trunk import TRUNKS
 
-MIXINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits: logits.softmax(dim=-1),
-    "sigmoid": torch.sigmoid,
-}
-
 
 def resize_shorter_side(pixel_values: Tensor, size: int) -> Tensor:
-    """Resize images so that their shorter side measures `size` pixels, keeping the aspect ratio.
-
-    Args:
-        pixel_values: (B, C, H, W), floating point.
-        size: target length of the shorter side, in pixels.
-
-    Returns:
-        (B, C, H', W') with min(H', W') = `size`; the input itself where it has that size already.
-    """
+    """Resize images (B, C, H, W) so that their shorter side measures `size` pixels, keeping the aspect ratio."""
     height, width = pixel_values.shape[-2:]
     shorter = min(height, width)
     return resize(pixel_values, (size * height // shorter, size * width // shorter))
 
 
 class FactorisedHead(nn.Module):
-    """Mixing logits as products of queries and keys, as in attention: a tenth of the parameters of one linear layer.
+    """Mixing logits as products of queries of prompts and keys of library entries, as in attention.
 
-    Each prompt of an image has a query, and each library entry has a key.
+    Differs from the official code, whose head is one linear layer with about ten times as many parameters.
 
     Args:
         num_features: of the trunk, F.
         num_virtual_tokens: prompts per image, P.
         library_size: entries of the library, L.
         rank: length of a query and of a key, R.
-
-    Differs from the official code, whose head is one linear layer from F features to P * L logits.
     """
 
     def __init__(self, num_features: int, num_virtual_tokens: int, library_size: int, rank: int) -> None:
@@ -58,17 +42,15 @@ class FactorisedHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, F) to logits (B, P * L)."""
         queries = self.queries(features).unflatten(-1, (-1, self.keys.shape[1]))  # (B, P, R)
-        return (queries @ self.keys.mT).flatten(1) + self.bias  # (B, P * L)
+        return (queries @ self.keys.T).flatten(1) + self.bias  # (B, P * L)
 
 
 class DenseHead(nn.Module):
-    """Mixing logits for each patch of an image: from the features of its place, and from those of the whole.
-
-    Has no parameter that depends on the number of patches, so that images may be of any size.
+    """Mixing logits for each patch of an image of any size: from the features of its place, and of the whole image.
 
     Args:
-        num_place_features: of the trunk's map.
-        num_features: of the whole image.
+        num_place_features: of the trunk's map, F'.
+        num_features: of the whole image, F.
         library_size: entries of the library, L.
         patch_size: side of the backbone's patches, in pixels.
 
@@ -82,19 +64,10 @@ class DenseHead(nn.Module):
         self.image = nn.Linear(num_features, library_size, bias=False)
 
     def forward(self, places: Tensor, features: Tensor, image_size: torch.Size) -> Tensor:
-        """Compute the mixing logits of an image's patches.
-
-        Args:
-            places: (B, F', h, w), the trunk's map.
-            features: (B, F) of the whole image.
-            image_size: height and width of the image, in pixels.
-
-        Returns:
-            (B, P, L) logits, row by row.
-        """
+        """Map (B, F', h, w) and (B, F) to logits (B, P, L), row by row, of an image's patches."""
         grid = (image_size[0] // self.patch_size, image_size[1] // self.patch_size)
         logits = resize(self.places(places), grid) + self.image(features)[:, :, None, None]
-        return logits.flatten(2).mT
+        return logits.flatten(2).transpose(1, 2)
 
 
 class PromptGenerator(nn.Module):
@@ -108,7 +81,6 @@ class PromptGenerator(nn.Module):
         image_size: length that the image's shorter side is resized to, in pixels; None: no resizing.
         width: channels of the trunk's stem.
         norm: "batch", as in the official code, or "group", which needs no running statistics.
-        mixing: "softmax" (coefficients of a prompt sum to 1) or "sigmoid" (each lies in [0, 1] by itself).
         mixing_init_std: standard deviation of the initial bias of the logits; 0 keeps torch's small default, with
             which all prompts start as nearly the same mixture.
         rank: length of queries and keys of a factorised head; None: one linear layer, as in the official code.
@@ -130,7 +102,6 @@ class PromptGenerator(nn.Module):
         image_size: int | None = None,
         width: int = 16,
         norm: str = "batch",
-        mixing: str = "softmax",
         mixing_init_std: float = 0.0,
         rank: int | None = None,
         patch_size: int | None = None,
@@ -139,7 +110,6 @@ class PromptGenerator(nn.Module):
         self.num_virtual_tokens = num_virtual_tokens
         self.library_size = library_size
         self.image_size = image_size
-        self.mixing = mixing
         self.settings: dict[str, Any] = {
             "num_virtual_tokens": num_virtual_tokens,
             "library_size": library_size,
@@ -147,7 +117,6 @@ class PromptGenerator(nn.Module):
             "image_size": image_size,
             "width": width,
             "norm": norm,
-            "mixing": mixing,
             "rank": rank,
         }
         self.trunk = TRUNKS[trunk](num_channels=num_channels, width=width, norm=norm)
@@ -175,7 +144,7 @@ class PromptGenerator(nn.Module):
             pixel_values: (B, C, H, W), normalised as for the backbone, any floating dtype.
 
         Returns:
-            (B, P, L) coefficients, non-negative.
+            (B, P, L) coefficients, non-negative; those of a prompt sum to 1.
         """
         size = pixel_values.shape[-2:]
         pixel_values = pixel_values.to(self.dtype)
@@ -186,4 +155,4 @@ class PromptGenerator(nn.Module):
             logits = self.head(places, features, size)
         else:
             logits = self.head(features).unflatten(1, (self.num_virtual_tokens, -1))  # (B, P, L)
-        return MIXINGS[self.mixing](logits)
+        return logits.softmax(dim=-1)

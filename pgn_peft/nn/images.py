@@ -14,13 +14,9 @@ from pgn_peft.nn.preprocessing import Preprocessing
 
 # Pillow's name for images of so many channels.
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Modes that Pillow converts to few others, and one of those.
+# Modes that Pillow converts to few others -> one of these.
 INTERMEDIATE_MODES = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB"}
-# Formats whose pixels Pillow scales to 16 bits where it opens them as 32-bit integers.
-SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
-# The number of a TIFF file's tag with the bits of a pixel.
-TIFF_BITS = 258
-_GREY = "Grey images and images with transparency are converted if they come as Pillow images."
+TIFF_BITS = 258  # the number of a TIFF file's tag with the bits of a pixel
 
 
 def convert_image(image: Image.Image, mode: str = "RGB", name: str | None = None) -> Image.Image:
@@ -59,15 +55,14 @@ def _largest_value(image: Image.Image, name: str) -> int | None:
         return 2**bits - 1
     if image.mode not in ("I", "F"):
         return None
-    if image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS:
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow scales these to 16 bits
         return 65535
     pixels = np.asarray(image)
     if image.mode == "F" and bool(((pixels >= 0) & (pixels <= 1)).all()):
         return 1
-    rule = "floats in [0, 1]" if image.mode == "F" else "integers of 8 or 16 bits"
     raise ValueError(
-        f"`images` must have {rule} as pixels, but got mode {image.mode!r} with values from {pixels.min():g} to "
-        f"{pixels.max():g}{f' in {name!r}' if name else ''}. Scale them to 0..255, and save them as 8-bit images."
+        f"Unknown range of pixels{f' in {name!r}' if name else ''}: mode {image.mode!r} with values from "
+        f"{pixels.min():g} to {pixels.max():g}. Scale floats to [0, 1], or save the image with 8 bits."
     )
 
 
@@ -83,42 +78,34 @@ def to_pixels(image: Any, num_channels: int) -> Tensor:
         (C, H, W) uint8.
 
     Raises:
-        TypeError: `image` is of another kind.
+        TypeError: `image` has another type or dtype.
         ValueError: `image` has another number of channels, or values out of range.
     """
     if isinstance(image, Image.Image):
         image = np.array(convert_image(image, PILLOW_MODES[num_channels]))
-        return torch.from_numpy(image if image.ndim == 3 else image[:, :, None]).permute(2, 0, 1)
+        image = image if image.ndim == 3 else image[:, :, None]
     if isinstance(image, np.ndarray):
-        if image.ndim != 3:
-            raise ValueError(f"`images` must have the axes (H, W, C) as arrays, but got {image.shape}. {_GREY}")
         native = image.dtype.newbyteorder("=")  # torch has no other byte order
-        image = torch.from_numpy(np.ascontiguousarray(image, dtype=native)).permute(2, 0, 1)
-    if not isinstance(image, Tensor):
+        image = torch.from_numpy(np.ascontiguousarray(image, dtype=native)).movedim(-1, 0)
+    is_tensor = isinstance(image, Tensor)
+    if not is_tensor or not (image.is_floating_point() or image.dtype in (torch.uint8, torch.uint16)):
         raise TypeError(
-            f"`images` must be Pillow images, numpy arrays or tensors, but got {type(image).__name__}. Open files "
-            "with PIL.Image.open."
+            f"An image of type {image.dtype if is_tensor else type(image).__name__} cannot be read. Give Pillow "
+            "images, or arrays or tensors of floats in [0, 1] or of unsigned integers of 8 or 16 bits."
         )
     if image.ndim != 3 or image.shape[0] != num_channels:
         raise ValueError(
-            f"`images` must have {num_channels} channels, (H, W, C) as arrays and (C, H, W) as tensors, but got a "
-            f"tensor of {tuple(image.shape)}. {_GREY}"
+            f"The model takes images of {num_channels} channels, but one has the shape {tuple(image.shape)} (channels "
+            "first). Give arrays as (H, W, C), tensors as (C, H, W), and grey or transparent images as Pillow images."
         )
-    if image.numel() == 0:
-        raise ValueError(f"`images` must have pixels, but got none in {tuple(image.shape)}. Drop empty images.")
     if image.dtype == torch.uint8:
         return image.cpu()
     if image.dtype == torch.uint16:
         return to_8_bit(image.float() / 65535).cpu()
-    if not image.is_floating_point():
-        raise TypeError(
-            f"`images` must be unsigned 8-bit integers or floats in [0, 1], or unsigned 16-bit integers, but got "
-            f"{image.dtype}. Convert them."
-        )
     if not bool(((image >= 0) & (image <= 1)).all()):
         raise ValueError(
-            f"`images` must lie in [0, 1] as floats, but got {image.min().item():g} to {image.max().item():g}. Give "
-            "images as they are, before normalisation."
+            f"Images of floats must lie in [0, 1], but one goes from {image.min().item():g} to "
+            f"{image.max().item():g}. Give images as they are before normalisation."
         )
     return to_8_bit(image).cpu()
 
@@ -129,31 +116,32 @@ def read_images(
     """Turn what a user gives into a batch that has gone through the processor's steps.
 
     Args:
-        images: one image or several: Pillow images, arrays (H, W, C) or (B, H, W, C), tensors (C, H, W) or
-            (B, C, H, W), or a list of them.
+        images: one image or several, as for `to_pixels`; arrays and tensors may be batches.
         preprocessing: the processor's steps.
         num_channels: channels C that the model takes.
         size: height and width that must come out.
 
     Returns:
-        (B, C, H, W) uint8 pixels; the kind of images it was; and whether it was a single one.
+        (B, C, H, W) uint8 pixels; the type of the images; and whether it was a single one.
 
     Raises:
-        TypeError: an image is of no such kind.
-        ValueError: `images` is empty, has values out of range, or another size comes out.
+        TypeError: an image has another type or dtype.
+        ValueError: there are no images, one has values out of range, or another size comes out.
     """
     batched = isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4
-    single = not batched and isinstance(images, (Image.Image, np.ndarray, Tensor))
-    several = list(images) if isinstance(images, Iterable) and not single else [images]
+    single = not batched and (
+        isinstance(images, (Image.Image, np.ndarray, Tensor)) or not isinstance(images, Iterable)
+    )
+    several = [images] if single else list(images)
     if not several:
-        raise ValueError("`images` must be one image at least, but got none. Leave the call out.")
+        raise ValueError("No images were given.")
     kind = Image.Image if isinstance(several[0], Image.Image) else type(several[0])
     processed = [preprocessing.apply(to_pixels(image, num_channels)) for image in several]
     for index, image in enumerate(processed):
         if tuple(image.shape[-2:]) != size:
             raise ValueError(
-                f"`images` must measure {size[0]} x {size[1]} pixels after the processor's steps, but got "
-                f"{image.shape[1]} x {image.shape[2]} for image {index}. Resize it first."
+                f"Image {index} must measure {size[0]} x {size[1]} pixels after the processor's steps, but measures "
+                f"{image.shape[1]} x {image.shape[2]}. Resize it first."
             )
     return torch.stack(processed), kind, single
 
@@ -164,14 +152,11 @@ def to_8_bit(pixels: Tensor) -> Tensor:
 
 
 def to_images(pixels: Tensor, kind: type) -> Any:
-    """Turn 8-bit pixels into the kind of images that a user works with.
+    """Turn 8-bit pixels (B, C, H, W) into a tensor, an array (B, H, W, C), or a list of Pillow images.
 
     Args:
         pixels: (B, C, H, W) uint8.
         kind: `Tensor`, `numpy.ndarray` or `PIL.Image.Image`.
-
-    Returns:
-        The tensor; an array (B, H, W, C); or a list of B Pillow images.
     """
     if issubclass(kind, Tensor):
         return pixels.cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +32,10 @@ def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def check_image_processor(name: str, value: Any) -> None:
-    """Raise unless `value` is an image processor of Transformers that normalises."""
-    if not (hasattr(value, "image_mean") and hasattr(value, "rescale_factor") and hasattr(value, "save_pretrained")):
+    """Raise a TypeError unless `value` is an image processor of Transformers that normalises."""
+    if not all(hasattr(value, field) for field in ("image_mean", "rescale_factor", "save_pretrained")):
         raise TypeError(
-            f"`{name}` must be an image processor, but got {type(value).__name__}. Load it: "
+            f"`{name}` is not an image processor, but a {type(value).__name__}. Load one: "
             "AutoImageProcessor.from_pretrained(model_id)."
         )
 
@@ -69,42 +69,35 @@ class Preprocessing:
             ValueError: `processor` has another filter or scale, does not normalise, or pads.
         """
         check_image_processor("processor", processor)
-        for name, wanted in (("do_normalize", True), ("do_rescale", True), ("do_pad", False)):
-            found = getattr(processor, name, None)
-            if found is not None and bool(found) != wanted:
+        size = dict(processor.size) if processor.do_resize else {}
+        crops = getattr(processor, "do_center_crop", False)
+        reproduced = {
+            "do_normalize": processor.do_normalize,
+            "do_rescale": processor.do_rescale,
+            "do_pad": not getattr(processor, "do_pad", False),
+            "rescale_factor": abs(processor.rescale_factor - 1 / 255) < 1e-9,
+            "size": not processor.do_resize or set(size) in ({"height", "width"}, {"shortest_edge"}),
+            "resample": not processor.do_resize or int(processor.resample) in RESAMPLING,
+        }
+        for name, is_reproduced in reproduced.items():
+            if not is_reproduced:
                 raise ValueError(
-                    f"`{name}` must be {wanted} in the image processor, but got {found!r}. Use a processor that "
-                    "resizes, crops, rescales and normalises, and nothing else."
+                    f"`{name}` is {getattr(processor, name)!r} in the image processor, which cannot be reproduced "
+                    "without Transformers. Use one that resizes to height and width or to a shortest edge (bilinear "
+                    "or bicubic), crops the centre, rescales by 1/255 and normalises."
                 )
-        if abs(processor.rescale_factor - 1 / 255) > 1e-9:
-            raise ValueError(
-                f"`rescale_factor` must be 1/255 in the image processor, but got {processor.rescale_factor!r}. Pixels "
-                "are taken to lie in [0, 1] before they are normalised."
-            )
-        size, shortest_edge, crop_size, resample = None, None, None, "bicubic"
-        if processor.do_resize:
-            described = dict(processor.size)
-            if set(described) - {"height", "width", "shortest_edge"} or not described:
-                raise ValueError(
-                    f"`size` must have height and width, or shortest_edge, in the image processor, but got "
-                    f"{described!r}. Use a processor that resizes to a fixed size."
-                )
-            shortest_edge = described.get("shortest_edge")
-            size = None if shortest_edge is not None else (described["height"], described["width"])
-            if int(processor.resample) not in RESAMPLING:
-                raise ValueError(
-                    f"`resample` must be bilinear (2) or bicubic (3) in the image processor, but got "
-                    f"{processor.resample!r}. Train with one of these."
-                )
-            resample = RESAMPLING[int(processor.resample)]
-        if getattr(processor, "do_center_crop", False):
-            crop_size = (processor.crop_size["height"], processor.crop_size["width"])
-        mean, std = tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))
-        return cls(mean, std, size, shortest_edge, resample, crop_size)
+        return cls(
+            image_mean=tuple(map(float, processor.image_mean)),
+            image_std=tuple(map(float, processor.image_std)),
+            size=(size["height"], size["width"]) if "height" in size else None,
+            shortest_edge=size.get("shortest_edge"),
+            resample=RESAMPLING[int(processor.resample)] if processor.do_resize else "bicubic",
+            crop_size=(processor.crop_size["height"], processor.crop_size["width"]) if crops else None,
+        )
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """Height and width of what the model gets; None where they depend on the image."""
+        """Height and width of the model's input; None where they depend on the image."""
         return self.crop_size or self.size
 
     @property
@@ -121,14 +114,12 @@ class Preprocessing:
     def apply(self, image: Tensor) -> Tensor:
         """Resize and crop an image (C, H, W) of 8-bit pixels, as the processor does."""
         height, width = image.shape[-2:]
-        size = self.size
+        size = self.size or (height, width)
         if self.shortest_edge is not None:
-            scale = self.shortest_edge / min(height, width)
-            sides = (
-                self.shortest_edge if side == min(height, width) else int(side * scale) for side in (height, width)
-            )
-            size = cast("tuple[int, int]", tuple(sides))
-        if size is not None and size != (height, width):
+            shorter = min(height, width)
+            # In integers: int(side * (shortest_edge / shorter)) can lose a pixel.
+            size = (self.shortest_edge * height // shorter, self.shortest_edge * width // shorter)
+        if size != (height, width):
             # On 8-bit pixels, as torchvision does it: rounding is part of what the model was trained with.
             image = F.interpolate(image[None], size=size, mode=self.resample, antialias=True)[0]
         if self.crop_size is not None:

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pgn_peft.nn.resize import is_exporting
+
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation, also for a single value per channel and for frozen weights.
 
-    Differs from `torch.nn.BatchNorm2d` in training mode: it normalises with the running statistics, and does not
-    update them, if
-
-    - a channel has a single value (one image of 1 x 1 pixels), whose variance is undefined. Torch raises an error;
-      the last batch of an epoch can have this shape;
-    - its weight is frozen: the statistics belong to the adapter, and a frozen adapter must not change.
+    Differs from `torch.nn.BatchNorm2d` in training mode: it uses the running statistics, and does not update them,
+    if its weight is frozen, or if a channel has a single value (one image of 1 x 1 pixels, as the last batch of an
+    epoch can have), for which torch raises an error.
 
     Its counter of batches, which only cumulative averages need, is not part of a saved file: tools that average or
     cast weights change its type and shape.
@@ -43,28 +42,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         return super().forward(input)
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation with up to 8 groups, also for images of one pixel.
-
-    Differs from `torch.nn.GroupNorm` where a group has a single value (one channel, 1 x 1 pixels), whose variance is
-    undefined: all channels of an image are then normalised together. Torch raises an error for one image, and returns
-    the bias for several.
-
-    Args:
-        num_channels: channels C of its input.
-    """
-
-    def __init__(self, num_channels: int) -> None:
-        super().__init__(num_groups=math.gcd(num_channels, 8), num_channels=num_channels)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise (B, C, H, W), image by image."""
-        values_per_group = input[0].numel() // self.num_groups
-        num_groups = self.num_groups if values_per_group > 1 else 1
-        return torch.group_norm(input, num_groups, self.weight, self.bias, self.eps)
+def group_norm(num_channels: int) -> nn.GroupNorm:
+    """Make a group normalisation with up to 8 groups; it needs no running statistics."""
+    return nn.GroupNorm(math.gcd(num_channels, 8), num_channels)
 
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm2d, "group": GroupNorm}
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm2d, "group": group_norm}
 
 
 class Shortcut(nn.Conv2d):
@@ -73,11 +56,6 @@ class Shortcut(nn.Conv2d):
     Differs from `torch.nn.Conv2d` in how it is computed: it selects the pixels that the stride keeps, then convolves
     with a stride of 1. A strided 1 x 1 convolution of fewer than 8 channels in channels-last writes outside of its
     memory in the backward pass on CPUs without AVX-512 (oneDNN 3.12, torch 2.14.1).
-
-    Args:
-        in_channels: of its input.
-        out_channels: of its output.
-        stride: distance of the pixels that are kept.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -145,8 +123,9 @@ class ResNet10(nn.Module):
         Returns:
             (B, 4 * width, H / 16, W / 16), rounded up, of the third block; and (B, 8 * width) of the last one.
         """
-        # Convolutions with few channels are up to twice as fast in channels-last.
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        if not is_exporting():  # the norms of ExecuTorch refuse channels-last
+            # Convolutions with few channels are up to twice as fast in channels-last.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         features = self.stem_norm(self.stem_conv(pixel_values))
         # Pooling before the ReLU gives the same values with a quarter of the ReLUs.
         features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1))

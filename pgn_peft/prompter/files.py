@@ -83,6 +83,8 @@ def _read_settings(settings: dict[str, Any]) -> dict[str, Any]:
     layout = _read_layout(settings)
     generator, number = None, 1 if layout.name == ADDITIVE else layout.num_virtual_tokens
     if generator_settings is not None:
+        if generator_settings.get("mixing", "softmax") != "softmax":
+            raise ValueError(f"mixing={generator_settings['mixing']!r} was removed")
         known = generator_settings.keys() & inspect.signature(PromptGenerator).parameters.keys()
         patch_size = layout.patch_size if layout.name == ADDITIVE else None
         arguments = {name: generator_settings[name] for name in known}

@@ -57,7 +57,7 @@ def linear_probe(
         own = None
         own_head = head.head(adapter_name)
         if isinstance(own_head, TextHead):
-            own = _accuracy(own_head.zero_shot(others).cpu(), expected)
+            own = _accuracy(own_head(others).cpu(), expected)
         elif own_head is None:
             own = _accuracy(head.classify(adapter_name, others).float().cpu(), expected)
     weight, bias, _ = fit_ridge(features.cpu(), labels, config.num_labels)

@@ -17,7 +17,6 @@ from typing import Any
 from peft import PeftConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from pgn_peft.nn.generator import MIXINGS
 from pgn_peft.nn.trunk import NORMS, TRUNKS
 from pgn_peft.utils.labels import PROBLEM_TYPES, normalize_id2label
 from pgn_peft.version import __version__
@@ -31,7 +30,7 @@ class PGNPeftType(str, enum.Enum):  # noqa: UP042  (PEFT reads the name off str(
 
 # Fields of saved adapters that have another name now, or are no longer used.
 RENAMED = {"slot_prompts": "static_prompts", "initial_logit_std": "mixing_init_std"}
-REMOVED = ("checksums", "image_offset", "text_correction")
+REMOVED = ("checksums", "image_offset", "mixing", "text_correction")
 # An upper limit of a gigabyte for an adapter, far beyond what is used, so that no file can allocate more.
 LARGEST = 2**28
 
@@ -51,6 +50,8 @@ def _reads_saved_fields(config_class: type[PGNConfig]) -> type[PGNConfig]:
 
     @functools.wraps(init)
     def __init__(self: PGNConfig, *args: Any, **fields: Any) -> None:  # noqa: N807
+        if fields.get("mixing", "softmax") != "softmax":
+            raise ValueError(f"mixing={fields['mixing']!r} was removed. Train an adapter with the softmax.")
         fields = {RENAMED.get(name, name): value for name, value in fields.items() if name not in REMOVED}
         if fields.get("prompt_layout") == "dense":
             fields["prompt_layout"] = "additive"
@@ -122,9 +123,6 @@ class PGNConfig(PeftConfig):
         "are the mixing logits; 8 needs a twentieth of the parameters. None: one linear layer, the official form.",
         minimum=1,
     )
-    mixing: str = _field(
-        "softmax", "'softmax' over the library, or 'sigmoid' for each of its entries.", choices=tuple(MIXINGS)
-    )
     static_prompts: bool | None = _field(
         None,
         "Also learn a static prompt for each of the P slots, to which the generated part is added. None: in latent "
@@ -144,8 +142,7 @@ class PGNConfig(PeftConfig):
     mixing_init_std: float | None = _field(
         None,
         "Standard deviation of the offsets that the mixing logits start from. 0, as in the official code: all prompts "
-        "start as nearly the same mixture. 4: each prompt starts near a library entry of its own. None: 4 with "
-        "'softmax', 0 with 'sigmoid'.",
+        "start as nearly the same mixture. None: 4, with which each prompt starts near a library entry of its own.",
         minimum=0,
     )
     prompt_space: str = _field(

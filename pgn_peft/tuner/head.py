@@ -111,8 +111,8 @@ class PGNHead(PGNTunerLayer):
     def classify(self, adapter_name: str | None, features: Tensor) -> Tensor:
         """Return the logits (B, M) of an adapter's head, or of the model's own for None."""
         head = self.head(adapter_name)
-        if head is None and self.is_added:
-            return self._zero_shot(features)
+        if head is None and self.is_added:  # zero-shot, see `answers`
+            head = self.head(self.texts_of_base(adapters_of_batch() or ()))
         if isinstance(head, TextHead):
             self.check_texts(head)
             return head(features)
@@ -125,11 +125,6 @@ class PGNHead(PGNTunerLayer):
             return logits[..., torch.tensor(config.label_mapping, device=logits.device)]
         return logits
 
-    def _zero_shot(self, features: Tensor) -> Tensor:
-        head = cast(TextHead, self.head(self.texts_of_base(adapters_of_batch() or ())))  # see `answers`
-        self.check_texts(head)
-        return head.zero_shot(features)
-
     def texts_of_base(self, names: Sequence[str]) -> str | None:
         """Name the adapter whose texts the base is compared with: the active one, or else the first one with texts."""
         return next((name for name in (*self.active_adapters, *names) if isinstance(self.head(name), TextHead)), None)
@@ -141,7 +136,7 @@ class PGNHead(PGNTunerLayer):
         Raises:
             ValueError: none have been given.
         """
-        if isinstance(head, TextHead) and not head.is_set and not head.look():
+        if isinstance(head, TextHead) and not head.is_set:
             raise ValueError("No text embeddings: call use_texts(model, embed_texts(...)) first.")
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -191,7 +186,7 @@ class PGNHead(PGNTunerLayer):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for name, head in self.pgn_head.items():
-            if isinstance(head, TextHead) and not head.is_set and not head.look():
+            if isinstance(head, TextHead) and not head.is_set:
                 logger.warning("saving %r without its texts: give it `text_embeds` first, by use_texts(...)", name)
         # Whatever saves an adapter reads the state dict first, and writes the config afterwards.
         self.record_labels()

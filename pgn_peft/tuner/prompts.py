@@ -49,7 +49,6 @@ def make_generator(config: PGNConfig) -> PromptGenerator | None:
         image_size=config.generator_image_size,
         width=config.generator_width,
         norm=config.generator_norm,
-        mixing=config.mixing,
         mixing_init_std=not_none(config.mixing_init_std),
         rank=config.generator_rank,
         patch_size=config.patch_size if config.prompt_space == "pixel" else None,

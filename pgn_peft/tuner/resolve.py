@@ -60,7 +60,7 @@ def resolve(config: PGNConfig, model: nn.Module) -> PGNConfig:
     if resolved.prompt_dropout is None:
         resolved.prompt_dropout = 0.5 if generated and resolved.prompt_depth != 1 else 0.0
     if resolved.mixing_init_std is None:
-        resolved.mixing_init_std = 4.0 if resolved.mixing == "softmax" else 0.0
+        resolved.mixing_init_std = 4.0
     if resolved.prompt_layout is None and in_pixels:
         resolved.prompt_layout = "additive"
     _refuse(_prompt_rules(resolved, backbone))

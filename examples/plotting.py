@@ -1,4 +1,4 @@
-"""Plots of an adapter. Needs matplotlib: `pip install 'pgn-peft[plotting]'`.
+"""Plots of an adapter's mixing coefficients, library and attention, and the colours of all figures. Needs matplotlib.
 
 Every function takes tensors, which `pgn_peft.inspection` computes, and draws into the given axes or into a new figure.
 The caller shows and saves it.
@@ -9,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-
-try:
-    from matplotlib import pyplot as plt
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-except ImportError as error:  # the package itself does not need it
-    raise ImportError("`pgn_peft.plotting` needs matplotlib. Install it: pip install 'pgn-peft[plotting]'") from error
 
 COLOURS = "magma"
 # Of all figures of the project. Of Okabe and Ito: told apart by everybody, and in print.
@@ -41,11 +37,7 @@ def plot_coefficients(coefficients: Tensor, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes, with a row for each prompt and a column for each library entry.
-
-    Raises:
-        ValueError: `coefficients` has another number of axes.
     """
-    _check_axes("coefficients", coefficients, 2, "(P, L), those of one image")
     ax = ax if ax is not None else _new_axes(width=0.1 * coefficients.shape[1], height=0.2 * coefficients.shape[0])
     picture = ax.imshow(coefficients.numpy(), aspect="auto", cmap=COLOURS, vmin=0)
     ax.set(xlabel="library entry", ylabel="prompt")
@@ -63,15 +55,7 @@ def plot_usage(usage: Tensor, names: Sequence[str], ax: Axes | None = None) -> A
 
     Returns:
         The axes, with a row for each class; entries are sorted by the class that uses them most.
-
-    Raises:
-        ValueError: `names` and `usage` differ in length.
     """
-    _check_axes("usage", usage, 2, "(number of classes, L)")
-    if len(names) != len(usage):
-        raise ValueError(
-            f"`names` must name {len(usage)} classes, one for each row, but got {len(names)}. Pass all of them."
-        )
     ax = ax if ax is not None else _new_axes(width=0.1 * usage.shape[1] + 1, height=0.25 * len(names))
     # By class first, and within a class by how much it is used.
     strongest = usage.argmax(dim=0).double() - usage.amax(dim=0).double() / (usage.amax().double() + 1e-12) / 2
@@ -96,17 +80,7 @@ def plot_images_by_entry(
 
     Returns:
         The figure.
-
-    Raises:
-        ValueError: `pixels` and `coefficients` differ in length, or pixels lie outside of [0, 1].
     """
-    _check_axes("coefficients", coefficients, 3, "(B, P, L)")
-    _check_pixels(pixels)
-    if len(pixels) != len(coefficients):
-        raise ValueError(
-            f"`pixels` must hold the {len(coefficients)} images of `coefficients`, but got {len(pixels)}. Pass the "
-            "same images."
-        )
     use = coefficients.mean(dim=1)  # (B, L)
     entries, images = min(entries, use.shape[1]), min(images, len(pixels))
     chosen = use.std(dim=0, correction=0).argsort(descending=True)[:entries].tolist()
@@ -133,19 +107,7 @@ def plot_library(tokens: Tensor, usage: Tensor | None = None, method: str = "pca
 
     Returns:
         The axes.
-
-    Raises:
-        ValueError: `method` is unknown, or `tokens` has other axes or fewer than three entries.
     """
-    if method not in ("pca", "tsne"):
-        raise ValueError(f"`method` must be one of pca, tsne, but got {method!r}. Choose one of these.")
-    if tokens.ndim not in (2, 4):
-        raise ValueError(
-            f"`tokens` must have the axes (L, D) or (L, C, p, p), but got {tuple(tokens.shape)}. Of an adapter with "
-            "prompts in several layers take one layer's: tokens[0]."
-        )
-    if len(tokens) < 3:
-        raise ValueError(f"`tokens` must hold three entries at least, but got {len(tokens)}. There is nothing to map.")
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -178,13 +140,9 @@ def plot_attention(attention: Tensor, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes, with a bar for each layer, stacked prompt by prompt.
-
-    Raises:
-        ValueError: `attention` has another number of axes.
     """
     if attention.ndim == 3:
         attention = attention.mean(dim=0)
-    _check_axes("attention", attention, 2, "(B, layers, P) or (layers, P)")
     ax = ax if ax is not None else _new_axes(width=5, height=3)
     layers, number = attention.shape
     shades = plt.get_cmap(COLOURS)(torch.linspace(0.15, 0.9, number).numpy())
@@ -200,17 +158,3 @@ def plot_attention(attention: Tensor, ax: Axes | None = None) -> Axes:
 def _new_axes(width: float, height: float) -> Axes:
     _, ax = plt.subplots(figsize=(max(width, 3.0), max(height, 2.0)), layout="constrained")
     return ax
-
-
-def _check_axes(name: str, tensor: Tensor, axes: int, wanted: str) -> None:
-    if tensor.ndim != axes:
-        raise ValueError(f"`{name}` must have the axes {wanted}, but got shape {tuple(tensor.shape)}. Select them.")
-
-
-def _check_pixels(pixels: Tensor) -> None:
-    _check_axes("pixels", pixels, 4, "(B, 3, H, W)")
-    if not bool(((pixels >= 0) & (pixels <= 1)).all()):
-        raise ValueError(
-            f"`pixels` must lie in [0, 1], but got {pixels.min().item():g} to {pixels.max().item():g}. Give them as "
-            "they are before they are normalised."
-        )
