@@ -6,8 +6,7 @@
 
 The adapter is a folder that `train_image_classifier.py` has written; its results.json fills the card's tables. Metrics
 of your own go in with `--metric accuracy=0.94`. `--private` makes a private repository, and `--dry_run` writes the
-files into a folder beside the adapter and publishes nothing. `--examples cat.jpg dog.jpg` publishes up to four images
-for the page's widget, titled by the names of the files. Others then write
+files into a folder beside the adapter and publishes nothing. Others then write
 
     import pgn_peft
     classify = pgn_peft.load_classifier("user/my-adapter").pipeline()
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import torch
 import train_image_classifier
-from image_data import open_image, smoke_arguments
+from image_data import smoke_arguments
 
 from pgn_peft import Classifier, ModelCardInfo, load_classifier
 
@@ -53,7 +52,6 @@ def make_facts(options: argparse.Namespace) -> ModelCardInfo:
         hyperparameters={name.replace("_", " "): value for name, value in training.items()},
         license=options.license,
         description=options.description,
-        examples={Path(file).stem: open_image(file) for file in options.examples},
     )
 
 
@@ -77,7 +75,6 @@ def main(command_line: list[str] | None = None) -> float | None:
     parser.add_argument("--metric", type=parse_metric, action="append", help="name=value; may be repeated")
     parser.add_argument("--license", help="identifier of the adapter's licence")
     parser.add_argument("--description", help="what it is for, and where it fails")
-    parser.add_argument("--examples", nargs="+", default=(), help="image files to publish, for the page's widget")
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--dry_run", action="store_true", help="write the files, and publish nothing")
     parser.add_argument("--smoke", action="store_true", help="a dry run with a tiny adapter, in seconds")

@@ -15,7 +15,7 @@ from pgn_peft.tuner.adapters import find_layer, image_function, own_logits, prom
 from pgn_peft.tuner.embeddings import has_class_token
 from pgn_peft.tuner.head import find_head
 from pgn_peft.tuner.layer import PGNLayer
-from pgn_peft.utils.values import filled
+from pgn_peft.utils import not_none
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.nn.images import PILLOW_MODES, to_pixels
+from pgn_peft.nn.images import to_pixels
 from pgn_peft.nn.layout import PromptLayout, make_layout, to_image
 from pgn_peft.nn.library import AdditiveLibrary
 from pgn_peft.nn.patch_inverse import InversionReport, PatchInverse
@@ -60,8 +60,7 @@ def make_prompter(
     Raises:
         TypeError: the model carries no adapter.
         ValueError: no adapter has this name; the adapter has prompts in several layers; its latent prompts do not fill
-            rows of patches, or the model averages its patches; its images have other channels than files have; or the
-            processor differs from that of the training.
+            rows of patches, or the model averages its patches; or the processor differs from that of the training.
     """
     layer, head = find_layer(model, adapter_name), find_head(model)
     config, preprocessing = layer.configs[adapter_name], Preprocessing.from_processor(processor)
@@ -100,25 +99,23 @@ def make_prompter(
 
 
 def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, model: nn.Module, in_range: bool) -> None:
-    """Refuse an adapter that cannot become pixels, or another image processor than that of its training."""
     latent = config.prompt_space == "latent"
     averages = any(isinstance(part, PGNBlock) and part.ends for part in model.modules())
     size, trained_size = preprocessing.output_size, (config.image_size,) * 2
+    trained, found = (
+        torch.tensor([source.image_mean, source.image_std]) if not latent else torch.zeros(0)
+        for source in (config, preprocessing)
+    )
     refusals = [
         (
             config.prompt_depth != 1,
-            f"An image brings prompts to the first layer only, and `prompt_depth` is {config.prompt_depth}. Train an "
+            f"`prompt_depth` is {config.prompt_depth}, and an image brings prompts to the first layer only. Train an "
             "adapter with prompt_depth=1.",
         ),
         (
             latent and (averages or layer.extends_positions),
             f"Latent prompts cannot become pixels here: {AVERAGES_PATCHES if averages else GIVES_POSITIONS}. Train an "
             "adapter with prompt_space='pixel'.",
-        ),
-        (
-            layer.num_channels not in PILLOW_MODES,
-            f"Image files have 1, 3 or 4 channels, and the model takes {layer.num_channels}. Use the adapter inside "
-            "its model.",
         ),
         (
             size is None,
@@ -130,16 +127,12 @@ def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, mod
             f"The adapter was trained with images of {trained_size[0]} x {trained_size[1]} pixels, and the image "
             f"processor makes {size}. Set processor.size (and crop_size).",
         ),
+        (
+            not torch.allclose(trained, found, atol=1e-6),
+            f"The adapter was trained with image_mean and image_std {trained.tolist()}, and the image processor has "
+            f"{found.tolist()}. Pass the processor of the model that the adapter was made for.",
+        ),
     ]
-    for name in () if latent else ("image_mean", "image_std"):
-        trained, found = torch.tensor(getattr(config, name)), torch.tensor(getattr(preprocessing, name))
-        refusals.append(
-            (
-                not torch.allclose(trained, found, atol=1e-6),
-                f"The adapter was trained with {name}={trained.tolist()}, and the image processor has "
-                f"{found.tolist()}. Pass the processor of the model that the adapter was made for.",
-            )
-        )
     for is_refused, message in refusals:
         if is_refused:
             raise ValueError(message)
@@ -159,7 +152,7 @@ def invert(
         embeddings: the frozen backbone's embeddings.
         tokens: (1, L, D), a library for all slots; or (P, 1, D), one token for each slot.
         layout: where the prompts go.
-        preprocessing: with the mean and standard deviation that the image processor normalises by.
+        preprocessing: with the mean and standard deviation that images are normalised by.
         in_range: find pixels of valid images, with an error, instead of the exact ones, which lie far outside. Each
             slot then has a library of its own, and the image is not changed: its patches keep the small shift of the
             interpolated position embeddings. Only for coefficients that sum to 1.
@@ -180,11 +173,10 @@ def invert(
         slots = slots - static_prompts.detach().to(slots)
     targets = (tokens - slots[:, None]).flatten(0, 1)  # (P * L, D): the projection's target in each slot
     if inverse.rank < tokens.shape[-1]:
-        lost = (targets - (targets @ inverse.left) @ inverse.left.mT).norm(dim=-1) / targets.norm(dim=-1)
         raise ValueError(
             f"The backbone's patch projection has rank {inverse.rank} ({inverse.weight.shape[1]} values per patch), "
-            f"less than its width {tokens.shape[-1]}: up to {lost.max().item():.0%} of a prompt cannot be reached by "
-            "pixels. Train an adapter with prompt_space='pixel'."
+            f"less than its width {tokens.shape[-1]}: pixels cannot reach all of a prompt. Train an adapter with "
+            "prompt_space='pixel'."
         )
     std = torch.tensor(preprocessing.image_std, dtype=torch.float64, device=tokens.device)[:, None, None]
     if in_range:
@@ -226,18 +218,14 @@ def _report(
 
 def _score_head(head: PGNHead, adapter_name: str) -> ScoreHead | None:
     """Make the adapter's head one on the model's scores; None without a head, or if these do not determine it."""
-    config, own, base, labels = (
-        head.configs[adapter_name],
-        head.head(adapter_name),
-        head.base_layer,
-        list(head.base_labels.id2label.values()),
-    )
+    config, own, base = head.configs[adapter_name], head.head(adapter_name), head.base_layer
+    labels = list(head.base_labels.id2label.values())
     if config.label_mapping is not None:
         return one_to_one_head(config.label_mapping, labels)
-    if not isinstance(own, nn.Linear) or own.out_features < 2 or not isinstance(base, nn.Linear) or not labels:
+    # `read_answer` gives probabilities that sum to 1.
+    single = config.problem_type in (None, "single_label_classification")
+    if not (single and labels and isinstance(base, nn.Linear) and isinstance(own, nn.Linear) and own.out_features > 1):
         return None
-    if config.problem_type not in (None, "single_label_classification"):
-        return None  # `read_answer` gives probabilities that sum to 1
     try:
         return exact_score_head(plain_weight(base), base.bias, own.weight, own.bias, labels)
     except ValueError:

@@ -14,7 +14,6 @@ from pgn_peft.nn.text_head import TextHead
 from pgn_peft.tuner.adapters import find_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED, architecture_of
 from pgn_peft.tuner.head import find_head
-from pgn_peft.utils.values import not_none
 
 BATCH = 256  # texts at a time
 
@@ -37,7 +36,7 @@ def embed_texts(
         (M, D) embeddings of length 1, on the CPU. That of several sentences is the direction of their mean.
 
     Raises:
-        TypeError: the model has no text tower, or `classes` holds no lists of texts.
+        TypeError: `classes` holds no lists of texts.
         ValueError: a template has no "{}", or a class has no description.
 
     Source: arXiv:2103.00020 (templates and their mean).
@@ -45,21 +44,16 @@ def embed_texts(
     lists = list(classes.values()) if isinstance(classes, Mapping) else [classes]
     if any(isinstance(texts, str) or not all(isinstance(text, str) for text in texts) for texts in lists):
         raise TypeError(
-            f"`classes` must be a list of names, or a list of descriptions for each name, but got {classes!r}. Of an "
+            f"`classes` is {classes!r}, not a list of names, nor a list of descriptions for each name. Of an "
             "`id2label` pass list(id2label.values())."
         )
     if isinstance(classes, Mapping):
         sentences = [list(descriptions) for descriptions in classes.values()]
     else:
-        if not templates or not all("{}" in template for template in templates):
-            raise ValueError(
-                f"`templates` must hold '{{}}' each, for a class's name, but got {list(templates)!r}. Write e.g. "
-                "'a photo of a {}.'."
-            )
-        sentences = [[template.replace("{}", name) for template in templates] for name in classes]
-    if not sentences or not all(sentences):
+        sentences = [[template.replace("{}", name) for template in templates if "{}" in template] for name in classes]
+    if not sentences or not all(sentences) or not all("{}" in template for template in templates):
         raise ValueError(
-            f"`classes` must have a text for each class, but got {classes!r}. Give names, or descriptions by name."
+            f"A class has no text, or a template has no '{{}}' for its name: {classes!r}, {list(templates)!r}."
         )
     texts = [sentence for one_class in sentences for sentence in one_class]
     embedded = torch.cat([_embed(model, tokenizer, texts[at : at + BATCH]) for at in range(0, len(texts), BATCH)])
@@ -76,16 +70,11 @@ def _embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     input_ids = tokens["input_ids"].to(next(model.parameters()).device)
     with evaluating(model), torch.no_grad():
-        if hasattr(model, "get_text_features"):
-            output = model.get_text_features(input_ids=input_ids)
-            output = getattr(output, "pooler_output", output)
-        elif hasattr(model, "text_projection"):
+        if hasattr(model, "text_projection") and not hasattr(model, "get_text_features"):  # a text tower alone
             output = model(input_ids=input_ids).text_embeds
         else:
-            raise TypeError(
-                f"`model` must have a text tower, but got {type(model).__name__}. Load the checkpoint as CLIPModel, "
-                "CLIPTextModelWithProjection or SiglipModel."
-            )
+            output = model.get_text_features(input_ids=input_ids)
+            output = getattr(output, "pooler_output", output)
     return output.float().cpu()
 
 
@@ -114,31 +103,30 @@ def use_texts(
     head = None if heads is None else heads.head(adapter_name)
     if not isinstance(head, TextHead):
         raise ValueError(
-            f"`adapter_name` must name an adapter with head='text', but got {adapter_name!r} with "
-            f"head={layer.configs[adapter_name].head!r}. Make it with PGNConfig(head='text', id2label=...)."
+            f"The adapter {adapter_name!r} has head={layer.configs[adapter_name].head!r}, which takes no texts. Make "
+            "one with PGNConfig(head='text', id2label=...)."
         )
     text_embeds = torch.as_tensor(text_embeds)
-    if tuple(text_embeds.shape) != tuple(head.text_embeds.shape):
+    if text_embeds.shape != head.text_embeds.shape:
         raise ValueError(
-            f"`text_embeds` must have the shape {tuple(head.text_embeds.shape)}, a row for each class, but got "
-            f"{tuple(text_embeds.shape)}. Embed the texts of `id2label` with the same model's text tower."
+            f"`text_embeds` has the shape {tuple(text_embeds.shape)}, not {tuple(head.text_embeds.shape)}. Embed one "
+            "text for each class of `id2label`, by the same model's text tower."
         )
-    if not bool(text_embeds.isfinite().all()) or not bool(text_embeds.float().norm(dim=-1).all()):
-        raise ValueError(
-            "`text_embeds` must be finite and not zero, but got a row that is not. Embed the texts again."
-        )
-    for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        if value is not None and not (torch.tensor(float(value)).isfinite() and (name == "logit_bias" or value > 0)):
-            raise ValueError(f"`{name}` must be a finite number, and a scale above 0, but got {value}. Leave it out.")
     base = unwrap(model)
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    own_scale = base.logit_scale.exp().item() if hasattr(base, "logit_scale") else None
-    usual_scale = SUPPORTED[not_none(architecture_of(base))].text_scale if own_scale is None else own_scale
+    if hasattr(base, "logit_scale"):
+        usual_scale = base.logit_scale.exp().item()
+    else:
+        usual_scale = SUPPORTED[architecture_of(base) or ""].text_scale
+    usual_bias = base.logit_bias.item() if hasattr(base, "logit_bias") else 0.0
     if usual_scale is None and None in (logit_scale, logit_bias):
         raise ValueError(
-            f"`logit_scale` and `logit_bias` must be given for a {type(base).__name__}, which lacks them, but got "
-            f"{logit_scale} and {logit_bias}. The model of both towers has them: logit_scale.exp() and logit_bias."
+            f"A {type(base).__name__} lacks `logit_scale` and `logit_bias`: pass both. The model of both towers has "
+            "them, as logit_scale.exp() and logit_bias."
         )
-    if logit_bias is None:
-        logit_bias = base.logit_bias.item() if hasattr(base, "logit_bias") else 0.0
-    head.set_texts(text_embeds, not_none(usual_scale) if logit_scale is None else logit_scale, not_none(logit_bias))
+    scale = usual_scale if logit_scale is None else logit_scale
+    head.set_texts(text_embeds, scale, usual_bias if logit_bias is None else logit_bias)
+    if not head.look():
+        raise ValueError(
+            "`text_embeds` or `logit_bias` is not finite, a text's embedding is zero, or `logit_scale` is not above 0."
+        )

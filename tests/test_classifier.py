@@ -1,11 +1,9 @@
 """One call from an adapter to a classifier: what it answers, what it falls back to, what it refuses to open."""
 
-import base64
 import json
 import logging
 import pickle
 import shutil
-from io import BytesIO
 
 import numpy as np
 import pytest
@@ -103,22 +101,23 @@ def test_both_pipelines_use_the_adapters_processor(model, saved, caplog):
     assert "not supported" not in caplog.text
 
 
-def test_a_pipeline_reads_16_bit_images_from_every_source(model, tmp_path):
+def test_a_pipeline_reads_16_bit_images_and_files(model, tmp_path):
     ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "grey.png")
-    content = (tmp_path / "grey.png").read_bytes()
     classify = Classifier(model, processor()).pipeline()
     expected = classify(Image.fromarray((ramp / 257).round().astype(np.uint8)))
-    encoded = base64.b64encode(content).decode()
-    for image in (
-        str(tmp_path / "grey.png"),
-        encoded,
-        f"data:image/png;base64,{encoded}",
-        Image.open(BytesIO(content)),
-    ):
+    for image in (str(tmp_path / "grey.png"), Image.open(tmp_path / "grey.png")):
         assert [entry["score"] for entry in classify(image)] == pytest.approx([e["score"] for e in expected], abs=1e-5)
-    with pytest.raises(ValueError, match="'nowhere.png' is no image. Pass the path"):
-        classify("nowhere.png")
+
+
+def test_a_pipeline_answers_a_regression_with_plain_numbers(base):
+    """Transformers 5.22 puts a sigmoid on a single output, whatever the problem is."""
+    model = adapted(base, id2label={0: "age"}, problem_type="regression")
+    with torch.no_grad():
+        model.get_base_model().classifier.pgn_head["default"].bias.fill_(40)
+    (entry,) = Classifier(model, processor()).pipeline()(RED)
+    assert entry["score"] == pytest.approx(answer(model, **processor()(images=RED, return_tensors="pt")).item())
+    assert entry["score"] > 30
 
 
 def test_gradio_takes_a_pipeline(model):
@@ -138,8 +137,9 @@ def test_an_adapter_of_another_image_size_needs_no_argument(model, tmp_path, siz
     scores = {entry["label"]: entry["score"] for entry in loaded.pipeline()(RED)}
     assert scores["cat"] == pytest.approx(expected.softmax(-1)[0, 0].item(), abs=1e-6)
     assert "interpolate_pos_encoding=True" in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
+    hooks = len(loaded.model._forward_pre_hooks)
     loaded.pipeline()
-    assert len(loaded.model._forward_pre_hooks) == 1
+    assert len(loaded.model._forward_pre_hooks) == hooks
 
 
 def test_an_adapter_in_pixel_space(base, tmp_path, pixel_values):
@@ -223,26 +223,22 @@ def test_the_active_one_of_several_adapters_is_saved(model, tmp_path, pixel_valu
 
 
 def test_what_cannot_be_saved_is_refused(model, tmp_path):
-    with pytest.raises(TypeError, match="`model` must carry a PGN adapter, but got ViTForImageClassification"):
+    with pytest.raises(TypeError, match="This ViTForImageClassification carries no PGN adapter"):
         Classifier(tiny_vit(), processor()).save_pretrained(tmp_path / "adapter")
     with pytest.raises(TypeError, match="`image_processor` must be an image processor, but got NoneType"):
         Classifier(model, None).save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
-def test_other_adapters_are_refused_in_words(base, saved, tmp_path):
+def test_other_adapters_are_refused_in_words(base, tmp_path):
     lora = get_peft_model(ViTForImageClassification.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="`peft_type` must be 'PGN', but got 'LORA'"):
+    with pytest.raises(ValueError, match="is an adapter of another method"):
         load_classifier(tmp_path / "lora")
     vit = transformers.ViTModel.from_pretrained(base)
     get_peft_model(vit, tiny_config()).save_pretrained(tmp_path / "features")
-    with pytest.raises(ValueError, match="has no labels: it answers with features"):
+    with pytest.raises(ValueError, match="has no labels and answers with features"):
         load_classifier(tmp_path / "features")
-    for text in ("[]", "{", '"PGN"'):
-        (saved / "adapter_config.json").write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="`(adapter_config.json|peft_type)` must be"):
-            load_classifier(saved)
 
 
 # Adapters that are not trusted.

@@ -37,7 +37,7 @@ def test_regression_and_multi_label_targets_are_floats():
 
 def test_images_that_are_not_normalised_are_found():
     for value in (float("nan"), float("inf"), 255.0):
-        with pytest.raises(ValueError, match=f"`pixel_values` of example 1 .* largest is {value:g}"):
+        with pytest.raises(ValueError, match=f"`pixel_values` are not normalised: the largest is {value:g}"):
             ImageCollator()(examples(pixel_values=torch.full((3, 8, 8), value)))
 
 
@@ -50,7 +50,7 @@ def test_a_class_that_the_head_does_not_have_is_found():
 
 def test_a_label_that_is_no_number_is_found():
     for label in ("cat", {"name": "cat"}, None):
-        with pytest.raises(TypeError, match="The label .* of example 1 is not a number.*label2id"):
+        with pytest.raises(TypeError, match="The labels .* are not all numbers.*label2id"):
             ImageCollator(num_labels=3)(examples((0, label, 1)))
 
 

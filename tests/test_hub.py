@@ -14,7 +14,6 @@ from conftest import FILES, TOKEN, answer, assert_nearly_equal, move_adapter, ti
 from huggingface_hub import ModelCard
 from loopback_hub import Fault, use_hub
 from peft import get_peft_model
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTImageProcessor
 
@@ -92,10 +91,8 @@ def test_what_is_private_needs_a_token(hub, adapter, monkeypatch):
     hub.put("user/pets", adapter, private=True)
     monkeypatch.delenv("HF_TOKEN")
     refused, missing, found = load({"id": "user/pets"}, {"id": "user/nothing"}, {"id": "user/pets", "token": TOKEN})
-    assert "`pretrained_model_name_or_path` must be" in refused
-    assert re.search("but got 'user/pets': .*401", refused)
-    assert "needs a token (`hf auth login`)" in refused
-    assert re.search("but got 'user/nothing': .*404", missing)
+    assert re.search("'user/pets' is not a folder, and cannot be read from the Hub.*401", refused)
+    assert re.search("'user/nothing' is not a folder, and cannot be read from the Hub.*404", missing)
     assert found == [True, 48, "cat"]
 
 
@@ -119,7 +116,7 @@ def test_revisions_and_subfolders(hub, adapter, tmp_path):
     )
     assert outcomes[0][1:] == [40, "LABEL_0"]
     assert outcomes[1] == outcomes[2] == outcomes[4] == [True, 48, "cat"]
-    assert re.search("but got 'user/pets' at revision 'v9': .*404", outcomes[3])
+    assert re.search("'user/pets' is not a folder, .* 404 .*revision/v9", outcomes[3], re.DOTALL)
     assert "There is no adapter_config.json in 'user/many'." in outcomes[5]
 
 
@@ -131,13 +128,13 @@ def test_offline_it_is_loaded_from_the_cache(hub, adapter, tmp_path, monkeypatch
         use_hub(patch, hub, tmp_path / "cache", TOKEN, offline=True)
         loaded, absent = load({"id": "user/pets"}, {"id": "user/nothing"})
     assert loaded == [True, 48, "cat"]
-    assert "offline, what was fetched before is found in the cache" in absent
+    assert "outgoing traffic has been disabled" in absent
     loaded, empty = load(
         {"id": "user/pets", "local_files_only": True},
         {"id": "user/pets", "local_files_only": True, "cache_dir": "elsewhere"},
     )
     assert loaded == [True, 48, "cat"]
-    assert "but got 'user/pets': Cannot find" in empty
+    assert "cannot be read from the Hub. Cannot find" in empty
     assert not hub.requests
     hub.faults.append(Fault("GET", "/", 500, times=100))
     assert load({"id": "user/pets"}) == [[True, 48, "cat"]]
@@ -153,7 +150,8 @@ def test_pickles_and_code_are_not_even_downloaded(hub, adapter, tmp_path):
     hub.put("user/pickled", adapter)
     loaded, refused = load({"id": "user/pets"}, {"id": "user/pickled"})
     assert loaded == [True, 48, "cat"]
-    assert "There is no adapter_model.safetensors in 'user/pickled'. Pickled weights (adapter_model.bin)" in refused
+    assert "There is no adapter_model.safetensors in 'user/pickled'." in refused
+    assert "Pickled weights (adapter_model.bin) are not read" in refused
     fetched = [request for request in hub.requests if "/resolve/" in request]
     assert fetched
     assert not [request for request in fetched if request.endswith((".bin", ".py"))]
@@ -168,11 +166,9 @@ def test_a_push_replaces_what_an_earlier_one_left(hub, adapter, tmp_path):
     (left_over / "example-of-mine.jpg").write_bytes(b"somebody's own file")
     hub.put("user/pets", left_over)
     classifier = load_classifier(adapter)
-    examples = {"red": Image.new("RGB", (8, 8), "red"), "blue": Image.new("RGB", (8, 8), "blue")}
-    classifier.push_to_hub("user/pets", ModelCardInfo(examples=examples), save_directory="kept")
     own = FILES | {"example-of-mine.jpg"}
-    assert set(hub.repositories["user/pets"]) == own | {"example-1.jpg", "example-2.jpg"}
-    classifier.push_to_hub("user/pets", save_directory="kept")
+    for _ in range(2):
+        classifier.push_to_hub("user/pets", save_directory="kept")
     classifier.push_to_hub("user/other", save_directory="kept")
     assert set(hub.repositories["user/pets"]) == own
     assert set(hub.repositories["user/other"]) == {path.name for path in (tmp_path / "kept").iterdir()} == FILES
@@ -210,30 +206,22 @@ def push(adapter, times):
 
 
 FAILURES = [
-    (Fault("POST", "/api/repos/create", 401), "401", "Log in with `hf auth login`, or pass a token"),
-    (
-        Fault("POST", "/api/repos/create", 403),
-        "403",
-        "Use a token with write access, or a repository of your own",
-    ),
-    (Fault("POST", "/preupload/", 404), "404", "Look for a misspelt name or branch"),
-    (Fault("POST", "/commit/", 403), "403", "Use a token with write access, or a repository of your own"),
-    (Fault("POST", "/commit/", 429), "429", "Wait until the Hub takes requests again"),
-    (Fault("POST", "/commit/", 500), "500", "Try again later"),
-    (Fault("POST", "/commit/", None), "", "Try again later"),
+    (Fault("POST", "/api/repos/create", 401), "401"),
+    (Fault("POST", "/preupload/", 404), "404"),
+    (Fault("POST", "/commit/", 429), "429"),
+    (Fault("POST", "/commit/", None), ""),
 ]
 
 
 def test_a_failed_push_loses_nothing_and_says_how_to_go_on(hub, adapter):
-    hub.faults += [dataclasses.replace(fault) for fault, _, _ in FAILURES]
+    hub.faults += [dataclasses.replace(fault) for fault, _ in FAILURES]
     lines = push(adapter, len(FAILURES) + 1)
     expected = load_file(adapter / "adapter_model.safetensors")
     assert lines.pop() is None
-    for line, (_, reason, remedy) in zip(lines, FAILURES, strict=True):
+    for line, (_, reason) in zip(lines, FAILURES, strict=True):
         assert line.startswith("The upload to 'user/pets' failed: ")
         assert reason in line
-        assert f"{remedy}, and push again" in line
-        folder = Path(re.search(r"the adapter is saved in (\S+)\.$", line)[1])
+        folder = Path(re.search(r"The adapter is saved in (\S+): push it again later\.$", line)[1])
         assert {path.name for path in folder.iterdir()} == FILES
         kept = load_file(folder / "adapter_model.safetensors")
         assert all(torch.equal(kept[name], tensor) for name, tensor in expected.items())
@@ -247,7 +235,7 @@ def test_a_connection_cut_in_the_middle_of_an_upload(hub, adapter):
     hub.faults.append(cut)
     failed, pushed = push(adapter, 2)
     assert cut.times == 0
-    assert "the adapter is saved in" in failed
+    assert "The adapter is saved in" in failed
     assert pushed is None
     assert hub.repositories["user/pets"].log == ["initial commit", "Upload adapter"]
     assert load({"id": "user/pets"}) == [[True, 48, "cat"]]

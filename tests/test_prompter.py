@@ -164,7 +164,10 @@ def test_making_it_leaves_the_model_as_it_was():
 
 def test_what_cannot_become_a_prompter_is_refused():
     for change, message in [
-        ({"image_mean": [0.5] * 3}, r"trained with image_mean=\[0.485.*, and the image processor has \[0.5"),
+        (
+            {"image_mean": [0.5] * 3},
+            r"trained with image_mean and image_std \[\[0.485.*, and the image processor has \[\[0.5",
+        ),
         ({"size": {"shortest_edge": 32}}, "resizes the shorter side and crops nothing"),
     ]:
         fields = {"size": {"height": 32, "width": 32}, "image_mean": MEAN, "image_std": STD} | change
@@ -216,16 +219,18 @@ def test_a_configuration_that_cannot_be_read_is_refused(tmp_path):
     prompter_of("additive")[1].save_pretrained(tmp_path)
     saved = (tmp_path / "prompter_config.json").read_text(encoding="utf-8")
     for change, message in [
-        (lambda c: c["layout"].update(num_virtual_tokens=5), "`layout` cannot be read .*: 5 prompts do not fill"),
-        (lambda c: c["layout"].update(name="canvas"), "`layout` .* pixels around the image are no longer supported"),
+        (
+            lambda c: c["layout"].update(num_virtual_tokens=5),
+            "cannot be read .*: Images of 4 x 4 patches have 16 prompts",
+        ),
+        (lambda c: c["layout"].update(name="canvas"), "pixels around the image are no longer supported"),
         (lambda c: c["generator"].update(width=8), "prompter.safetensors .*generator.* has the shape"),
         (lambda c: c["generator"].update(library_size=10**12), "more than 268,435,456|prompter.safetensors"),
-        (
-            lambda c: c["preprocessing"].update(size=[10**9, 10**9]),
-            "`preprocessing` .* numbers .* more than 268,435,456",
-        ),
-        (lambda c: c.pop("layout"), "prompter_config.json: `layout` cannot be read .KeyError: 'layout'"),
-        (lambda c: c.update(server_labels={"0": 1}), "`server_labels`, .* cannot be read .TypeError"),
+        (lambda c: c["preprocessing"].update(size=[10**9, 10**9]), "numbers .* more than 268,435,456"),
+        (lambda c: c["preprocessing"].update(shortest_edge=10**9), "numbers .* more than 268,435,456"),
+        (lambda c: c["generator"].update(image_size=10**9), "numbers .* more than 268,435,456"),
+        (lambda c: c.pop("layout"), "The prompter in .* cannot be read .KeyError: 'layout'"),
+        (lambda c: c.update(server_labels={"0": 1}), "The prompter in .* cannot be read .TypeError: `id2label`"),
     ]:
         (tmp_path / "prompter_config.json").write_text(saved, encoding="utf-8")
         edit(tmp_path, change)
@@ -272,7 +277,7 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
     file = tmp_path / "prompter.safetensors"
     tensors, whole = load_file(file), file.read_bytes()
     file.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="prompter.safetensors: the file cannot be read"):
+    with pytest.raises(ValueError, match="The prompter in .* cannot be read .SafetensorError"):
         ImagePrompter.from_pretrained(tmp_path)
     for name, tensor, message in [
         ("library", torch.full_like(tensors["library"], float("nan")), "library holds NaN or infinity"),
@@ -284,7 +289,7 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
             ImagePrompter.from_pretrained(tmp_path)
     file.write_bytes(whole)
     (tmp_path / "prompter_config.json").write_text("[1, 2", encoding="utf-8")
-    with pytest.raises(ValueError, match="prompter_config.json is not a JSON object"):
+    with pytest.raises(ValueError, match="The prompter in .* cannot be read .JSONDecodeError"):
         ImagePrompter.from_pretrained(tmp_path)
     (tmp_path / "prompter_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="prompter_config.json"):
@@ -433,6 +438,19 @@ def test_pushed_to_a_hub_and_loaded_from_it(tmp_path, monkeypatch):
         files = {"prompter.safetensors", "prompter_config.json", "README.md"}
         assert set(hub.repositories["someone/prompter"]) == files
         assert same_tensors(ImagePrompter.from_pretrained("someone/prompter"), prompter)
+
+
+def test_a_push_keeps_what_people_wrote_into_the_card(hub, tmp_path):
+    _, prompter = prompter_of("additive")
+    prompter.push_to_hub("someone/prompter")
+    text = hub.content("someone/prompter", "README.md").decode() + "\nIt fails at night.\n"
+    (tmp_path / "README.md").write_text(text.replace("tags:", "language: en\ntags:"), encoding="utf-8")
+    hub.put("someone/prompter", tmp_path)
+    prompter.push_to_hub("someone/prompter")
+    card = ModelCard(hub.content("someone/prompter", "README.md").decode())
+    assert card.data.language == "en"
+    assert card.text.endswith("It fails at night.\n")
+    assert card.text.count("check_server") == 1
 
 
 def test_wide_pixels_and_exif_orientations_are_what_a_server_would_see():

@@ -3,7 +3,6 @@
 import importlib
 import subprocess
 import sys
-from enum import Enum
 
 import peft
 import pytest
@@ -70,13 +69,6 @@ def test_another_plug_in_with_the_name_is_refused(monkeypatch):
         registration.register()
 
 
-@pytest.mark.usefixtures("unregistered")
-def test_another_plug_in_with_the_prefix_is_refused(monkeypatch):
-    monkeypatch.setitem(mapping.PEFT_TYPE_TO_PREFIX_MAPPING, "PIGEON", "pgn_")
-    with refused(ImportError, "pgn_", "PIGEON"):
-        registration.register()
-
-
 def test_a_peft_below_the_floor_is_refused(monkeypatch):
     monkeypatch.setattr(registration, "version", lambda package: "0.20.0")
     with refused(ImportError, "0.21", "0.20.0"):
@@ -96,17 +88,3 @@ print(pgn_peft.__version__, "peft" in sys.modules, "transformers" in sys.modules
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
     )
     assert outcome.stdout.split() == [pgn_peft.__version__, "False", "False"]
-
-
-@pytest.mark.usefixtures("unregistered")
-def test_a_later_peft_that_knows_the_name_is_asked_officially(monkeypatch):
-    class PeftType(str, Enum):  # noqa: UP042  (as PEFT's own)
-        PGN = "PGN"
-
-    from peft.utils import peft_types
-
-    monkeypatch.setattr(peft_types, "PeftType", PeftType)
-    registration.register()
-    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PGN"] is pgn_peft.PGNConfig
-    assert next(key for key in mapping.PEFT_TYPE_TO_CONFIG_MAPPING if key == "PGN").__class__ is PeftType
-    registration.register()

@@ -14,8 +14,7 @@ from transformers import ViTImageProcessor, pipeline
 from pgn_peft import ImagePrompter, make_prompter
 from pgn_peft.nn.ridge import fit_ridge
 from pgn_peft.prompter.answers import find_scale, log_scores
-from pgn_peft.prompter.score_fitting import check_classes, fit_label_mapping, fit_to_answers
-from pgn_peft.prompter.score_head import exact_score_head
+from pgn_peft.prompter.score_head import check_classes, exact_score_head, fit_label_mapping, fit_to_answers
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD)
@@ -280,8 +279,7 @@ def test_a_damaged_score_head_is_refused(tmp_path):
     file = tmp_path / "prompter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     for change, message in [
-        ({"kind": "other"}, "`score_head` cannot be read .*kind 'other'"),
-        ({"scale": "log"}, "`score_head` cannot be read .*scale 'log'"),
+        ({"labels": 3}, "cannot be read .*TypeError"),
         ({"labels": ["a"]}, r"score_head.weight has the shape \(3, 60\) instead of \(3, 1\)"),
     ]:
         score_head = config["score_head"] | change

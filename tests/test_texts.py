@@ -262,7 +262,7 @@ def test_texts_that_are_missing_or_damaged_give_no_logits(name, value, pixel_val
 @pytest.mark.parametrize(
     ("arguments", "error", "word"),
     [
-        ((tiny_vit, NAMES), TypeError, "ViTForImageClassification"),  # no tower for texts
+        ((tiny_vit, NAMES), AttributeError, "ViTForImageClassification"),  # no tower for texts
         ((two_towers, NAMES, ["a photo"]), ValueError, "{}"),
         ((two_towers, {"cat": []}), ValueError, "cat"),
         ((two_towers, LABELS), TypeError, "classes"),

@@ -6,15 +6,15 @@ Transformers' own `pipeline(model=adapter_id)` finds model and labels too, but t
 
 from __future__ import annotations
 
-import base64
 import logging
-from io import BytesIO
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import CommitInfo, get_session
+from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
@@ -22,28 +22,29 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from pgn_peft.hub import onnx_export, publishing
-from pgn_peft.hub.image_processors import interpolate_if_needed, made_of_square
+from pgn_peft.hub.image_processors import interpolate_if_needed, made_size
 from pgn_peft.hub.model_card import ModelCardInfo
 from pgn_peft.nn.images import convert_image
 from pgn_peft.tuner.adapters import prompt_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.utils.sources import find_folder, one_line
+from pgn_peft.tuner.embeddings import own_image_size
+from pgn_peft.utils.files import find_folder
+from pgn_peft.utils.markdown import update_card_for_hub
 
 if TYPE_CHECKING:
     from transformers import ImageClassificationPipeline, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-PROCESSOR_FILE = "preprocessor_config.json"
-PROCESSOR_FILES = (PROCESSOR_FILE, "processor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # All that is downloaded. Pickles and Python files, which can run code, are not.
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 BASE_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *PROCESSOR_FILES)
 
 
 class _Pipeline(transformers.ImageClassificationPipeline):
-    """The image pipeline, which also takes models that classify by an adapter's head, and images of 16 bits.
+    """The image pipeline, which also takes models that classify by an adapter's head, and files of 16-bit images.
 
     Of the former Transformers would log an error; pixels of the latter it would clip at 255.
     """
@@ -54,25 +55,10 @@ class _Pipeline(transformers.ImageClassificationPipeline):
         """Accept every model."""
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]  # as its class does
-        """Read an image as `convert_image` does: a path, a URL, base64 or a Pillow image."""
-        if isinstance(image, str):
-            image = _open_image(image, timeout)
-        return super().preprocess(convert_image(image) if isinstance(image, Image.Image) else image)
-
-
-def _open_image(source: str, timeout: float | None) -> Image.Image:
-    if Path(source[:1024]).is_file():
-        return Image.open(source)
-    try:
-        if source.startswith(("http://", "https://")):
-            content = get_session().get(source, timeout=timeout, follow_redirects=True).content
-        else:
-            content = base64.b64decode(source.rpartition(",")[2])
-        return Image.open(BytesIO(content))
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{source[:100]!r} is no image. Pass the path of a file, a URL, base64 or a Pillow image."
-        ) from error
+        """Read a Pillow image or a file as `convert_image` does, and URLs and base64 as Transformers does."""
+        if isinstance(image, str) and Path(image[:1024]).is_file():
+            image = Image.open(image)
+        return super().preprocess(convert_image(image) if isinstance(image, Image.Image) else image, timeout)
 
 
 class Classifier(NamedTuple):
@@ -93,9 +79,12 @@ class Classifier(NamedTuple):
         would change the predictions, and each prediction would update the adapter's BatchNorm statistics. Images keep
         the processor's size, even if the base's is another one.
         """
-        options = {"pipeline_class": _Pipeline} | kwargs
+        model = self._prepare_model().eval()
+        options: dict[str, Any] = {"pipeline_class": _Pipeline}
+        if model.config.problem_type == "regression":
+            options["function_to_apply"] = "none"  # Transformers 5.22 would put a sigmoid on numbers
         return transformers.pipeline(
-            "image-classification", model=self._prepare_model().eval(), image_processor=self.image_processor, **options
+            "image-classification", model=model, image_processor=self.image_processor, **options | kwargs
         )
 
     def export_onnx(self, path: str | Path) -> None:
@@ -112,7 +101,9 @@ class Classifier(NamedTuple):
             TypeError: the model has no PGN adapter.
         """
         model = self._prepare_model()
-        onnx_export.export_model(model, made_of_square(prompt_layer(model), self.image_processor), Path(path))
+        layer = prompt_layer(model)
+        size = made_size(self.image_processor, own_image_size(layer), layer.num_channels)
+        onnx_export.export_model(model, size, Path(path))
 
     def _prepare_model(self) -> PreTrainedModel:
         """Have the Transformers model inside take images of the processor's size, and return it."""
@@ -161,11 +152,34 @@ class Classifier(NamedTuple):
         Raises:
             TypeError: the model has no active PGN adapter, or `image_processor` is not an image processor.
             ValueError: `repo_id` is not a valid id, or the base model is a folder that nobody else has.
-            OSError: the Hub refused the upload or could not be reached. The files are kept, and the message says where
-                and how to go on.
+            OSError: the Hub refused the upload or could not be reached. The files are kept; the message says where.
         """
-        upload = publishing.Upload(repo_id, private, token, revision, commit_message, create_pr)
-        return publishing.push(self.model, self.image_processor, upload, facts or ModelCardInfo(), save_directory)
+        publishing.check_shareable(self.model, repo_id)
+        # Not a context manager: after a failed upload the folder is kept.
+        folder = Path(tempfile.mkdtemp(prefix="adapter-") if save_directory is None else save_directory)
+        files = publishing.save(self.model, self.image_processor, folder, facts or ModelCardInfo(), repo_id)
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            update_card_for_hub(api, repo_id, folder / publishing.CARD_FILE, revision)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                allow_patterns=files,
+                delete_patterns=publishing.STALE_FILE,
+            )
+        except Exception as error:  # the client raises errors of many kinds
+            raise OSError(
+                f"The upload to {repo_id!r} failed: {error} The adapter is saved in {folder}: push it again later."
+            ) from error
+        if save_directory is None:
+            shutil.rmtree(folder)
+        return commit
 
 
 def load_classifier(
@@ -208,50 +222,43 @@ def load_classifier(
     """
     options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     name = str(Path(pretrained_model_name_or_path, subfolder or ""))
-    patterns = [file if subfolder is None else f"{subfolder}/{file}" for file in ADAPTER_FILES]
-    folder = find_folder(
-        "pretrained_model_name_or_path", pretrained_model_name_or_path, patterns, revision=revision, **options
-    ).joinpath(subfolder or "")
+    patterns = [Path(subfolder or "", file).as_posix() for file in ADAPTER_FILES]
+    folder = find_folder(pretrained_model_name_or_path, patterns, revision=revision, **options) / (subfolder or "")
     config = _read_config(folder, name)
-
-    base, base_revision = base_model_name_or_path, None
-    if base is None:
-        base, base_revision = config.base_model_name_or_path, config.revision
+    base = str(base_model_name_or_path or config.base_model_name_or_path)
+    base_revision = config.revision if base_model_name_or_path is None else None
     try:
-        base_folder = find_folder("base_model_name_or_path", str(base), BASE_FILES, revision=base_revision, **options)
+        base_folder = find_folder(base, BASE_FILES, revision=base_revision, **options)
     except OSError as error:
         raise OSError(
-            f"{one_line(error)} {name!r} was made for this base model: where it has been moved, pass its place, "
+            f"{error} {name!r} was made for this base model: where it has been moved, pass its place, "
             "load_classifier(..., base_model_name_or_path=...)."
         ) from error
-    model = _load_base(base_folder, str(base), config, device_map, dtype)
+    model = _load_base(base_folder, base, config, device_map, dtype)
     model.load_adapter(str(folder), use_safetensors=True)
     # In a folder with both files Transformers prefers the second, which an earlier save of a CLIP processor can have
     # left there (huggingface/transformers#42085); `save_pretrained` writes the first.
-    source = folder / PROCESSOR_FILE if folder.joinpath(PROCESSOR_FILE).is_file() else folder
-    if not any(folder.joinpath(file).is_file() for file in PROCESSOR_FILES):
+    files = [folder / file for file in PROCESSOR_FILES if folder.joinpath(file).is_file()]
+    if not files:
         logger.warning("%s has no image processor of its own; taking that of its base model, %s", name, base)
-        source = base_folder
+    source = files[0] if files else base_folder
     image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     interpolate_if_needed(model, image_processor)
     return Classifier(model, image_processor)
 
 
 def _read_config(folder: Path, name: str) -> PGNConfig:
-    remedies = {
-        CONFIG_NAME: "Look for a misspelt name, or pass the `subfolder` that the adapter lies in.",
-        SAFETENSORS_WEIGHTS_NAME: "Pickled weights (adapter_model.bin) are not read, because they can run code. Where "
-        "you trust them, load them with PEFT and save the adapter again, which writes safetensors.",
-    }
-    for file, remedy in remedies.items():
+    for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not folder.joinpath(file).is_file():
-            raise OSError(f"There is no {file} in {name!r}. {remedy}")
+            raise OSError(
+                f"There is no {file} in {name!r}. Look for a misspelt name, or pass the `subfolder` that the adapter "
+                "lies in. Pickled weights (adapter_model.bin) are not read, because they can run code."
+            )
     config = PGNConfig.from_pretrained(str(folder))
-    if not isinstance(config, PGNConfig):
-        raise ValueError(f"{name!r} is an adapter of another method, {config.peft_type}. Load it with PEFT.")
-    if config.num_labels is None:
+    if not isinstance(config, PGNConfig) or config.num_labels is None:
         raise ValueError(
-            f"The adapter in {name!r} has no labels: it answers with features. Load it with AutoPeftModel."
+            f"{name!r} is an adapter of another method, {config.peft_type}, or has no labels and answers with "
+            "features. Load it with AutoPeftModel."
         )
     return config
 
@@ -266,13 +273,12 @@ def _load_base(
             f"The base model {name!r} is an adapter, or lacks config.json or weights in safetensors. Pass a model "
             "without adapters; pickled weights are not read, because they can run code: convert them first."
         )
-    made_for = (config.auto_mapping or {}).get("base_model_class")
+    made_for = (config.auto_mapping or {}).get("base_model_class") or ""
+    backbone = SUPPORTED.get(made_for)
     # From our own table of names: importing a module that a file names could run untrusted code.
-    model_class: Any = getattr(transformers, made_for) if made_for in SUPPORTED else AutoModelForImageClassification
-    automatic = model_class is AutoModelForImageClassification
-    options = {"trust_remote_code": False} if automatic else {}
-    # A tower's own configuration, where the base has two.
-    base_config = (AutoConfig if automatic else model_class.config_class).from_pretrained(folder, **options)
+    model_class: Any = AutoModelForImageClassification if backbone is None else getattr(transformers, made_for)
+    config_class: Any = AutoConfig if backbone is None else model_class.config_class  # of a tower, where there are two
+    base_config = config_class.from_pretrained(folder, trust_remote_code=False)
     base_config._attn_implementation = None  # a file could name a kernel on the Hub, which is code
     model, found = model_class.from_pretrained(
         folder,
@@ -281,17 +287,15 @@ def _load_base(
         device_map=device_map,
         dtype=dtype,
         output_loading_info=True,
-        **options,
+        trust_remote_code=False,
     )
-    backbone = SUPPORTED.get(made_for or "")
-    own_head = None if config.head == "frozen" or backbone is None else backbone.head
-    # What the adapter brings itself, and the pooler of a ViT, which no classifier reads.
-    unread = "pooler.dense" if backbone is not None and backbone.head is None else None
-    allowed = tuple(f"{name}." for name in (own_head, unread) if name is not None)
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith(allowed))
-    if missing and backbone is not None:
-        raise ValueError(
-            f"The base model {name!r} has no weights for {', '.join(missing[:3])} of a {made_for}; {len(missing)} are "
-            "missing in all. Pass the checkpoint that the adapter was made for."
-        )
+    if backbone is not None:
+        # The base may lack the head that the adapter brings, and the pooler of a ViT, which no classifier reads.
+        unread = None if config.head == "frozen" else backbone.head
+        missing = sorted(key for key in found["missing_keys"] if not key.startswith(f"{unread or 'pooler.dense'}."))
+        if missing:
+            raise ValueError(
+                f"The base model {name!r} has no weights for {', '.join(missing[:3])} of a {made_for}. Pass the "
+                "checkpoint that the adapter was made for."
+            )
     return model

@@ -10,9 +10,7 @@ from torch import nn
 from transformers import CLIPImageProcessor
 
 from pgn_peft.tuner.adapters import prompt_layer
-from pgn_peft.tuner.embeddings import own_image_size
 from pgn_peft.tuner.layer import PGNLayer
-from pgn_peft.utils.values import not_none
 
 RESAMPLING = {"bilinear": 2, "bicubic": 3}
 
@@ -53,11 +51,6 @@ def made_size(image_processor: Any, size: tuple[int, int], num_channels: int = 3
     return tuple(made.shape[-2:])
 
 
-def made_of_square(layer: PGNLayer, image_processor: Any) -> tuple[int, int]:
-    """Return height and width of what an image processor makes of a square image, in pixels."""
-    return made_size(image_processor, own_image_size(layer), layer.num_channels)
-
-
 def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
     """Whether an image processor makes images of a size for which the backbone needs an option."""
     if layer.fixed_size is None:
@@ -72,24 +65,18 @@ def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
 
     A pipeline has no option for that. Can be called again.
 
-    Args:
-        model: a Transformers model with a PGN adapter.
-        image_processor: its image processor.
-
     Raises:
         ValueError: the model takes one size only, and the processor makes another.
     """
-    if _interpolate in model._forward_pre_hooks.values():
-        return
     layer = prompt_layer(model)
-    if makes_another_size(layer, image_processor):
-        if not layer.takes_size_option:
-            height, width = not_none(layer.fixed_size)
-            raise ValueError(
-                f"The model takes images of {height} x {width} pixels only, and the image processor makes others. Set "
-                "its `size` (and `crop_size`)."
-            )
-        model.register_forward_pre_hook(_interpolate, with_kwargs=True)
+    if _interpolate in model._forward_pre_hooks.values() or not makes_another_size(layer, image_processor):
+        return
+    if not layer.takes_size_option:
+        raise ValueError(
+            f"The model takes images of {layer.fixed_size} pixels only, and the image processor makes others. Set its "
+            "`size` (and `crop_size`)."
+        )
+    model.register_forward_pre_hook(_interpolate, with_kwargs=True)
 
 
 def _interpolate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

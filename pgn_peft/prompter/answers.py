@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCALES = ("softmax", "sigmoid", "logits", "percent")
-
 
 def read_entries(answer: Iterable[Any]) -> list[tuple[str, float]]:
     """Return the labels and scores in an answer. Two classes of a server can have the same label.
@@ -28,16 +26,10 @@ def read_entries(answer: Iterable[Any]) -> list[tuple[str, float]]:
             is_mapping = isinstance(entry, Mapping)
             label, score = (entry["label"], entry["score"]) if is_mapping else (entry.label, entry.score)
         except (AttributeError, KeyError) as error:
-            raise TypeError(
-                f"An answer about an image is a list of entries with `label` and `score`; this is none: {answer!r}."
-            ) from error
-        try:
-            number = float(score)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"The score of {label!r} is {score!r}. Pass finite numbers, percentages without a sign.")
-        entries.append((str(label), number))
+            raise TypeError(f"An answer is a list of entries with `label` and `score`, not {answer!r}.") from error
+        if not math.isfinite(float(score)):
+            raise ValueError(f"The score of {label!r} is {score}.")
+        entries.append((str(label), float(score)))
     return entries
 
 
@@ -75,19 +67,15 @@ def find_scale(answers: Sequence[Sequence[float]], complete: bool) -> str:
     if smallest < 0 or largest > 100:
         return "logits"
     if largest > 1:
-        if not (complete and all(map(_sums_to_100, answers))):
-            raise ValueError(
-                f"Scores from {smallest:g} to {largest:g} that do not sum to 100 can be percentages or logits. Divide "
-                "percentages by 100, or turn logits into probabilities, before you pass them."
-            )
-        return "percent"
+        # Percentages without decimals can lose much of the sum; logits are never exactly 0.
+        if complete and all(abs(sum(scores) - 100) <= (10 if 0 in scores else 1) for scores in answers):
+            return "percent"
+        raise ValueError(
+            f"Scores from {smallest:g} to {largest:g} that do not sum to 100 can be percentages or logits. Divide "
+            "percentages by 100, or turn logits into probabilities, before you pass them."
+        )
     too_small = complete and any(min(scores) > 0 and sum(scores) < 0.9 for scores in answers)
     return "sigmoid" if too_small or any(sum(scores) > 1.1 for scores in answers) else "softmax"
-
-
-def _sums_to_100(scores: Sequence[float]) -> bool:
-    # Percentages without decimals can lose much of the sum; logits are never exactly 0.
-    return abs(sum(scores) - 100) <= (10 if 0 in scores else 1)
 
 
 def log_scores(scores: Tensor, scale: str) -> Tensor:
@@ -95,7 +83,7 @@ def log_scores(scores: Tensor, scale: str) -> Tensor:
 
     Args:
         scores: (N, K), NaN where a score is missing.
-        scale: one of `SCALES`.
+        scale: see `find_scale`.
 
     Returns:
         (N, K) float64, NaN where a score is missing. A score of 0 was rounded or underflowed; it counts as half of the

@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.layout import PromptLayout, make_layout
 from pgn_peft.nn.preprocessing import Preprocessing
-from pgn_peft.prompter.answers import SCALES
-from pgn_peft.prompter.score_head import KINDS, EmbeddingHead, ScoreHead, ScoreHeadReport, one_to_one_head
-from pgn_peft.utils.files import compare_tensors, read_settings, replacing
+from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead, ScoreHeadReport, one_to_one_head
+from pgn_peft.utils.files import compare_tensors, replacing
 from pgn_peft.utils.labels import normalize_id2label
 
 CONFIG_FILE = "prompter_config.json"
@@ -33,101 +31,42 @@ LARGEST_SIZE = 2**28
 
 
 def write_files(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files into a folder, which is made.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """Write both files into a folder, which is made."""
     with replacing(folder) as staged:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged / WEIGHTS_FILE)
         staged.joinpath(CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-# What is raised by code that reads a file of another structure.
-READ_ERRORS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, SafetensorError)
-
-
-@contextmanager
-def naming(file: Path, part: str) -> Iterator[None]:
-    """Turn every error from reading a part of a file into a ValueError that names both.
-
-    Raises:
-        ValueError: the part is missing, has another structure, or a value of the wrong type or out of range.
-    """
-    try:
-        yield
-    except READ_ERRORS as error:
-        raise ValueError(
-            f"{file}: {part} cannot be read ({type(error).__name__}: {error}). Correct it, or save or fetch the "
-            "prompter again."
-        ) from error
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """Make the arguments of `ImagePrompter` from prompter_config.json; the other file's tensors are meta.
-
-    Raises:
-        ValueError: the file is no JSON object, or a part of it cannot be read.
-    """
-    settings = read_settings(file)
-    with naming(file, "`preprocessing`"):
-        preprocessing = _read_preprocessing(settings["preprocessing"])
-        channels = len(preprocessing.image_mean)
-    with naming(file, "`layout`"):
-        layout = _read_layout(settings)
-    with naming(file, "`generator`"):
-        generator = _read_generator(settings["generator"], channels, layout)
-    with naming(file, "`server_labels`, `id2label`, `probe`, `head` or `score_head`"), torch.device("meta"):
-        id2label, server_labels = (_read_labels(settings[name]) for name in ("id2label", "server_labels"))
-        probe_scores = torch.empty(len(server_labels or {})) if settings["probe"] else None
-        head: nn.Linear | None = None
-        if settings["head"] is not None:
-            kind = EmbeddingHead if settings.get("normalized_features") else nn.Linear
-            head = kind(settings["head"][1], settings["head"][0])
-        score_head = _read_score_head(settings, len(id2label or {}), list((server_labels or {}).values()))
-    patch = (channels, layout.patch_size, layout.patch_size)
-    number = layout.num_virtual_tokens if generator is None else generator.library_size
-    if generator is None and layout.name == ADDITIVE:
-        number = 1  # for all patches
-    shape = (layout.num_virtual_tokens, number) if settings.get("library_per_slot") else (number,)
-    exact = not settings.get("in_range", True)
-    with torch.device("meta"):
-        arguments: dict[str, Any] = {
-            "library": torch.empty(*shape, *patch),
-            "offsets": torch.empty(layout.num_virtual_tokens, *patch) if exact else None,
-            "image_offset": torch.empty(channels, *layout.image_size) if exact else None,
-        }
-    return arguments | {
-        "layout": layout,
-        "preprocessing": preprocessing,
-        "generator": generator,
-        "id2label": id2label,
-        "server_labels": server_labels,
-        "head": head,
-        "probe_scores": probe_scores,
-        "score_head": score_head,
-    }
-
-
-def read_tensors(file: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read the tensors that the configuration declares, and convert them to the expected dtypes.
+def read_files(folder: Path, make: Callable[..., nn.Module]) -> nn.Module:
+    """Read both files of a folder.
 
     Args:
-        file: prompter.safetensors.
-        expected: tensors of the same names and shapes; on the meta device if the file has to have them.
+        folder: untrusted files. No memory is taken for tensors that they only announce.
+        make: `ImagePrompter`.
 
     Raises:
-        ValueError: the file is damaged, or holds other tensors.
+        OSError: a file is missing.
+        ValueError: a file is damaged, does not fit the other one, or asks for images of an absurd size.
     """
-    _check_size(sum(tensor.numel() for tensor in expected.values()))
-    with naming(file, "the file"):
-        tensors = {name: tensor for name, tensor in expected.items() if not tensor.is_meta} | load_file(file)
-    for name in expected:
-        # BatchNorm counts training steps there. Tools convert and average it with the weights; nothing reads it.
-        if name.endswith(".num_batches_tracked"):
-            tensors[name] = torch.zeros_like(expected[name], device="cpu")
-    compare_tensors(expected, tensors, str(file))
-    return {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    try:
+        with torch.device("meta"):
+            prompter = make(**_read_settings(json.loads(folder.joinpath(CONFIG_FILE).read_bytes())))
+        expected = prompter.state_dict()
+        _check_size(sum(tensor.numel() for tensor in expected.values()))
+        tensors = {name: tensor for name, tensor in expected.items() if not tensor.is_meta}
+        tensors |= load_file(folder / WEIGHTS_FILE)
+        for name in expected:
+            # BatchNorm counts training steps there. Tools convert and average it with the weights; nothing reads it.
+            if name.endswith(".num_batches_tracked"):
+                tensors[name] = torch.zeros_like(expected[name], device="cpu")
+        compare_tensors(expected, tensors, WEIGHTS_FILE)
+        converted = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+        prompter.load_state_dict(converted, assign=True)
+    except OSError:
+        raise
+    except Exception as error:  # an untrusted file can have any structure
+        raise ValueError(f"The prompter in {folder} cannot be read ({type(error).__name__}: {error}).") from error
+    return prompter.requires_grad_(False).eval()
 
 
 def _check_size(number: int) -> None:
@@ -135,52 +74,65 @@ def _check_size(number: int) -> None:
         raise ValueError(f"{number:,} numbers in one image, or in all tensors, are more than {LARGEST_SIZE:,}.")
 
 
-def _read_size(size: Any) -> tuple[int, int]:
-    height, width = map(int, size)
-    _check_size(3 * height * width)
-    return height, width
+def _read_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    preprocessing, generator_settings = _read_preprocessing(settings["preprocessing"]), settings["generator"]
+    channels, edge = len(preprocessing.image_mean), (generator_settings or {}).get("image_size")
+    sizes = (settings["layout"]["image_size"], preprocessing.size, preprocessing.crop_size)
+    edges = (preprocessing.shortest_edge, edge)
+    _check_size(channels * max([prod(size) for size in sizes if size] + [edge**2 for edge in edges if edge]))
+    layout = _read_layout(settings)
+    generator, number = None, 1 if layout.name == ADDITIVE else layout.num_virtual_tokens
+    if generator_settings is not None:
+        if generator_settings.get("mixing", "softmax") != "softmax":
+            raise ValueError(f"mixing={generator_settings['mixing']!r} was removed")
+        known = generator_settings.keys() & inspect.signature(PromptGenerator).parameters.keys()
+        patch_size = layout.patch_size if layout.name == ADDITIVE else None
+        arguments = {name: generator_settings[name] for name in known}
+        generator = PromptGenerator(**arguments | {"num_channels": channels, "patch_size": patch_size})
+        number = generator.library_size
+    id2label, server_labels = (
+        None if settings[name] is None else normalize_id2label(settings[name])
+        for name in ("id2label", "server_labels")
+    )
+    head: nn.Linear | None = None
+    if settings["head"] is not None:
+        kind = EmbeddingHead if settings.get("normalized_features") else nn.Linear
+        head = kind(settings["head"][1], settings["head"][0])
+    shape = (layout.num_virtual_tokens, number) if settings.get("library_per_slot") else (number,)
+    patch = (channels, layout.patch_size, layout.patch_size)
+    exact = not settings.get("in_range", True)
+    return {
+        "layout": layout,
+        "preprocessing": preprocessing,
+        "library": torch.empty(*shape, *patch),
+        "offsets": torch.empty(layout.num_virtual_tokens, *patch) if exact else None,
+        "image_offset": torch.empty(channels, *layout.image_size) if exact else None,
+        "generator": generator,
+        "id2label": id2label,
+        "server_labels": server_labels,
+        "head": head,
+        "probe_scores": torch.empty(len(server_labels or {})) if settings["probe"] else None,
+        "score_head": _read_score_head(settings, len(id2label or {}), list((server_labels or {}).values())),
+    }
 
 
 def _read_preprocessing(settings: dict[str, Any]) -> Preprocessing:
-    size, shortest_edge, crop_size = (settings[name] for name in ("size", "shortest_edge", "crop_size"))
-    if shortest_edge is not None:
-        _read_size((shortest_edge, shortest_edge))
-    return Preprocessing(
-        image_mean=tuple(map(float, settings["image_mean"])),
-        image_std=tuple(map(float, settings["image_std"])),
-        size=None if size is None else _read_size(size),
-        shortest_edge=shortest_edge,
-        resample=settings["resample"],
-        crop_size=None if crop_size is None else _read_size(crop_size),
-    )
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Preprocessing):
+        value = settings[field.name]
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return Preprocessing(**values)
 
 
 def _read_layout(settings: dict[str, Any]) -> PromptLayout:
     layout = settings["layout"]
-    name = ADDITIVE if layout["name"] in ADDITIVE_IN_FILES else layout["name"]
-    if name == "canvas" or (settings.get("image_offset") and settings["in_range"]):
+    if layout["name"] == "canvas" or (settings.get("image_offset") and settings["in_range"]):
         raise ValueError(
             "prompts that were trained as pixels around the image are no longer supported: train the adapter again "
             "with the additive layout"
         )
-    return make_layout(name, _read_size(layout["image_size"]), layout["patch_size"], layout["num_virtual_tokens"])
-
-
-def _read_generator(settings: dict[str, Any] | None, channels: int, layout: PromptLayout) -> PromptGenerator | None:
-    if settings is None:
-        return None
-    if settings.get("mixing", "softmax") != "softmax":
-        raise ValueError(f"mixing={settings['mixing']!r} was removed")
-    if settings["image_size"] is not None:
-        _read_size((settings["image_size"],) * 2)
-    arguments = {name: settings[name] for name in inspect.signature(PromptGenerator).parameters if name in settings}
-    patch_size = layout.patch_size if layout.name == ADDITIVE else None
-    with torch.device("meta"):
-        return PromptGenerator(**arguments | {"num_channels": channels, "patch_size": patch_size})
-
-
-def _read_labels(labels: dict[str, str] | None) -> dict[int, str] | None:
-    return None if labels is None else normalize_id2label(labels)
+    name = ADDITIVE if layout["name"] in ADDITIVE_IN_FILES else layout["name"]
+    return make_layout(name, tuple(layout["image_size"]), layout["patch_size"], layout["num_virtual_tokens"])
 
 
 def _read_score_head(settings: dict[str, Any], num_labels: int, server_labels: list[str]) -> ScoreHead | None:
@@ -191,7 +143,5 @@ def _read_score_head(settings: dict[str, Any], num_labels: int, server_labels: l
         with torch.device("cpu"):  # files of earlier versions have no tensors of it
             return one_to_one_head(settings["label_mapping"], server_labels)
     report = ScoreHeadReport(**{field.name: described[field.name] for field in dataclasses.fields(ScoreHeadReport)})
-    if report.kind not in KINDS or described["scale"] not in (None, *SCALES):
-        raise ValueError(f"kind {report.kind!r} or scale {described['scale']!r} is unknown")
-    labels = list(map(str, described["labels"]))
+    labels = described["labels"]
     return ScoreHead(torch.empty(num_labels, len(labels)), torch.empty(num_labels), labels, report, described["scale"])

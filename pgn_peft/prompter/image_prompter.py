@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -25,12 +25,11 @@ from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.nn.ridge import fit_ridge
 from pgn_peft.prompter import files
 from pgn_peft.prompter.answers import by_label, find_scale, read_entries
-from pgn_peft.prompter.score_fitting import check_classes, fit_to_answers
-from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead
+from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead, check_classes, fit_to_answers
+from pgn_peft.utils.files import find_folder
 from pgn_peft.utils.labels import normalize_id2label
-from pgn_peft.utils.markdown import CITATION, list_names
+from pgn_peft.utils.markdown import CITATION, list_names, update_card_for_hub
 from pgn_peft.utils.onnx import export_module
-from pgn_peft.utils.sources import find_folder
 from pgn_peft.version import __version__
 
 # Of the largest score. Half precision moves a score of the probe by 0.02 of it, JPEG of quality 95 by 1.7, a resize by
@@ -103,20 +102,6 @@ class ImagePrompter(nn.Module):
         """Whether the prompted images are valid images, or have pixels that only a float tensor can hold."""
         return self.offsets is None
 
-    def patches(self, pixels: Tensor) -> Tensor:
-        """Generate the prompts for images (B, C, H, W) in [0, 1]: (B, P, C, p, p), as `compose` takes them."""
-        if self.generator is None:
-            # In the additive layout one for all patches.
-            patches = self.library.expand(pixels.shape[0], self.layout.num_virtual_tokens, -1, -1, -1)
-        else:
-            normalized = normalize(pixels, self.preprocessing.image_mean, self.preprocessing.image_std)
-            coefficients = self.generator(normalized)  # (B, P, L)
-            if self.library.ndim == 5:
-                patches = torch.einsum("bpl,plchw->bpchw", coefficients, self.library)
-            else:
-                patches = (coefficients @ self.library.flatten(1)).unflatten(-1, self.library.shape[1:])
-        return patches if self.offsets is None else patches + self.offsets
-
     def prompted(self, pixels: Tensor) -> Tensor:
         """Add prompts to images.
 
@@ -126,9 +111,16 @@ class ImagePrompter(nn.Module):
         Returns:
             (B, C, H', W') of the layout's `size`; where `in_range`, in [0, 1] and rounded to 8 bits.
         """
-        patches = self.patches(pixels)
-        pixels = pixels if self.image_offset is None else pixels + self.image_offset
-        return compose(pixels, patches, self.layout, valid=self.in_range)
+        if self.generator is None:
+            # In the additive layout one for all patches.
+            patches = self.library.expand(pixels.shape[0], self.layout.num_virtual_tokens, -1, -1, -1)
+        else:
+            normalized = normalize(pixels, self.preprocessing.image_mean, self.preprocessing.image_std)
+            coefficients = self.generator(normalized)  # (B, P, L)
+            form = "bpl,plchw->bpchw" if self.library.ndim == 5 else "bpl,lchw->bpchw"
+            patches = torch.einsum(form, coefficients, self.library)
+        patches = patches if self.offsets is None else patches + self.offsets
+        return compose(pixels, patches, self.layout, self.image_offset, valid=self.in_range)
 
     @torch.inference_mode()
     def pixel_values(self, images: Any) -> Tensor:
@@ -162,7 +154,7 @@ class ImagePrompter(nn.Module):
         self._check_in_range()
         pixels, kind, single = read_images(images, self.preprocessing, self.num_channels, self.layout.image_size)
         pixels = to_8_bit(self.prompted(pixels.to(self.library.device).float() / 255))
-        answers = to_images(F.pad(pixels, self._margins), kind)
+        answers = to_images(self._add_margins(pixels), kind)
         return answers[0] if single else answers
 
     def unprompted(self, images: Any) -> Any:
@@ -172,8 +164,8 @@ class ImagePrompter(nn.Module):
             The same kind, one or several: upright, resized and cropped as the model's image processor does it.
         """
         pixels, kind, single = read_images(images, self.preprocessing, self.num_channels, self.layout.image_size)
-        answers = to_images(pixels, kind)
-        return answers[0] if single else answers
+        plain = to_images(pixels, kind)
+        return plain[0] if single else plain
 
     def _check_in_range(self) -> None:
         if not self.in_range:
@@ -182,10 +174,9 @@ class ImagePrompter(nn.Module):
                 "a model that takes tensors, or make the prompter with in_range=True."
             )
 
-    @property
-    def _margins(self) -> tuple[int, int, int, int]:
-        """The margins that the server's processor cuts off. Images with appended rows bypass the processor."""
-        return self.preprocessing.margins if self.layout.name == files.ADDITIVE else (0, 0, 0, 0)
+    def _add_margins(self, pixels: Tensor) -> Tensor:
+        """Add the margins that the server's processor cuts off. Images with appended rows bypass the processor."""
+        return F.pad(pixels, self.preprocessing.margins) if self.layout.name == files.ADDITIVE else pixels
 
     # Reading answers.
 
@@ -193,7 +184,7 @@ class ImagePrompter(nn.Module):
         """Return an image of noise to send to a server once, for `check_server`."""
         shape = (1, self.num_channels, *self.layout.size)
         noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        return to_images(F.pad(noise, self._margins), Image.Image)[0]
+        return to_images(self._add_margins(noise), Image.Image)[0]
 
     def check_server(self, answer: Iterable[Any]) -> float:
         """Check by a server's answer to `probe()` that images reach its model unchanged.
@@ -207,16 +198,15 @@ class ImagePrompter(nn.Module):
         """
         if self.probe_scores is None:
             raise ValueError("The prompter was made from a model without a classification head: nothing to compare.")
-        labels = list((self.server_labels or {}).values())
-        expected = by_label(zip(labels, self.probe_scores.tolist(), strict=True))
+        names = (self.server_labels or {}).values()
+        expected = by_label(zip(names, self.probe_scores.tolist(), strict=True))
         entries = read_entries(answer)
-        scores = torch.tensor([score for _, score in entries])
-        complete = len(scores) == len(labels)
-        if complete and find_scale([scores.tolist()], complete) == "logits":
-            scores = scores.softmax(0)
-        elif len(scores) and scores.max() > 1:  # percentages; the comparison finds others
-            scores = scores / 100
-        found = by_label(zip([label for label, _ in entries], scores.tolist(), strict=True))
+        scores = [score for _, score in entries]
+        if len(scores) == len(names) and find_scale([scores], complete=True) == "logits":
+            scores = torch.tensor(scores).softmax(0).tolist()
+        elif max(scores, default=0) > 1:  # percentages; the comparison finds others
+            scores = [score / 100 for score in scores]
+        found = by_label(zip([label for label, _ in entries], scores, strict=True))
         # A label that the model does not have differs by more than all of its scores.
         differences = [abs(score - expected.get(label, math.inf)) for label, score in found.items()]
         difference = max(differences, default=math.inf) / max(expected.values())
@@ -245,8 +235,7 @@ class ImagePrompter(nn.Module):
             ValueError: `answer` lacks scores that are needed, or is about other classes.
         """
         entries = read_entries(answer)
-        scores = by_label(entries)
-        names = self.id2label or {}
+        scores, names = by_label(entries), self.id2label or {}
         by_own_head = self.head is not None and scores.keys() <= set(names.values())  # the server has the adapter's
         if self.score_head is not None and not (by_own_head and scores.keys().isdisjoint(self.score_head.labels)):
             probabilities = self.score_head.read_entries(entries).softmax(-1).tolist()
@@ -376,15 +365,13 @@ class ImagePrompter(nn.Module):
             ValueError: a file is damaged, or does not hold what the configuration declares.
         """
         wanted = (files.CONFIG_FILE, files.WEIGHTS_FILE)
-        field = "pretrained_model_name_or_path"
-        folder = find_folder(field, pretrained_model_name_or_path, wanted, revision=revision, token=token)
-        prompter = cls(**files.read_config(folder / files.CONFIG_FILE))
-        tensors = files.read_tensors(folder / files.WEIGHTS_FILE, prompter.state_dict())
-        prompter.load_state_dict(tensors, assign=True)
-        return prompter.requires_grad_(False).eval()
+        folder = find_folder(pretrained_model_name_or_path, wanted, revision=revision, token=token)
+        return cast(ImagePrompter, files.read_files(folder, cls))
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
         """Publish files and card on the Hub in one commit (with `huggingface_hub` installed).
+
+        Text and metadata that people wrote into an existing card are kept.
 
         Args:
             repo_id: the repository, "user/name", which is made where it does not exist.
@@ -397,10 +384,11 @@ class ImagePrompter(nn.Module):
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             self.make_card(repo_id).save(Path(folder, "README.md"))
+            update_card_for_hub(api, repo_id, Path(folder, "README.md"))
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload prompter")
         return repo_id
 

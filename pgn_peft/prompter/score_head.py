@@ -1,9 +1,9 @@
-"""Heads that classify a task at the client: from the scores that a server gives to its own classes, or embeddings."""
+"""Heads that classify a task at the client, from a server's scores or embeddings: exact, or fitted to answers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pgn_peft.nn.ridge import fit_ridge, held_out
 from pgn_peft.prompter.answers import as_row, find_scale, log_scores, read_entries
-
-KINDS = ("exact", "ridge", "mapping", "one-to-one")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class ScoreHead(nn.Module):
         bias: (M,); not used by a mapping.
         labels: the K names of the server's classes that are read.
         report: how it was made. `kind` and `top_k` decide what `forward` does.
-        scale: what the server's scores are, one of `SCALES`; None: found out for each answer.
+        scale: what the server's scores are, see `find_scale`; None: found out for each answer.
     """
 
     weight: Tensor
@@ -78,16 +77,15 @@ class ScoreHead(nn.Module):
         return centred(scores) @ weight.mT + self.bias.double()
 
     def read(self, answers: Iterable[Iterable[Any]]) -> Tensor:
-        """Compute the task's logits (B, M) of a server's answers, each for one image.
-
-        Raises:
-            TypeError: an answer is not a list of entries with `label` and `score`.
-            ValueError: an answer lacks a score that the head needs.
-        """
+        """Compute the task's logits (B, M) of a server's answers, each for one image; see `read_entries`."""
         return torch.stack([self.read_entries(read_entries(answer)) for answer in answers])
 
     def read_entries(self, entries: Sequence[tuple[str, float]]) -> Tensor:
-        """Compute the task's logits (M,) of one answer's labels and scores."""
+        """Compute the task's logits (M,) of one answer's labels and scores.
+
+        Raises:
+            ValueError: the answer lacks a score that the head needs.
+        """
         if self.report.top_k is not None:
             entries = sorted(entries, key=lambda entry: -entry[1])[: self.report.top_k]
         row = as_row(entries, self.labels)
@@ -113,12 +111,7 @@ def centred(scores: Tensor) -> Tensor:
 
 
 def one_to_one_head(label_mapping: Sequence[int], server_labels: Sequence[str]) -> ScoreHead:
-    """Make a head that reads one of the server's classes for each of the task's, and leaves the others out.
-
-    Args:
-        label_mapping: for each of the task's classes the index of the server's; see `frequency_mapping`.
-        server_labels: names of the server's classes.
-    """
+    """Make a head that reads one of the server's classes, an index in `label_mapping`, for each of the task's."""
     weight = torch.zeros(len(label_mapping), len(server_labels))
     weight[torch.arange(len(label_mapping)), torch.tensor(label_mapping)] = 1
     return ScoreHead(weight, torch.zeros(len(weight)), server_labels, ScoreHeadReport("one-to-one"))
@@ -128,7 +121,7 @@ def exact_score_head(
     server_weight: Tensor,
     server_bias: Tensor | None,
     head_weight: Tensor,
-    head_bias: Tensor | None,
+    head_bias: Tensor,
     server_labels: Sequence[str],
 ) -> ScoreHead:
     """Convert a head on features into a head on the scores of a server with the same features.
@@ -141,34 +134,30 @@ def exact_score_head(
         server_weight: (K, D), W.
         server_bias: (K,), b; None: 0.
         head_weight: (M, D), V.
-        head_bias: (M,), c; None: 0.
-        server_labels: names of the K classes. Classes that share a name are left out: an answer does not tell them
-            apart.
+        head_bias: (M,), c.
+        server_labels: names of the K classes. Those that share a name are left out: an answer cannot tell them apart.
 
     Raises:
         ValueError: the server's classes do not determine its features.
     """
-    names = list(server_labels)
-    kept = [index for index, name in enumerate(names) if names.count(name) == 1]
-    weight, head = server_weight.detach().double().cpu()[kept], head_weight.detach().double().cpu()
-    width = weight.shape[1]
-    weight = weight - weight.mean(dim=0) if kept else weight
+    kept = [index for index, name in enumerate(server_labels) if server_labels.count(name) == 1]
+    weight, head, bias = (part.detach().double().cpu() for part in (server_weight, head_weight, head_bias))
+    weight = weight[kept] - weight[kept].mean(dim=0)
     left, singular, right = torch.linalg.svd(weight, full_matrices=False)
     # The weights were trained in float32: what is smaller than its rounding is noise.
-    rank = int((singular > singular.amax() * max(weight.shape) * 2**-24).sum()) if kept else 0
-    if rank < width:
+    rank = int((singular > singular[:1] * max(weight.shape) * 2**-24).sum())
+    if rank < weight.shape[1]:
         raise ValueError(
-            f"The {width} features of the server cannot be computed from the scores of {len(kept)} classes, whose "
-            f"centred weights have rank {rank}. Fit a head to the server's answers: prompter.fit_answers(answers, "
-            "labels)."
+            f"The {weight.shape[1]} features of the server cannot be computed from the scores of {len(kept)} classes, "
+            f"whose centred weights have rank {rank}. Fit a head to the server's answers: "
+            "prompter.fit_answers(answers, labels)."
         )
     mapped = head @ (right.mT / singular) @ left.mT  # V pinv(Wc), (M, K')
-    bias = torch.zeros(len(head)).double() if head_bias is None else head_bias.detach().double().cpu()
     if server_bias is not None:
         own = server_bias.detach().double().cpu()[kept]
         bias = bias - mapped @ (own - own.mean())
     report = ScoreHeadReport("exact", rank=rank, condition_number=float(singular[0] / singular[-1]))
-    return ScoreHead(mapped, bias, [names[index] for index in kept], report)
+    return ScoreHead(mapped, bias, [server_labels[index] for index in kept], report)
 
 
 class EmbeddingHead(nn.Linear):
@@ -180,8 +169,126 @@ class EmbeddingHead(nn.Linear):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
-        """Make a head with a weight (M, D) and a bias (M,), on the CPU in float32."""
+        """Make a head with a weight (M, D) and a bias (M,), None: 0, on the CPU in float32."""
         head = cls(weight.shape[1], weight.shape[0])
-        zeros = torch.zeros(len(weight))
-        head.load_state_dict({"weight": weight.detach().cpu(), "bias": zeros if bias is None else bias.detach().cpu()})
+        bias = torch.zeros(len(weight)) if bias is None else bias
+        head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
         return head.requires_grad_(False).eval()
+
+
+def fit_to_answers(answers: Iterable[Iterable[Any]], labels: Sequence[int] | Tensor, num_labels: int) -> ScoreHead:
+    """Fit a head to a server's answers, by ridge regression or Bayesian label mapping, whichever is more accurate.
+
+    Args:
+        answers: one for each image: entries with `label` and `score`.
+        labels: the images' classes, 0..`num_labels`-1.
+        num_labels: number of the task's classes.
+
+    Returns:
+        The head that is right more often in cross-validation; `report` has its kind and accuracy.
+
+    Raises:
+        TypeError: an answer is not a list of entries with `label` and `score`.
+        ValueError: a score is not a finite number, or can be a percentage as well as a logit; a class has fewer than
+            two images, or a label is out of range.
+    """
+    read = [read_entries(answer) for answer in answers]
+    classes = check_classes(labels, len(read), num_labels)
+    names = sorted({label for entries in read for label, _ in entries})
+    rows = torch.stack([as_row(entries, names) for entries in read])
+    scale = find_scale([[score for _, score in entries] for entries in read], not bool(rows.isnan().any()))
+    scores = log_scores(rows, scale)
+    present = ~rows.isnan()
+    top_k = None if bool(present.all()) else int(present.sum(dim=1).max())
+    weight, bias, accuracy = fit_ridge(centred(scores), classes, num_labels)
+    heads = [ScoreHead(weight, bias, names, ScoreHeadReport("ridge", top_k, accuracy=accuracy), scale)]
+    if scale in ("softmax", "percent"):
+        weight, accuracy = fit_label_mapping(scores.exp().nan_to_num(nan=0.0), classes, num_labels)
+        report = ScoreHeadReport("mapping", top_k, accuracy=accuracy)
+        heads.append(ScoreHead(weight, torch.zeros(num_labels), names, report, scale))
+    return max(heads, key=lambda head: head.report.accuracy or 0.0)
+
+
+def fit_label_mapping(probabilities: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, float]:
+    """Fit a Bayesian label mapping: a score of the task's class is the weighted sum of all scores.
+
+    Args:
+        probabilities: (N, K), 0 where an answer has no score.
+        labels: (N,) 0..M-1.
+        num_labels: M.
+
+    Returns:
+        The weights (M, K), rows of which sum to 1, and the cross-validated accuracy.
+
+    Source: BLM+ of Cai et al., "Bayesian-guided Label Mapping for Visual Reprogramming", NeurIPS 2024,
+    arXiv:2410.24018; `blmpp_reweight_matrix` in `mapping.py` of the official code.
+    """
+    one_hot = F.one_hot(labels, num_labels).to(probabilities)  # (N, M)
+
+    def weigh(rows: Tensor) -> Tensor:
+        summed = one_hot[rows].mT @ probabilities[rows]  # (M, K)
+        # P(task's class | server's class); the 1 makes rare ones weigh less.
+        conditional = summed / (summed.sum(dim=0) + 1)
+        return conditional / conditional.sum(dim=1, keepdim=True).clamp(min=1e-30)
+
+    predicted = held_out(lambda rows, rest: probabilities[rest] @ weigh(rows).mT, labels)
+    return weigh(torch.arange(len(labels))), float((predicted.argmax(1) == labels).double().mean())
+
+
+def frequency_mapping(
+    logits: Tensor, labels: Tensor, num_labels: int, id2label: Mapping[int, str] | None = None
+) -> list[int]:
+    """Map each of a task's classes to a class of the model, by how often the model predicts it.
+
+    The most frequent pair of task class and model class is fixed first, then the next of the remaining ones; where
+    counts are equal, the mean probability decides. The mapping is one to one.
+
+    Args:
+        logits: (N, K), of the unmodified model for training images.
+        labels: (N,) the images' classes, 0..`num_labels`-1.
+        num_labels: number of the task's classes, at most K.
+        id2label: the model's labels. Classes whose name another class has too are left out then, because a server
+            answers with names (in ImageNet "crane" is a bird and a machine).
+
+    Returns:
+        For each of the task's classes the index of the model's, all different: `PGNConfig(label_mapping=...)`.
+
+    Raises:
+        ValueError: the model has fewer classes than the task, a label is out of range, or a class has no images.
+
+    Source: the frequency-based mapping of visual prompting (Tsai et al. 2020; Chen et al. 2022).
+    """
+    classes = check_classes(labels, len(logits), num_labels, fewest=1).to(logits.device)
+    names = range(logits.shape[1]) if id2label is None else [id2label[index] for index in range(len(id2label))]
+    usable = [index for index, name in enumerate(names) if list(names).count(name) == 1]
+    if num_labels > len(usable):
+        raise ValueError(
+            f"{num_labels} classes cannot be mapped one to one to a model's {len(usable)} classes with names of their "
+            "own. Use a model with more classes, or head='trained'."
+        )
+    one_hot = F.one_hot(classes, num_labels).double()  # (N, M)
+    predicted = F.one_hot(logits.argmax(dim=1), logits.shape[1]).double()
+    mean_probability = one_hot.mT @ logits.double().softmax(dim=1) / one_hot.sum(dim=0)[:, None]
+    votes = (one_hot.mT @ predicted + mean_probability)[:, usable]  # (M, usable classes)
+    mapping = [0] * num_labels
+    for _ in range(num_labels):
+        label, column = divmod(int(votes.argmax()), len(usable))
+        mapping[label] = usable[column]
+        votes[label] = votes[:, column] = -1.0
+    return mapping
+
+
+def check_classes(labels: Sequence[int] | Tensor, number: int, num_labels: int, fewest: int = 2) -> Tensor:
+    """Return the classes of `number` images as a tensor (N,).
+
+    Raises:
+        ValueError: there are more or fewer, a class is not one of 0..`num_labels`-1, or has less than `fewest` images.
+    """
+    classes = torch.as_tensor(labels).long().cpu()
+    counts = classes[(classes >= 0) & (classes < num_labels)].bincount(minlength=num_labels)
+    if classes.shape != (number,) or int(counts.sum()) < number or int(counts.min()) < fewest:
+        raise ValueError(
+            f"`labels` must give each of the {number} images a class from 0 to {num_labels - 1}, and each class at "
+            f"least {fewest}, but there are {len(classes)} labels, {sorted(set(classes.tolist()))[:10]}."
+        )
+    return classes

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 # Normalised images stay within +-3; pixels in 0..255 do not.
 LARGEST_PLAUSIBLE_PIXEL = 50.0
@@ -46,42 +45,33 @@ class ImageCollator:
             TypeError: a label is not a number.
             ValueError: images hold NaN, infinity or pixels in 0..255, or a class is out of range.
         """
-        images = [torch.as_tensor(example["pixel_values"]) for example in examples]
-        for index, image in enumerate(images):
-            largest = image.abs().max().item()
-            if not largest <= LARGEST_PLAUSIBLE_PIXEL:  # also False for NaN
-                raise ValueError(
-                    f"The `pixel_values` of example {index} are not normalised: the largest is {largest:g}. Run the "
-                    "image processor on images in 0..255; NaN comes from damaged images or transforms."
-                )
-        batch: dict[str, Any] = {"pixel_values": torch.stack(images)}
+        images = torch.stack([torch.as_tensor(example["pixel_values"]) for example in examples])
+        largest = images.abs().max().item()
+        if not largest <= LARGEST_PLAUSIBLE_PIXEL:  # also False for NaN
+            raise ValueError(
+                f"The `pixel_values` are not normalised: the largest is {largest:g}. Run the image processor on "
+                "images in 0..255; NaN comes from damaged images or transforms."
+            )
+        batch: dict[str, Any] = {"pixel_values": images}
         labels = [example.get("labels", example.get("label")) for example in examples]
         if any(label is not None for label in labels):
-            stacked = torch.stack([_read_label(index, label) for index, label in enumerate(labels)])
+            try:
+                stacked = torch.stack([torch.as_tensor(label) for label in labels])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(
+                    f"The labels {labels} are not all numbers. Use the number of the class, "
+                    "model.config.label2id[name], and drop examples without a label."
+                ) from error
             if stacked.ndim > 1 or stacked.is_floating_point() or self.num_labels == 1:
                 batch["labels"] = stacked.float()  # several labels each, or a regression
             elif not bool((stacked == UNLABELLED).all()):
-                batch["labels"] = self._check_classes(stacked).long()
+                # On a GPU torch would only say that an assertion failed.
+                if self.num_labels is not None and not bool(((stacked >= 0) & (stacked < self.num_labels)).all()):
+                    raise ValueError(
+                        f"The head has the classes 0..{self.num_labels - 1}, but the labels are {stacked.tolist()}. "
+                        "Make an adapter for the classes of the data set: PGNConfig(id2label=...)."
+                    )
+                batch["labels"] = stacked.long()
         if self.interpolate_pos_encoding:
             batch["interpolate_pos_encoding"] = True
         return batch
-
-    def _check_classes(self, labels: Tensor) -> Tensor:
-        """Refuse classes that the head does not have: a GPU would only say that an assertion failed."""
-        num_labels = self.num_labels
-        if num_labels is not None and not bool(((labels >= 0) & (labels < num_labels)).all()):
-            raise ValueError(
-                f"The head has the classes 0..{num_labels - 1}, but the labels are {labels.tolist()}. Make an adapter "
-                "for the classes of the data set: PGNConfig(id2label=...)."
-            )
-        return labels
-
-
-def _read_label(index: int, label: Any) -> Tensor:
-    try:
-        return torch.as_tensor(label)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"The label {label!r} of example {index} is not a number. Use the number of the class, "
-            "model.config.label2id[name], and drop examples without a label."
-        ) from error

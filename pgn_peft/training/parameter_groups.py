@@ -9,8 +9,6 @@ from torch import nn
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.layer import PGNLayer
 
-HEAD_RATIO = 3.0
-
 
 def library_ratio(config: PGNConfig) -> float:
     """Return the learning rate of an adapter's library as a multiple of its generator's, which suits its form."""
@@ -40,7 +38,7 @@ def parameter_groups(
     Returns:
         Groups with the keys `name`, `params`, `lr` and `weight_decay`; each parameter is in exactly one.
     """
-    head_rate = HEAD_RATIO * learning_rate if head_learning_rate is None else head_learning_rate
+    head_rate = 3 * learning_rate if head_learning_rate is None else head_learning_rate
     rates = {"pgn_generator": learning_rate, "pgn_head": head_rate}
     for layer in (module for module in model.modules() if isinstance(module, PGNLayer)):
         for adapter, config in layer.configs.items():

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo
 from peft import PeftModel
-from torch import distributed, nn
+from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
@@ -24,7 +22,6 @@ from pgn_peft.hub.model_card import ModelCardInfo
 from pgn_peft.nn.preprocessing import check_image_processor
 from pgn_peft.tuner.adapters import unwrap
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
-from pgn_peft.utils.values import not_none
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +38,6 @@ class AdapterTrainer(Trainer):
     evaluations and, where the data set has a name, the last evaluation's metrics come from the run.
 
     Args:
-        model: the model with the adapter; None: `model_init` makes it.
         *args: as for `Trainer`.
         facts: facts for the card; they take precedence over those of the run.
         **kwargs: as for `Trainer`; `processing_class` must be the image processor to push.
@@ -52,32 +48,22 @@ class AdapterTrainer(Trainer):
             `push_to_hub` is set, and the base model is a folder that nobody else has.
     """
 
-    def __init__(
-        self, model: nn.Module | None = None, *args: Any, facts: ModelCardInfo | None = None, **kwargs: Any
-    ) -> None:
-        inner = None if model is None else unwrap(model)
-        if inner is not None and inner is not model:
-            # Trainer would find no adapter in the wrapper of `torch.compile`.
-            logger.warning(
-                "Compiling the model again, in place and with torch's default options. Pass the plain model and "
-                "TrainingArguments(torch_compile=True, torch_compile_mode=...) for others."
-            )
-            inner.compile()
-        super().__init__(inner, *args, **kwargs)
+    def __init__(self, *args: Any, facts: ModelCardInfo | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.facts = facts or ModelCardInfo()
         adapted = unwrap(self.model)
         by_default = isinstance(adapted, PeftModel) and adapted.active_adapters == ["default"]
         if self.args.load_best_model_at_end and not by_default:
+            # It would go on with the last weights, or load those of another adapter (huggingface/transformers#36201).
             raise ValueError(
-                "Trainer cannot load the best checkpoint of this model again: it looks for a model of "
-                "peft.get_peft_model whose adapter is called 'default'. Make it so, or set "
-                "load_best_model_at_end=False."
+                "Trainer reloads the best checkpoint only of a model of peft.get_peft_model whose adapter is called "
+                "'default'. Make it so, or set load_best_model_at_end=False."
             )
-        self.facts = facts or ModelCardInfo()
         if self.args.push_to_hub:
             # Now, rather than after hours of training.
             check_image_processor("processing_class", self.processing_class)
-            if self.is_world_process_zero():
-                publishing.check_shareable(self.classifier.model, not_none(self.hub_model_id))
+            if self.hub_model_id is not None:  # in the first process
+                publishing.check_shareable(self.classifier.model, self.hub_model_id)
             if self.args.hub_strategy != HubStrategy.END:
                 self.add_callback(_PushWhenSaved(self))
                 self.args.hub_strategy = HubStrategy.END  # Trainer's own pushes hold training_args.bin, a pickle
@@ -110,88 +96,78 @@ class AdapterTrainer(Trainer):
 
     def card_facts(self) -> ModelCardInfo:
         """Return the facts of the card; given ones take precedence over those of the run."""
+        given, log = self.facts, _list_evaluations(self.state.log_history)
         hyperparameters = extract_hyperparameters_from_trainer(self)
         if self.optimizer is not None:
             # Trainer reports its own default instead.
             hyperparameters["optimizer"] = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
-        log = _list_evaluations(self.state.log_history)
-        facts = dataclasses.replace(
-            self.facts,
-            hyperparameters=self.facts.hyperparameters or hyperparameters,
-            training_log=self.facts.training_log or log,
+        measured: dict[str, Any] = {}
+        if not given.metrics and given.dataset is not None and log:
+            metrics = {
+                name: value
+                for name, value in log[-1].items()
+                if not name.endswith(("epoch", "step", "loss"))
+                if isinstance(value, (int, float)) and math.isfinite(value)
+            }
+            measured = {"metrics": metrics, "split": "validation"}
+        return dataclasses.replace(
+            given,
+            hyperparameters=given.hyperparameters or hyperparameters,
+            training_log=given.training_log or log,
+            **measured,
         )
-        if facts.metrics or facts.dataset is None or not log:
-            return facts
-        metrics = {
-            name: value
-            for name, value in log[-1].items()
-            if name not in ("epoch", "step")
-            and not name.endswith("loss")
-            and isinstance(value, (int, float))
-            and math.isfinite(value)
-        }
-        return dataclasses.replace(facts, metrics=metrics, split="validation")
 
     def create_model_card(self, model_name: str | None = None) -> None:  # type: ignore[override]  # rest: `facts`
         """Write the adapter's card into the output folder, where `Trainer` would write its own."""
         if self.is_world_process_zero():
-            folder = Path(not_none(self.args.output_dir))
-            name = model_name or self.hub_model_id
-            card = publishing.describe(*self.classifier, folder, self.card_facts(), name)
+            folder = Path(self.args.output_dir or "")
+            card = publishing.describe(*self.classifier, folder, self.card_facts(), model_name or self.hub_model_id)
             folder.joinpath(publishing.CARD_FILE).write_text(card, encoding="utf-8")
 
     def push_to_hub(  # type: ignore[override]  # no options for a card, None in all processes but the first
         self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
+        commit_message: str = "End of training",
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-    ) -> CommitInfo | Future[CommitInfo] | None:
+    ) -> CommitInfo | None:
         """Publish the adapter, its image processor and the card on `args.hub_model_id`.
 
         Args:
             commit_message: the commit's summary.
-            blocking: wait until it is there.
-            token: in place of `args.hub_token`.
-            revision: in place of `args.hub_revision`, a branch.
-            private: in place of `args.hub_private_repo`.
+            token: this and the rest in place of the fields of `args` with the prefix "hub_".
+            revision: a branch.
+            private: whether a new repository is private.
 
         Returns:
-            The commit, or its future; None in all processes but the first.
+            The commit; None in all processes but the first.
 
         Raises:
             ValueError: the base model is a folder that nobody else has.
-            OSError: the upload failed. The files are in the output folder, and the message names a remedy.
+            OSError: the upload failed. The files are in the output folder.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        if not self.is_world_process_zero():
+        if self.hub_model_id is None:  # in other processes than the first
             return None
-        upload = publishing.Upload(
-            not_none(self.hub_model_id),
+        return self.classifier.push_to_hub(
+            self.hub_model_id,
+            self.card_facts(),
             private=self.args.hub_private_repo if private is None else private,
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
             commit_message=commit_message,
+            save_directory=self.args.output_dir,
         )
-        publishing.check_shareable(self.classifier.model, upload.repo_id)
-        folder = Path(not_none(self.args.output_dir))
-        files = publishing.save(*self.classifier, folder, self.card_facts(), upload.repo_id)
-        if blocking:
-            return publishing.push_files(folder, files, upload)
-        return HfApi().run_as_future(publishing.push_files, folder, files, upload)
 
 
 class _PushWhenSaved(TrainerCallback):
-    """Push the adapter after each checkpoint."""
-
     def __init__(self, trainer: AdapterTrainer) -> None:
         self.trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Push. If that fails, training goes on, and the next push may succeed."""
+        """Push the adapter. If that fails, training goes on, and the next push may succeed."""
         try:
             self.trainer.push_to_hub(f"Training in progress, step {state.global_step}")
         except OSError as error:
@@ -204,14 +180,10 @@ def _list_evaluations(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str
     training_loss: Any = "-"
     for entry in log_history:
         training_loss = entry.get("loss", training_loss)
-        found = {
-            name.removeprefix("eval_"): value
-            for name, value in entry.items()
-            if name.startswith("eval_") and not name.endswith(DURATIONS)
-        }
-        if found:
-            start = {"epoch": entry.get("epoch"), "step": entry["step"], "training_loss": training_loss}
-            rows.setdefault(entry["step"], start).update(found)
+        for name, value in entry.items():
+            if name.startswith("eval_") and not name.endswith(DURATIONS):
+                start = {"epoch": entry.get("epoch"), "step": entry["step"], "training_loss": training_loss}
+                rows.setdefault(entry["step"], start)[name.removeprefix("eval_")] = value
     return list(rows.values())
 
 
@@ -224,24 +196,15 @@ class SyncBatchNormCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Broadcast before an evaluation or a checkpoint in the middle of an epoch."""
-        if control.should_evaluate or control.should_save or control.should_training_stop:
-            _broadcast_buffers(kwargs["model"])
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Broadcast before an evaluation or a checkpoint at the end of an epoch."""
-        _broadcast_buffers(kwargs["model"])
-
-
-def _broadcast_buffers(model: nn.Module) -> None:
-    if distributed.is_available() and distributed.is_initialized():
-        for layer in model.modules():
-            if isinstance(layer, PGNTunerLayer):
-                for container in layer.adapter_layer_names:
+        """Broadcast the buffers of adapters before an evaluation or a checkpoint."""
+        is_read = control.should_evaluate or control.should_save or control.should_training_stop
+        if is_read and distributed.is_available() and distributed.is_initialized():
+            for layer in kwargs["model"].modules():
+                for container in layer.adapter_layer_names if isinstance(layer, PGNTunerLayer) else ():
                     for buffer in getattr(layer, container).buffers():
                         distributed.broadcast(buffer, src=0)
+
+    on_epoch_end = on_step_end
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -253,7 +216,6 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     Returns:
         The folder, or None if there is no complete one.
     """
-    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    folders = [file.parent for file in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
-    steps = {int(match[1]): folder for folder in folders if (match := pattern.fullmatch(folder.name))}
-    return steps[max(steps)] if steps else None
+    folders = (file.parent for file in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json"))
+    numbered = [folder for folder in folders if folder.name.rpartition("-")[2].isdecimal()]
+    return max(numbered, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)

@@ -20,7 +20,7 @@ from pgn_peft.tuner.embeddings import fixed_size, patch_projection, returns_grid
 from pgn_peft.tuner.mixed_batch import BASE, adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.prompts import LatentPrompts, PixelPrompts, make_generator, make_library
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer, floating_tensors
-from pgn_peft.utils.values import not_none
+from pgn_peft.utils import not_none
 
 
 class PromptedLayer(PGNTunerLayer):

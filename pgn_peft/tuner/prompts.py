@@ -15,7 +15,7 @@ from pgn_peft.nn.library import AdditiveLibrary, TokenLibrary
 from pgn_peft.nn.preprocessing import denormalize, normalize
 from pgn_peft.nn.text_head import TextHead
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.utils.values import not_none
+from pgn_peft.utils import not_none
 
 
 def make_library(config: PGNConfig, directions: Tensor | None = None) -> TokenLibrary | AdditiveLibrary:

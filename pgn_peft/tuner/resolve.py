@@ -23,8 +23,8 @@ from pgn_peft.tuner.embeddings import own_image_size, patch_projection
 from pgn_peft.tuner.head import PGNHead, labels_of
 from pgn_peft.tuner.headless import can_get_head
 from pgn_peft.tuner.prompts import describe_modules
+from pgn_peft.utils import not_none
 from pgn_peft.utils.labels import Labels, number_labels
-from pgn_peft.utils.values import not_none
 
 # Attribute of a resolved config: the fields that were filled from the model, before and after. One config can serve
 # several models, though PEFT keeps the object that the user passed.

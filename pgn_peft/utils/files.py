@@ -1,52 +1,54 @@
-"""Files: saving that replaces old ones only when the new ones are complete, and settings that are read from them."""
+"""Files: finding their folder on this machine or on the Hub, replacing them safely, comparing the tensors in them."""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+
+def find_folder(name_or_path: str | Path, files: Sequence[str], **options: Any) -> Path:
+    """Find a folder: a local one, or one commit of a Hub repository, of which only the named files are downloaded.
+
+    Args:
+        name_or_path: a folder, or the id of a repository.
+        files: patterns of the names of the files to download.
+        **options: of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        OSError: there is neither a folder nor a repository of that name, or the Hub could not be reached.
+    """
+    if os.path.isdir(name_or_path):
+        return Path(name_or_path)
+    problem = f"{str(name_or_path)!r} is not a folder"
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+    except ImportError as error:
+        raise OSError(f"{problem}. To look for it on the Hub, run: pip install huggingface_hub") from error
+    try:
+        return Path(snapshot_download(str(name_or_path), allow_patterns=list(files), **options))
+    except (OSError, HFValidationError) as error:
+        raise OSError(f"{problem}, and cannot be read from the Hub. {error}") from error
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder. The files written into it then replace those of the same names in `folder`.
 
-    Where writing fails, the old files are unchanged. Each file is replaced atomically, JSON after the rest.
-
-    Args:
-        folder: is made. Files of other names in it are left alone.
-
-    Raises:
-        OSError: the folder cannot be written to, or the disk is full.
+    `folder` is made, and files of other names in it are left alone. Where writing fails, the old files are unchanged.
+    Each file is replaced atomically, JSON after the rest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staged:
         yield Path(staged)
         for file in sorted(Path(staged).iterdir(), key=lambda file: file.suffix == ".json"):
             os.replace(file, folder / file.name)
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """Read a JSON object from an untrusted file.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        ValueError: the file does not hold a JSON object.
-    """
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise TypeError(f"it holds a {type(settings).__name__}")
-    except (ValueError, TypeError, RecursionError) as error:  # not UTF-8 or JSON, or nested too deeply
-        raise ValueError(f"{file} is not a JSON object: {error}. Save or fetch it again.") from error
-    return settings
 
 
 def compare_tensors(
@@ -57,22 +59,22 @@ def compare_tensors(
     Args:
         expected: tensors of the right names, shapes and kinds (floating-point or not).
         found: the tensors to load; on the meta device if their values are not to be checked.
-        source: what `found` is, for the message.
+        source: what they come from, for the message.
         remedy: what to do, for the message.
 
     Raises:
         ValueError: a tensor is missing, superfluous, of another shape or kind, or holds NaN or infinity.
     """
-    problems = [f"{name} is not part of it" for name in sorted(found) if name not in expected]
-    problems += [f"{name} is missing" for name in sorted(expected) if name not in found]
+    problems = [f"{name} is not part of it" for name in sorted(found.keys() - expected.keys())]
+    problems += [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     for name in sorted(expected.keys() & found.keys()):
-        if found[name].shape != expected[name].shape:
-            shapes = f"{tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-            problems.append(f"{name} has the shape {shapes}")
-        elif found[name].is_floating_point() != expected[name].is_floating_point():
-            problems.append(f"{name} holds {found[name].dtype} instead of {expected[name].dtype}")
-        elif found[name].is_floating_point() and not found[name].is_meta and not torch.isfinite(found[name]).all():
+        wanted, tensor = expected[name], found[name]
+        if tensor.shape != wanted.shape:
+            problems.append(f"{name} has the shape {tuple(tensor.shape)} instead of {tuple(wanted.shape)}")
+        elif tensor.is_floating_point() != wanted.is_floating_point():
+            problems.append(f"{name} holds {tensor.dtype} instead of {wanted.dtype}")
+        elif not tensor.is_meta and not tensor.isfinite().all():
             problems.append(f"{name} holds NaN or infinity")
     if problems:
-        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        listed = "; ".join(problems[:5])
         raise ValueError(f"{source} is damaged, or does not belong to its configuration: {listed}. {remedy}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 LARGEST_LIST = 50  # names that are shown
@@ -23,17 +24,10 @@ PEFT_NOTE = re.compile(r"### Framework versions\s+(- PEFT \S+\s*)+")
 def update_card(card: str, existing: str | None) -> str:
     """Put a card in place of an existing one, and keep what people have written there.
 
-    Our text lies between two comments. Text around it, tags, and metadata that the existing card did not have from us
-    are kept. So is all of a card without these comments, except PEFT's empty template.
-
-    Args:
-        card: the new card. Text around the comments is used where the existing card has none.
-        existing: the card that it replaces; None: there is none.
-
-    Returns:
-        The new card, with the comments.
+    Our text lies between two comments, which are added. Text around it, tags, and metadata that the existing card did
+    not have from us are kept. So is all of a card without these comments, except PEFT's empty template.
     """
-    from huggingface_hub import CardData, RepoCard
+    from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
 
     new = RepoCard(card)
     if not OWN_PART.search(new.text):
@@ -42,10 +36,10 @@ def update_card(card: str, existing: str | None) -> str:
     if not existing:
         return str(new)
     old = RepoCard(existing)
-    kept = PEFT_NOTE.sub("", OWN_PART.sub("", old.text)).strip()
-    if kept and kept == _peft_template():
-        return str(new)
     own = OWN_PART.search(old.text)
+    kept = PEFT_NOTE.sub("", OWN_PART.sub("", old.text)).strip()
+    if kept and kept == ModelCard.from_template(ModelCardData()).text.strip():  # PEFT's empty template
+        return str(new)
     names = own[1].split() if own else []
     data = {name: value for name, value in old.data.to_dict().items() if name not in names} | new.data.to_dict()
     tags = [*(new.data.get("tags") or []), *(old.data.get("tags") or [])]
@@ -58,11 +52,12 @@ def update_card(card: str, existing: str | None) -> str:
     return str(new)
 
 
-def _peft_template() -> str:
-    """Return the text of the card that PEFT writes where there is none."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    return str(ModelCard.from_template(ModelCardData()).text).strip()
+def update_card_for_hub(api: Any, repo_id: str, file: Path, revision: str | None = None) -> None:
+    """Put what people wrote into a repository's card into the new one in `file`; `api` is an `HfApi`."""
+    existing = None
+    if api.file_exists(repo_id, "README.md", revision=revision):
+        existing = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8-sig")
+    file.write_text(update_card(file.read_text(encoding="utf-8"), existing), encoding="utf-8")
 
 
 def list_names(id2label: Mapping[int, str] | None) -> str:
