@@ -52,7 +52,7 @@ def _generator(layer: PGNLayer, adapter_name: str) -> nn.Module:
 
 
 @contextmanager
-def prompts_of_other_images(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
+def shuffled_prompts(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
     """Give each image the prompts that the generator has made for the image before it.
 
     The loss of accuracy is the worth of prompts for each image. Evaluate in random order: in a data set that is sorted
@@ -122,11 +122,11 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
             "attn_implementation='eager'."
         )
     # Each (B, heads, tokens, tokens). CLS is token 0, and prompts are the last tokens.
-    number = filled(config.num_virtual_tokens)
+    number = not_none(config.num_virtual_tokens)
     return torch.stack([weights[:, :, 0, -number:].mean(dim=1) for weights in attentions], dim=1).float().cpu()
 
 
-def own_answer(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, dict[int, str]]:
+def base_predictions(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, dict[int, str]]:
     """Compute what the frozen model answers by itself, without prompts and with its own classes.
 
     Args:
