@@ -126,7 +126,7 @@ def use_texts(
         )
     scale = usual_scale if logit_scale is None else logit_scale
     head.set_texts(text_embeds, scale, usual_bias if logit_bias is None else logit_bias)
-    if not head.look():
+    if not (head.is_set and float(head.logit_scale) > 0 and bool(head.linear()[1].isfinite().all())):
         raise ValueError(
             "`text_embeds` or `logit_bias` is not finite, a text's embedding is zero, or `logit_scale` is not above 0."
         )

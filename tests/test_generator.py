@@ -122,7 +122,7 @@ def test_library_mixes_and_gives_its_tokens_as_they_are():
     prompts = library(coefficients)
     torch.testing.assert_close(prompts[0, 0], library.tokens[0])
     torch.testing.assert_close(prompts[0, 1], (library.tokens[1] + library.tokens[2]) / 2)
-    assert torch.equal(library.static_prompts(3), library.tokens.expand(3, -1, -1))
+    assert torch.equal(library.all_entries(3), library.tokens.expand(3, -1, -1))
 
 
 def test_slot_prompts_are_added_to_every_mixture():

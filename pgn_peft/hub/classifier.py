@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -220,6 +222,8 @@ def load_classifier(
         ValueError: the adapter is not one of PGN for a classifier, or does not fit the base, or a file is damaged.
         TypeError: the base is not a supported architecture.
     """
+    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise ValueError(f"subfolder={subfolder!r} leads out of the adapter's folder or repository.")
     options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     name = str(Path(pretrained_model_name_or_path, subfolder or ""))
     patterns = [Path(subfolder or "", file).as_posix() for file in ADAPTER_FILES]
@@ -235,7 +239,9 @@ def load_classifier(
             "load_classifier(..., base_model_name_or_path=...)."
         ) from error
     model = _load_base(base_folder, base, config, device_map, dtype)
-    model.load_adapter(str(folder), use_safetensors=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unexpected keyword arguments")  # `_read_config` has warned of them
+        model.load_adapter(str(folder), use_safetensors=True)
     # In a folder with both files Transformers prefers the second, which an earlier save of a CLIP processor can have
     # left there (huggingface/transformers#42085); `save_pretrained` writes the first.
     files = [folder / file for file in PROCESSOR_FILES if folder.joinpath(file).is_file()]
@@ -260,6 +266,14 @@ def _read_config(folder: Path, name: str) -> PGNConfig:
             f"{name!r} is an adapter of another method, {config.peft_type}, or has no labels and answers with "
             "features. Load it with AutoPeftModel."
         )
+    own_parts = [".pgn_", *(f"{module}." for module in config.modules_to_save or ())]
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as archive:
+            foreign = [key for key in archive.keys() if not any(part in key for part in own_parts)]  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} in {name!r} is damaged: {error}. Fetch it again.") from error
+    if foreign:  # Transformers would load them over the base model's own
+        raise ValueError(f"{name!r} has tensors that are no part of the adapter: {', '.join(sorted(foreign)[:3])}.")
     return config
 
 

@@ -44,20 +44,21 @@ class AdapterTrainer(Trainer):
 
     Raises:
         TypeError: `push_to_hub` is set, and `processing_class` is not an image processor.
-        ValueError: `load_best_model_at_end` is set, and `Trainer` would not find the adapter in its checkpoints; or
-            `push_to_hub` is set, and the base model is a folder that nobody else has.
+        ValueError: `load_best_model_at_end` is set for a model that `Trainer` does not reload; evaluations would round
+            the weights; or `push_to_hub` is set, and the base model is a folder that nobody else has.
     """
 
     def __init__(self, *args: Any, facts: ModelCardInfo | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.facts = facts or ModelCardInfo()
-        adapted = unwrap(self.model)
-        by_default = isinstance(adapted, PeftModel) and adapted.active_adapters == ["default"]
-        if self.args.load_best_model_at_end and not by_default:
-            # It would go on with the last weights, or load those of another adapter (huggingface/transformers#36201).
+        if self.args.load_best_model_at_end and not isinstance(unwrap(self.model), PeftModel):
             raise ValueError(
-                "Trainer reloads the best checkpoint only of a model of peft.get_peft_model whose adapter is called "
-                "'default'. Make it so, or set load_best_model_at_end=False."
+                "load_best_model_at_end=True needs a model of peft.get_peft_model: Trainer reloads no other."
+            )
+        if self.args.fp16_full_eval or self.args.bf16_full_eval:
+            raise ValueError(
+                "fp16_full_eval and bf16_full_eval round the weights of adapter and model for good. Use fp16=True or "
+                "bf16=True, which compute in half precision and leave the weights alone."
             )
         if self.args.push_to_hub:
             # Now, rather than after hours of training.
@@ -88,6 +89,17 @@ class AdapterTrainer(Trainer):
                 FINE_TUNING_RATE,
             )
         return super().train(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        # PEFT saves an adapter that is not called "default" in a folder of its name, where Trainer does not look. It
+        # would load the weights of another adapter (huggingface/transformers#36201).
+        checkpoint = Path(not_none(self.state.best_model_checkpoint))
+        named = checkpoint / unwrap(self.model).active_adapters[0]
+        self.state.best_model_checkpoint = str(named if named.is_dir() else checkpoint)
+        try:
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = str(checkpoint)
 
     @property
     def classifier(self) -> Classifier:
