@@ -70,8 +70,8 @@ def describe(network: official.OfficialNetwork) -> str:
     generator, library = network.generator, network.library
     parameters = sum(p.numel() for part in (generator, library) for p in part.parameters())
     return (
-        f"{generator.num_virtual_tokens} prompts of width {network.hidden_size}, mixed from {generator.library_size} "
-        f"library tokens; {parameters:,} parameters"
+        f"{generator.num_virtual_tokens} prompts of width {library.tokens.shape[1]}, mixed from "
+        f"{generator.library_size} library tokens; {parameters:,} parameters"
     )
 
 

@@ -25,7 +25,7 @@ def mixing_coefficients(
     """Compute the mixing coefficients of images.
 
     Args:
-        model: a model with the adapter. Its mode is left as it is found; BatchNorm normalises as in evaluation.
+        model: a model with the adapter, in any mode; the generator runs in eval mode.
         pixel_values: (B, C, H, W), normalised as for the backbone.
         adapter_name: the adapter.
         batch_size: images at a time.
@@ -55,8 +55,8 @@ def _generator(layer: PGNLayer, adapter_name: str) -> nn.Module:
 def shuffled_prompts(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
     """Give each image the prompts that the generator has made for the image before it.
 
-    What this costs in accuracy is what prompts for each image are worth. Evaluate in random order: in a data set that
-    is sorted by class, the image before is one of the same class. (The first of all gets those of its batch's last.)
+    The loss of accuracy is the worth of prompts for each image. Evaluate in random order: in a data set that is sorted
+    by class, the image before is one of the same class. (The first image gets the prompts of its batch's last.)
 
     Args:
         model: a model with the adapter.
@@ -99,9 +99,7 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
     """
     layer = find_layer(model, adapter_name)
     config = layer.configs[adapter_name]
-    base: Any = model
-    if hasattr(model, "get_base_model"):
-        base = base.get_base_model()
+    base: Any = getattr(model, "get_base_model", lambda: model)()
     active = [] if layer.disable_adapters else list(layer.active_adapters)
     if active != [adapter_name] or config.prompt_space == "pixel" or not has_class_token(layer):
         raise ValueError(
@@ -153,11 +151,7 @@ def library_tokens(model: nn.Module, adapter_name: str = "default") -> Tensor:
     """Return an adapter's library, on the CPU.
 
     Returns:
-        Tokens (L, D); with prompts in several layers (depth, L, D); in pixel space patches (L, C, p, p) in [0, 1], or
-        their changes in the "additive" layout.
-
-    Raises:
-        ValueError: no adapter has this name.
+        Tokens (L, D); with prompts in several layers (depth, L, D); in pixel space changes of patches (L, C, p, p).
     """
     library = find_layer(model, adapter_name).library(adapter_name)
     tensor = library.tokens if isinstance(library, TokenLibrary) else library.patches

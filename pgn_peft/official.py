@@ -48,22 +48,13 @@ class OfficialNetwork:
     generator: PromptGenerator
     library: TokenLibrary
 
-    @property
-    def hidden_size(self) -> int:
-        """The width D of the backbone that it was trained for."""
-        return self.library.tokens.shape[1]
-
     @torch.no_grad()
     def prompts(self, pixel_values: Tensor) -> Tensor:
         """Make the prompts (B, P, D) of images (B, C, H, W), normalised as for the backbone; 224 px in the release."""
         return self.library(self.generator(pixel_values))
 
     def config(self, **fields: Any) -> PGNConfig:
-        """Return the config of an adapter of this shape.
-
-        Args:
-            fields: of `PGNConfig` that the file does not contain, such as `id2label`.
-        """
+        """Return the config of an adapter of this shape, with further fields, such as `id2label`."""
         settings = self.generator.settings
         return PGNConfig(
             num_virtual_tokens=settings["num_virtual_tokens"],
@@ -130,7 +121,7 @@ def _official(name: str) -> str:
 
 
 def state_dict(network: OfficialNetwork) -> dict[str, Tensor]:
-    """Return a network's tensors under their official names: what `load` reads, written back."""
+    """Return a network's tensors under their official names, as `load` reads them."""
     tensors = {_official(name): tensor for name, tensor in network.generator.state_dict().items()}
     return {LIBRARY: network.library.tokens.detach()} | tensors
 
@@ -142,8 +133,8 @@ def adapt(model: nn.Module, network: OfficialNetwork, adapter_name: str = "defau
         model: the backbone that the network was trained for. The file does not say which: CLIP's and torchvision's
             ViT-B/32 have the same width, but not the same prompts.
         network: from `load`.
-        adapter_name: the adapter's.
-        fields: of `PGNConfig` that the file does not contain, such as `id2label`.
+        adapter_name: the adapter.
+        fields: further fields of `PGNConfig`, such as `id2label`.
 
     Returns:
         The model with the adapter, ready to train the head or to `save_pretrained`.

@@ -26,7 +26,7 @@ def resize(pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
     pixels = pixel_values.float()
     if is_exporting():
         # Some runtimes ignore the antialiasing of a resize node (openvino#35893) or have none (pytorch#121623). Two
-        # matrix products give the same pixels everywhere, but take 1.5 times as long on a CPU for 224 to 64 pixels.
+        # matrix products give the same pixels everywhere, but take twice as long on a CPU for 224 to 64 pixels.
         rows, columns = (
             _filter(before, after, pixels.device) for before, after in zip(pixels.shape[-2:], size, strict=True)
         )
