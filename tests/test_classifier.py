@@ -225,7 +225,7 @@ def test_the_active_one_of_several_adapters_is_saved(model, tmp_path, pixel_valu
 def test_what_cannot_be_saved_is_refused(model, tmp_path):
     with pytest.raises(TypeError, match="This ViTForImageClassification carries no PGN adapter"):
         Classifier(tiny_vit(), processor()).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(TypeError, match="`image_processor` must be an image processor, but got NoneType"):
+    with pytest.raises(TypeError, match="`image_processor` is not an image processor, but a NoneType"):
         Classifier(model, None).save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

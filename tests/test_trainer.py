@@ -217,7 +217,7 @@ def test_pushes_at_the_end_only(hub):
     ("change", "message"),
     [
         ({"base": "/models/vit"}, "base model '/models/vit' is not on the Hub"),
-        ({"processing_class": None}, "image processor, but got NoneType"),
+        ({"processing_class": None}, "`processing_class` is not an image processor, but a NoneType"),
     ],
 )
 def test_what_cannot_be_published_is_refused_before_training(hub, change, message):
