@@ -18,7 +18,7 @@ from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.library import TokenLibrary
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.config import PGNConfig
-from pgn_peft.utils.tensors import compare_tensors
+from pgn_peft.utils.files import compare_tensors
 
 LIBRARY = "tl_vectors"
 STEM_WEIGHT, HEAD_WEIGHT = "model.input_net.0.weight", "model.output_net.2.weight"
@@ -95,7 +95,7 @@ def load(path: str | Path) -> OfficialNetwork:
         generator = PromptGenerator(num_logits // library_size, library_size, num_channels=num_channels, width=width)
         library = TokenLibrary(library_size, hidden_size)
     expected = {LIBRARY: library.tokens} | {_official(name): value for name, value in generator.state_dict().items()}
-    compare_tensors(expected, tensors, str(path), holds="those of a released network", remedy=REMEDY)
+    compare_tensors(expected, tensors, str(path), REMEDY)
     generator.load_state_dict(
         {name: tensors[_official(name)].to(value.dtype) for name, value in generator.state_dict().items()}, assign=True
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,8 +126,10 @@ def use_texts(
             "them, as logit_scale.exp() and logit_bias."
         )
     scale = usual_scale if logit_scale is None else logit_scale
-    head.set_texts(text_embeds, scale, usual_bias if logit_bias is None else logit_bias)
-    if not (head.is_set and float(head.logit_scale) > 0 and bool(head.linear()[1].isfinite().all())):
+    bias = usual_bias if logit_bias is None else logit_bias
+    lengths = text_embeds.float().norm(dim=-1)
+    if not (lengths.isfinite() & (lengths > 0)).all() or not 0 < scale < math.inf or not math.isfinite(bias):
         raise ValueError(
             "`text_embeds` or `logit_bias` is not finite, a text's embedding is zero, or `logit_scale` is not above 0."
         )
+    head.set_texts(text_embeds, scale, bias)

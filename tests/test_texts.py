@@ -250,13 +250,9 @@ def test_wrong_texts_are_refused(embeds, options, word):
         use_texts(adapted(two_towers(), texts=False), embeds, **options)
 
 
-@pytest.mark.parametrize(("name", "value"), [("text_embeds", None), ("text_embeds", torch.inf), ("logit_scale", -1.0)])
-def test_texts_that_are_missing_or_damaged_give_no_logits(name, value, pixel_values):
-    model = adapted(two_towers(), texts=value is not None)
-    if value is not None:
-        getattr(find_head(model).head("default"), name).fill_(value)
+def test_texts_that_are_missing_give_no_logits(pixel_values):
     with refused(ValueError, "text"):
-        logits_of(model.eval(), pixel_values)
+        logits_of(adapted(two_towers(), texts=False).eval(), pixel_values)
 
 
 @pytest.mark.parametrize(
