@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.nn.images import to_pixels
+from pgn_peft.nn.images import PILLOW_MODES, to_pixels
 from pgn_peft.nn.layout import PromptLayout, make_layout, to_image
 from pgn_peft.nn.library import AdditiveLibrary
 from pgn_peft.nn.patch_inverse import InversionReport, PatchInverse
@@ -116,6 +116,11 @@ def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, mod
             latent and (averages or layer.extends_positions),
             f"Latent prompts cannot become pixels here: {AVERAGES_PATCHES if averages else GIVES_POSITIONS}. Train an "
             "adapter with prompt_space='pixel'.",
+        ),
+        (
+            layer.num_channels not in PILLOW_MODES,
+            f"Image files have 1, 3 or 4 channels, and the model takes {layer.num_channels}. Use the adapter inside "
+            "its model.",
         ),
         (
             size is None,

@@ -112,7 +112,8 @@ def _read(file: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{str(file)!r} is damaged, or holds something else than tensors. {REMEDY}") from error
     if sum(sizes) > size:  # with strides of 0 a small file can describe huge tensors
         raise ValueError(f"{str(file)!r} describes tensors that are larger than the file. {REMEDY}")
-    return tensors
+    # Counters of batches are not used, and not part of our own files.
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
 
 
 def _official(name: str) -> str:

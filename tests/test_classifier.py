@@ -1,9 +1,11 @@
 """One call from an adapter to a classifier: what it answers, what it falls back to, what it refuses to open."""
 
+import base64
 import json
 import logging
 import pickle
 import shutil
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -17,6 +19,11 @@ from transformers import AutoImageProcessor, ViTForImageClassification, ViTImage
 
 from pgn_peft import Classifier, load_classifier
 from pgn_peft.hub.classifier import logger
+
+
+def scores(entries):
+    return [entry["score"] for entry in entries]
+
 
 NAMES = {0: "cat", 1: "dog"}
 RED = Image.new("RGB", (50, 40), "red")
@@ -101,13 +108,18 @@ def test_both_pipelines_use_the_adapters_processor(model, saved, caplog):
     assert "not supported" not in caplog.text
 
 
-def test_a_pipeline_reads_16_bit_images_and_files(model, tmp_path):
+def test_a_pipeline_reads_16_bit_images_from_every_source(model, tmp_path):
     ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "grey.png")
+    content = (tmp_path / "grey.png").read_bytes()
     classify = Classifier(model, processor()).pipeline()
     expected = classify(Image.fromarray((ramp / 257).round().astype(np.uint8)))
-    for image in (str(tmp_path / "grey.png"), Image.open(tmp_path / "grey.png")):
-        assert [entry["score"] for entry in classify(image)] == pytest.approx([e["score"] for e in expected], abs=1e-5)
+    encoded = base64.b64encode(content).decode()
+    sources = (str(tmp_path / "grey.png"), encoded, f"data:image/png;base64,{encoded}", Image.open(BytesIO(content)))
+    for image in sources:
+        assert_nearly_equal(torch.tensor(scores(classify(image))), torch.tensor(scores(expected)))
+    with pytest.raises(ValueError, match="nowhere.png"):
+        classify("nowhere.png")
 
 
 def test_a_pipeline_answers_a_regression_with_plain_numbers(base):

@@ -46,7 +46,7 @@ def test_an_impossible_value_is_refused_by_name_and_value(field, value, error):
         ({"num_labels": 1, "problem_type": "single_label_classification"}, ("single_label",)),
         ({"generator": "static", "static_prompts": True}, ("static_prompts",)),
         ({"generator": "static", "prompt_dropout": 0.5}, ("prompt_dropout",)),
-        ({"id2label": {0: "cat", 1: "d\udc80g"}}, ("Rename",)),  # a name that no file can hold
+        ({"id2label": {0: "cat", 1: "d\udc80g"}}, ("surrogates",)),  # a name that no file can hold
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, words):

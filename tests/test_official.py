@@ -36,7 +36,6 @@ def test_names_are_the_official_ones(network):
         "model.input_net.0.weight",
         "model.input_net.1.running_var",
         "model.blocks.0.net.0.weight",
-        "model.blocks.0.net.1.num_batches_tracked",
         "model.blocks.3.net.3.weight",
         "model.blocks.3.net.4.bias",
         "model.blocks.1.downsample.bias",

@@ -6,16 +6,18 @@ Transformers' own `pipeline(model=adapter_id)` finds model and labels too, but t
 
 from __future__ import annotations
 
+import base64
 import logging
 import shutil
 import tempfile
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, get_session
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
@@ -57,10 +59,24 @@ class _Pipeline(transformers.ImageClassificationPipeline):
         """Accept every model."""
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]  # as its class does
-        """Read a Pillow image or a file as `convert_image` does, and URLs and base64 as Transformers does."""
-        if isinstance(image, str) and Path(image[:1024]).is_file():
-            image = Image.open(image)
-        return super().preprocess(convert_image(image) if isinstance(image, Image.Image) else image, timeout)
+        """Read an image as `convert_image` does: a Pillow image, or the place or content of a file."""
+        if isinstance(image, str):
+            image = _open_image(image, timeout)
+        return super().preprocess(convert_image(image) if isinstance(image, Image.Image) else image)
+
+
+def _open_image(source: str, timeout: float | None) -> Image.Image:
+    """Open a file, given as its path, a URL or base64, as Transformers' pipeline takes them."""
+    if source.startswith(("http://", "https://")):
+        response = get_session().get(source, timeout=timeout, follow_redirects=True)
+        response.raise_for_status()
+        return Image.open(BytesIO(response.content))
+    if Path(source[:1024]).is_file():
+        return Image.open(source)
+    try:
+        return Image.open(BytesIO(base64.b64decode(source.rpartition(",")[2], validate=True)))
+    except ValueError as error:
+        raise ValueError(f"{source[:100]!r} is no file, URL or base64 of an image.") from error
 
 
 class Classifier(NamedTuple):

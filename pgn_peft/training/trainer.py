@@ -22,6 +22,7 @@ from pgn_peft.hub.model_card import ModelCardInfo
 from pgn_peft.nn.preprocessing import check_image_processor
 from pgn_peft.tuner.adapters import unwrap
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
+from pgn_peft.utils import not_none
 
 logger = logging.getLogger(__name__)
 
