@@ -142,7 +142,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     for method in dict.fromkeys([*methods.MEASURED, *(method for peaks in columns.values() for method in peaks)]):
         if any(method in peaks for peaks in columns.values()):
             cells = [
-                f"{peaks[method]:,.0f} ({peaks[method] / peaks[REFERENCE]:.3f})" if peaks.get(method) else "-"
+                f"{peaks[method]:,.0f} ({peaks[method] / max(peaks[REFERENCE], 1e-9):.3f})"
+                if peaks.get(method)
+                else "-"
                 for peaks in columns.values()
             ]
             lines.append([method, *cells])

@@ -117,7 +117,7 @@ def test_training_ends_with_an_adapter_a_stranger_can_use(finished):
     assert "More Information Needed" not in card
     assert f"| trainable parameters | {results['trainable_parameters']:,} |" in card
     assert "| images | test | accuracy | 1 |" in card
-    assert re.search(r"\| Training Loss \| Epoch \| Step \| Validation Loss \|.* Accuracy \|", card)
+    assert re.search(r"\| epoch \| step \| training_loss \| loss \|.* accuracy \|", card)
     assert "| training images | 64 |" in card
 
 

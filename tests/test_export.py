@@ -99,8 +99,9 @@ def test_one_graph_trains_as_the_model_for_any_batch_size(form, batches):
         torch.testing.assert_close(buffer, expected, **tolerance, msg=name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.slow if number else ()) for number, form in enumerate(FORMS)]
+)
 def test_runtimes_answer_as_the_model(form, tmp_path):
     """OpenVINO ignores the antialiasing of a Resize node: openvino#35893."""
     model = make(**FORMS[form], generator_image_size=16)

@@ -20,7 +20,7 @@ from pgn_peft.tuner.headless import append_prompts, make_classifier, restore_cla
 from pgn_peft.tuner.layer import PGNBlock, PGNLayer, check_together
 from pgn_peft.tuner.mixed_batch import BASE, join_passes, running_batch, split_batch
 from pgn_peft.tuner.prompts import describe_modules
-from pgn_peft.tuner.resolve import resolve
+from pgn_peft.tuner.resolve import refuse, resolve
 from pgn_peft.tuner.tuner_layer import NO_MERGE, PGNTunerLayer
 
 # Not used in inference, and changed in type and shape by tools that average or cast weights. Earlier files have it.
@@ -205,23 +205,24 @@ class PGNModel(BaseTuner):
         head, configs = find_head(self.model), cast("Mapping[str, PGNConfig]", self.peft_config)
         images: Any = args[0] if args else kwargs.get("pixel_values")
         layer.check_inputs(self.model, (images,), {**kwargs, "pixel_values": None})
-        if isinstance(adapter_names, str) or len(adapter_names) != len(images):
-            raise ValueError(
-                f"`adapter_names` is {adapter_names!r}, and needs one name for each of {len(images)} images."
-            )
         unknown = [name for name in adapter_names if name != BASE and name not in configs]
-        if unknown:
-            raise ValueError(
-                f"`adapter_names` has {unknown[0]!r}. There are {', '.join(configs)}, and {BASE!r} for the model "
-                "without any."
-            )
-        if self.training or kwargs.get("labels") is not None:
-            raise ValueError("`adapter_names` is for inference: call model.eval(), and pass no labels.")
         saved = [name for name, config in configs.items() if config.modules_to_save]
-        if saved:
-            raise ValueError(
-                f"`adapter_names` cannot be used beside {saved[0]!r}, whose `modules_to_save` are active."
-            )
+        several = not isinstance(adapter_names, str) and len(adapter_names) == len(images)
+        refuse(
+            [
+                (
+                    not several,
+                    f"`adapter_names` is {adapter_names!r}, for {len(images)} images. Give a name for each.",
+                ),
+                (bool(unknown), f"`adapter_names` has {unknown[:1]}. There are {', '.join(configs)}, and {BASE!r}."),
+                (self.training, "`adapter_names` is for inference: call model.eval() first."),
+                (kwargs.get("labels") is not None, "`adapter_names` is for inference: pass no labels."),
+                (
+                    bool(saved),
+                    f"`adapter_names` needs all modules, and those of {saved[:1]} (`modules_to_save`) are active.",
+                ),
+            ]
+        )
 
         def fit_key(name: str) -> tuple[Any, ...]:
             """Images in one pass have equally many tokens and labels."""

@@ -63,20 +63,20 @@ def resolve(config: PGNConfig, model: nn.Module) -> PGNConfig:
         resolved.mixing_init_std = 4.0
     if resolved.prompt_layout is None and in_pixels:
         resolved.prompt_layout = "additive"
-    _refuse(_prompt_rules(resolved, backbone))
+    refuse(_prompt_rules(resolved, backbone))
     _fill_from_backbone(resolved, model, backbone)
     _leave_out_head(resolved, backbone)
     _fill_labels(resolved, model, backbone)
-    _refuse(_label_rules(resolved, model, backbone))
+    refuse(_label_rules(resolved, model, backbone))
     tensors = [tensor for module in describe_modules(resolved).values() for tensor in module.state_dict().values()]
     numbers = sum(tensor.numel() for tensor in tensors)
-    _refuse([(numbers > LARGEST, f"This adapter would have {numbers:,} numbers; most have a million.")])
+    refuse([(numbers > LARGEST, f"This adapter would have {numbers:,} numbers; most have a million.")])
     pairs = {field.name: (getattr(config, field.name), getattr(resolved, field.name)) for field in own_fields()}
     vars(resolved)[FILLED] = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     return resolved
 
 
-def _refuse(rules: list[Rule]) -> None:
+def refuse(rules: list[Rule]) -> None:
     """Raise the message of the first rule that applies."""
     message = next((message for applies, message in rules if applies), None)
     if message is not None:
@@ -121,7 +121,7 @@ def _fill_from_backbone(config: PGNConfig, model: nn.Module, backbone: Backbone)
         layers = find_layers(model, backbone.embeddings)
         config.prompt_depth = len(layers) if config.prompt_depth == "all" else config.prompt_depth
         too_deep = cast(int, config.prompt_depth) > len(layers)
-        _refuse([(too_deep, f"prompt_depth={config.prompt_depth}, but the model has {len(layers)} layers.")])
+        refuse([(too_deep, f"prompt_depth={config.prompt_depth}, but the model has {len(layers)} layers.")])
     if config.prompt_layout is None:
         config.num_virtual_tokens = config.num_virtual_tokens or 16
         return
@@ -129,7 +129,7 @@ def _fill_from_backbone(config: PGNConfig, model: nn.Module, backbone: Backbone)
     size = own_image_size(embeddings) if config.image_size is None else (config.image_size,) * 2
     channels, jpeg = config.num_channels, config.jpeg_quality
     in_pixels = config.prompt_space == "pixel"
-    _refuse([
+    refuse([
         (projection.kernel_size[0] != projection.kernel_size[1],
          f"`prompt_layout` needs square patches, and this model's measure {projection.kernel_size} pixels."),
         (size[0] != size[1], f"This model's images measure {size} pixels. Give `image_size` for square ones."),
