@@ -3,8 +3,10 @@
 import io
 
 import numpy as np
+import PIL
 import pytest
 from image_files import check_image, is_image_file, list_files, open_image
+from packaging.version import Version
 from PIL import Image
 
 GREY = np.arange(256, dtype=np.uint16).reshape(16, 16)  # of 8 bits, stored with more
@@ -38,7 +40,10 @@ def test_files_are_found_in_linked_folders_of_any_name(tmp_path):
 
 def test_16_bit_files_are_scaled(tmp_path):
     file = tmp_path / "image"
-    for kind in ("PNG", "TIFF", "JPEG2000", "PPM"):
+    kinds = ["PNG", "TIFF", "JPEG2000"]
+    if Version(PIL.__version__) > Version("10.4"):  # which writes no such file
+        kinds.append("PPM")
+    for kind in kinds:
         file.write_bytes(encode(Image.fromarray(GREY * 257), kind))
         for source in (file, file.read_bytes()):
             image = open_image(source)
