@@ -101,11 +101,8 @@ class PGNLayer(PromptedLayer):
 
     def adapter(self, adapter_name: str) -> LatentPrompts | PixelPrompts:
         """Return the prompts of an adapter."""
-        config, library, generator = (
-            self.configs[adapter_name],
-            self.library(adapter_name),
-            self.generator(adapter_name),
-        )
+        config, generator = self.configs[adapter_name], self.generator(adapter_name)
+        library = self.library(adapter_name)
         if isinstance(library, AdditiveLibrary):
             return PixelPrompts(config, library, generator)
         return LatentPrompts(config, library, generator)
