@@ -11,7 +11,7 @@ from bench import DEVICE, load_backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pgn_peft.nn.ridge import fit_ridge
+from pgn_peft.nn.heads import fit_ridge
 
 
 class Server(nn.Module):

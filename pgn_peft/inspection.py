@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.nn.functional import evaluating
 from pgn_peft.nn.library import TokenLibrary
-from pgn_peft.nn.modes import evaluating
 from pgn_peft.tuner.adapters import find_layer, image_function, own_logits, prompt_layer
 from pgn_peft.tuner.embeddings import has_class_token
 from pgn_peft.tuner.head import find_head

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pgn_peft.nn.modes import evaluating
-from pgn_peft.nn.text_head import TextHead
+from pgn_peft.nn.functional import evaluating
+from pgn_peft.nn.heads import TextHead
 from pgn_peft.tuner.adapters import find_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED, architecture_of
 from pgn_peft.tuner.head import find_head

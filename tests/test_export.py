@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import ViTImageProcessor
 
 from pgn_peft import Classifier, make_prompter
-from pgn_peft.nn.resize import resize
+from pgn_peft.nn.functional import resize
 from pgn_peft.tuner.adapters import prompt_layer
 
 NAMES = {0: "cat", 1: "dog", 2: "owl"}

@@ -4,9 +4,8 @@ import pytest
 import torch
 from conftest import assert_nearly_equal
 
-from pgn_peft.nn.generator import FactorisedHead, PromptGenerator, resize_shorter_side
+from pgn_peft.nn.generator import BatchNorm2d, FactorisedHead, PromptGenerator, resize_shorter_side
 from pgn_peft.nn.library import TokenLibrary
-from pgn_peft.nn.trunk import BatchNorm2d
 
 
 def make(**overrides):

@@ -9,7 +9,7 @@ from conftest import answer, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 from PIL import Image
 
-from pgn_peft.nn.jpeg import through_jpeg
+from pgn_peft.nn.images import through_jpeg
 from pgn_peft.nn.preprocessing import denormalize, normalize
 from pgn_peft.tuner.adapters import find_layer
 

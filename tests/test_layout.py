@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import assert_same, refused
 
+from pgn_peft.nn.functional import resize
 from pgn_peft.nn.layout import make_layout, to_image, to_levels
-from pgn_peft.nn.resize import resize
 
 
 def to_patches(pixel_values, patch_size):

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import ViTImageProcessor, pipeline
 
 from pgn_peft import ImagePrompter, make_prompter
-from pgn_peft.nn.ridge import fit_ridge
+from pgn_peft.nn.heads import fit_ridge
 from pgn_peft.prompter.answers import find_scale, log_scores
 from pgn_peft.prompter.score_head import check_classes, exact_score_head, fit_label_mapping, fit_to_answers
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.nn.modes import evaluating
+from pgn_peft.nn.functional import evaluating
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.utils.onnx import export_module
 

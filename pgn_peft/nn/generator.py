@@ -1,17 +1,139 @@
-"""The prompt generator: a small CNN and a head that map an image to mixing coefficients.
-
-Plain torch, without PEFT or Transformers.
-"""
+"""The prompt generator: a small CNN and a head that map an image to mixing coefficients."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pgn_peft.nn.resize import resize
-from pgn_peft.nn.trunk import TRUNKS
+from pgn_peft.nn.functional import is_exporting, resize
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation, also for a single value per channel and for frozen weights.
+
+    Differs from `torch.nn.BatchNorm2d` in training mode: it uses the running statistics, and does not update them,
+    if its weight is frozen, or if a channel has a single value (one image of 1 x 1 pixels, as the last batch of an
+    epoch can have), for which torch raises an error.
+
+    Its counter of batches, which only cumulative averages need, is not part of a saved file: tools that average or
+    cast weights change its type and shape.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.register_buffer("num_batches_tracked", torch.tensor(0), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)  # in files of earlier versions
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)  # torch's would ask for the counter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, C, H, W), channel by channel."""
+        values_per_channel = input.shape[0] * input.shape[2] * input.shape[3]
+        if self.training and (values_per_channel == 1 or not self.weight.requires_grad):
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(input)
+
+
+def group_norm(num_channels: int) -> nn.GroupNorm:
+    """Make a group normalisation with up to 8 groups; it needs no running statistics."""
+    return nn.GroupNorm(math.gcd(num_channels, 8), num_channels)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm2d, "group": group_norm}
+
+
+class Shortcut(nn.Conv2d):
+    """The 1 x 1 convolution with a bias beside a strided block.
+
+    Differs from `torch.nn.Conv2d` in how it is computed: it selects the pixels that the stride keeps, then convolves
+    with a stride of 1. A strided 1 x 1 convolution of fewer than 8 channels in channels-last writes outside of its
+    memory in the backward pass on CPUs without AVX-512 (oneDNN 3.12, torch 2.14.1).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+        self.keep_every = stride
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
+        kept = input[..., :: self.keep_every, :: self.keep_every]
+        # The weight gets the strides of its gradient. For images in channels-last torch would choose others, and
+        # DistributedDataParallel would warn.
+        return self._conv_forward(kept, self.weight.flatten(1)[..., None, None], self.bias)
+
+
+class ResidualBlock(nn.Module):
+    """conv-norm-ReLU-conv-norm plus a shortcut, then ReLU of the sum.
+
+    The shortcut of a strided block is a 1 x 1 convolution with a bias and without a norm, as in the official code.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.norm1 = norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.norm2 = norm(out_channels)
+        self.shortcut = nn.Identity() if stride == 1 else Shortcut(in_channels, out_channels, stride)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
+        residual = F.relu(self.norm1(self.conv1(features)))
+        residual = self.norm2(self.conv2(residual))
+        return F.relu(residual + self.shortcut(features))
+
+
+class ResNet10(nn.Module):
+    """The official trunk: a strided stem, a max-pool, four residual blocks, a global average.
+
+    Args:
+        num_channels: channels of the image.
+        width: channels of the stem; the blocks have 1, 2, 4 and 8 times as many.
+        norm: "batch" or "group".
+
+    Source: the "resnet10" of the official code of arXiv:2210.06466, which has width 16 and batch norm.
+    """
+
+    def __init__(self, num_channels: int = 3, width: int = 16, norm: str = "batch") -> None:
+        super().__init__()
+        make_norm = NORMS[norm]
+        self.stem_conv = nn.Conv2d(num_channels, width, kernel_size=3, stride=2, padding=1, bias=False)
+        self.stem_norm = make_norm(width)
+        # Not a list, whose tensors would have "0" in their names: PEFT would take that for an adapter called "0".
+        self.block1 = ResidualBlock(width, width, stride=1, norm=make_norm)
+        self.block2 = ResidualBlock(width, 2 * width, stride=2, norm=make_norm)
+        self.block3 = ResidualBlock(2 * width, 4 * width, stride=2, norm=make_norm)
+        self.block4 = ResidualBlock(4 * width, 8 * width, stride=2, norm=make_norm)
+        self.num_place_features, self.num_features = 4 * width, 8 * width
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features of places in an image, and of the whole.
+
+        Args:
+            pixel_values: (B, C, H, W) images of any size.
+
+        Returns:
+            (B, 4 * width, H / 16, W / 16), rounded up, of the third block; and (B, 8 * width) of the last one.
+        """
+        if not is_exporting():  # the norms of ExecuTorch refuse channels-last
+            # Convolutions with few channels are up to twice as fast in channels-last.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        features = self.stem_norm(self.stem_conv(pixel_values))
+        # Pooling before the ReLU gives the same values with a quarter of the ReLUs.
+        features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1))
+        places = self.block3(self.block2(self.block1(features)))
+        return places, self.block4(places).mean(dim=(2, 3))
+
+
+TRUNKS = {"resnet10": ResNet10}
 
 
 def resize_shorter_side(pixel_values: Tensor, size: int) -> Tensor:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pgn_peft.nn.generator import PromptGenerator
+from pgn_peft.nn.heads import fit_ridge
 from pgn_peft.nn.images import read_images, to_8_bit, to_images
 from pgn_peft.nn.layout import PromptLayout, compose
 from pgn_peft.nn.patch_inverse import InversionReport
 from pgn_peft.nn.preprocessing import Preprocessing, normalize
-from pgn_peft.nn.ridge import fit_ridge
 from pgn_peft.prompter import files
 from pgn_peft.prompter.answers import by_label, find_scale, read_entries
 from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead, check_classes, fit_to_answers

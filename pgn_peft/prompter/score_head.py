@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pgn_peft.nn.ridge import fit_ridge, held_out
+from pgn_peft.nn.heads import fit_ridge, held_out
 from pgn_peft.prompter.answers import as_row, find_scale, log_scores, read_entries
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.nn.ridge import fit_ridge
-from pgn_peft.nn.text_head import TextHead
+from pgn_peft.nn.heads import TextHead, fit_ridge
 from pgn_peft.tuner.adapters import find_layer, without_adapters
 from pgn_peft.tuner.head import PGNHead, find_head
 

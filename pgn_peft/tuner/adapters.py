@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from pgn_peft.nn.modes import evaluating
+from pgn_peft.nn.functional import evaluating
 from pgn_peft.tuner.backbones import SUPPORTED, architecture_of
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.head import find_head

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.nn.positions import extend_bias, extend_rotations
+from pgn_peft.nn.functional import extend_bias, extend_rotations
 from pgn_peft.tuner.embeddings import has_class_token, patch_projection
 
 # How a head of the adapter's own reads the output of a model that has none, as the classifiers of these models do.

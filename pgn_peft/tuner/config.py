@@ -17,7 +17,7 @@ from typing import Any
 from peft import PeftConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from pgn_peft.nn.trunk import NORMS, TRUNKS
+from pgn_peft.nn.generator import NORMS, TRUNKS
 from pgn_peft.utils.labels import PROBLEM_TYPES, normalize_id2label
 from pgn_peft.version import __version__
 

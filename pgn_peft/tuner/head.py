@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pgn_peft.nn.text_head import TextHead
+from pgn_peft.nn.heads import TextHead
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.mixed_batch import BASE, adapters_of_batch, map_by_adapter
 from pgn_peft.tuner.prompts import make_head

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from pgn_peft.nn.positions import extend_joined_rotations
+from pgn_peft.nn.functional import extend_joined_rotations
 from pgn_peft.tuner.backbones import HEAD, SUPPORTED, architecture_of
 from pgn_peft.tuner.head import PGNHead
 

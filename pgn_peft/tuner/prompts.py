@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pgn_peft.nn.generator import PromptGenerator
-from pgn_peft.nn.jpeg import through_jpeg
+from pgn_peft.nn.heads import TextHead
+from pgn_peft.nn.images import through_jpeg
 from pgn_peft.nn.layout import PromptLayout, compose, make_layout
 from pgn_peft.nn.library import AdditiveLibrary, TokenLibrary
 from pgn_peft.nn.preprocessing import denormalize, normalize
-from pgn_peft.nn.text_head import TextHead
 from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.utils import not_none
 

@@ -1,10 +1,13 @@
-"""Resizing of images, for the generator and for layouts."""
+"""Functions that several parts share: resizing, positions extended by prompts, eval mode for a while."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -46,3 +49,41 @@ def _filter(before: int, after: int, device: torch.device) -> Tensor:
     distances = (np.arange(int(before)) + 0.5 - centres[:, None]) / max(scale, 1.0)
     weights = (1 - np.abs(distances)).clip(min=0)
     return torch.tensor(weights / weights.sum(axis=1, keepdims=True), dtype=torch.float32, device=device)
+
+
+def extend_rotations(rotations: tuple[Tensor, Tensor], number: int) -> tuple[Tensor, Tensor]:
+    """Extend cosines and sines (..., N, d) by tokens that are not rotated: (..., N + P, d) each."""
+    cosines, sines = rotations
+    return F.pad(cosines, (0, 0, 0, number), value=1.0), F.pad(sines, (0, 0, 0, number))
+
+
+def extend_joined_rotations(rotations: Tensor, number: int) -> Tensor:
+    """Extend sines beside cosines (..., N, 2 d) by tokens that are not rotated: (..., N + P, 2 d)."""
+    sines, cosines = rotations.chunk(2, dim=-1)
+    cosines, sines = extend_rotations((cosines, sines), number)
+    return torch.cat([sines, cosines], dim=-1)
+
+
+def extend_bias(bias: Tensor, number: int) -> Tensor:
+    """Extend what is added to the products of queries and keys (..., N, N) by zeros for P tokens."""
+    return F.pad(bias, (0, number, 0, number))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode, and each of its parts back into its own mode afterwards.
+
+    Also computes in the weights' precision: Accelerate leaves its mixed precision in a model's `forward`.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    mixed = [(part, part.__dict__["forward"]) for part in module.modules() if "_original_forward" in part.__dict__]
+    module.eval()
+    try:
+        for part, _ in mixed:
+            part.forward = part._original_forward  # type: ignore[assignment]  # torch knows tensors and modules only
+        yield
+    finally:
+        for part, forward in mixed:
+            part.forward = forward
+        for part, training in modes:
+            part.training = training
