@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 
 from pgn_peft import Classifier, ModelCardInfo
-from pgn_peft.hub.model_card import make_card
+from pgn_peft.hub.publishing import make_card
 from pgn_peft.tuner.adapters import num_parameters
 from pgn_peft.utils.markdown import CITATION
 

@@ -2,6 +2,6 @@
 
 from pgn_peft.hub.classifier import Classifier, load_classifier
 from pgn_peft.hub.image_processors import plain_processor
-from pgn_peft.hub.model_card import ModelCardInfo
+from pgn_peft.hub.publishing import ModelCardInfo
 
 __all__ = ["Classifier", "ModelCardInfo", "load_classifier", "plain_processor"]

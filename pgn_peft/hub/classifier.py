@@ -7,6 +7,7 @@ Transformers' own `pipeline(model=adapter_id)` finds model and labels too, but t
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import shutil
 import tempfile
@@ -22,12 +23,13 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from pgn_peft.hub import onnx_export, publishing
+from pgn_peft.hub import publishing
 from pgn_peft.hub.image_processors import interpolate_if_needed, made_size
-from pgn_peft.hub.model_card import ModelCardInfo
+from pgn_peft.hub.publishing import ModelCardInfo
+from pgn_peft.nn.functional import evaluating
 from pgn_peft.nn.images import convert_image
 from pgn_peft.tuner.adapters import prompt_layer, unwrap
 from pgn_peft.tuner.backbones import SUPPORTED
@@ -35,6 +37,7 @@ from pgn_peft.tuner.config import PGNConfig
 from pgn_peft.tuner.embeddings import own_image_size
 from pgn_peft.utils.files import find_folder
 from pgn_peft.utils.markdown import update_card_for_hub
+from pgn_peft.utils.onnx import export_module
 
 if TYPE_CHECKING:
     from transformers import ImageClassificationPipeline, PreTrainedModel
@@ -79,6 +82,17 @@ def _open_image(source: str, timeout: float | None) -> Image.Image:
         raise ValueError(f"{source[:100]!r} is no file, URL or base64 of an image.") from error
 
 
+class _Logits(nn.Module):
+    """From normalised pixels to logits, nothing else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values).logits
+
+
 class Classifier(NamedTuple):
     """A model with an active PGN adapter, and the image processor that belongs to the adapter.
 
@@ -121,7 +135,10 @@ class Classifier(NamedTuple):
         model = self._prepare_model()
         layer = prompt_layer(model)
         size = made_size(self.image_processor, own_image_size(layer), layer.num_channels)
-        onnx_export.export_model(model, size, Path(path))
+        example = torch.zeros(2, layer.num_channels, *size, device=next(model.parameters()).device)
+        metadata = {"id2label": json.dumps(model.config.id2label)}
+        with evaluating(model):
+            export_module(_Logits(model).eval(), example, Path(path), "pixel_values", "logits", metadata)
 
     def _prepare_model(self) -> PreTrainedModel:
         """Have the Transformers model inside take images of the processor's size, and return it."""

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Train
 
 from pgn_peft.hub import publishing
 from pgn_peft.hub.classifier import Classifier
-from pgn_peft.hub.model_card import ModelCardInfo
+from pgn_peft.hub.publishing import ModelCardInfo
 from pgn_peft.nn.preprocessing import check_image_processor
 from pgn_peft.tuner.adapters import unwrap
 from pgn_peft.tuner.tuner_layer import PGNTunerLayer
