@@ -1,6 +1,6 @@
 """Prompt Generation Networks for frozen Vision Transformers, as a PEFT method.
 
-Importing this package makes `peft.get_peft_model` and all of PEFT's loaders know `PGNConfig`.
+Importing this package registers `PGNConfig` with PEFT, for `peft.get_peft_model` and all loaders.
 """
 
 from importlib.util import find_spec

@@ -28,7 +28,7 @@ def mixing_coefficients(
         model: a model with the adapter, in any mode; the generator runs in eval mode.
         pixel_values: (B, C, H, W), normalised as for the backbone.
         adapter_name: the adapter.
-        batch_size: images at a time.
+        batch_size: number of images at a time.
 
     Returns:
         (B, P, L) coefficients in float32 on the CPU, the same for all layers that have prompts of their own.
@@ -53,10 +53,11 @@ def _generator(layer: PGNLayer, adapter_name: str) -> nn.Module:
 
 @contextmanager
 def shuffled_prompts(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
-    """Give each image the prompts that the generator has made for the image before it.
+    """Give each image the prompts that were generated for the previous image.
 
-    The loss of accuracy is the worth of prompts for each image. Evaluate in random order: in a data set that is sorted
-    by class, the image before is one of the same class. (The first image gets the prompts of its batch's last.)
+    The drop in accuracy measures the gain over using another image's prompts. Evaluate in random order: in a data set
+    that is sorted by class, the previous image has the same class. The first image gets the prompts of the last one in
+    its batch.
 
     Args:
         model: a model with the adapter.
@@ -82,20 +83,20 @@ def shuffled_prompts(model: nn.Module, adapter_name: str = "default") -> Iterato
 
 @torch.no_grad()
 def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: str = "default") -> Tensor:
-    """Measure how much of its attention CLS pays to each prompt, in each layer of the backbone.
+    """Measure the share of the CLS token's attention that goes to each prompt, in each layer of the backbone.
 
     Args:
-        model: a model with the adapter, which must be the only active one. Its attention is computed the plain way for
-            this call, because fused attention keeps no weights.
+        model: a model with the adapter, which must be the only active one. The call uses eager attention, because
+            fused attention returns no weights.
         pixel_values: (B, C, H, W), normalised as for the backbone.
         adapter_name: the adapter.
 
     Returns:
-        (B, number of layers, P) shares of CLS's attention, averaged over the heads, in float32 on the CPU.
+        (B, number of layers, P) shares of attention, averaged over the heads, in float32 on the CPU.
 
     Raises:
         ValueError: no adapter has this name, it is not the only active one, its prompts are not tokens, or the
-            backbone has no CLS or does not return its attention.
+            backbone has no CLS token or does not return its attention.
     """
     layer = find_layer(model, adapter_name)
     config = layer.configs[adapter_name]
@@ -105,7 +106,7 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
         raise ValueError(
             f"Attention is measured from CLS to the prompts in latent space of the only active adapter. Here {active} "
             f"are active on a {type(base).__name__}, and {adapter_name!r} has prompts in {config.prompt_space} space. "
-            "Call set_adapter, or look at mixing_coefficients instead."
+            "Call set_adapter, or use mixing_coefficients instead."
         )
     before = base.config._attn_implementation
     options = layer.size_options((pixel_values.shape[2], pixel_values.shape[3]))
@@ -127,7 +128,7 @@ def attention_to_prompts(model: nn.Module, pixel_values: Tensor, adapter_name: s
 
 
 def base_predictions(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, dict[int, str]]:
-    """Compute what the frozen model answers by itself, without prompts and with its own classes.
+    """Compute the frozen model's own predictions, without prompts and over its own classes.
 
     Args:
         model: a model with adapters.
@@ -143,7 +144,7 @@ def base_predictions(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, di
     prompt_layer(model)
     head = find_head(model)
     if head is None or not head.base_labels.id2label:
-        raise ValueError(f"This {type(model).__name__} has no classes of its own. Look at the adapter's answers only.")
+        raise ValueError(f"This {type(model).__name__} has no classes of its own. Use the adapter's predictions only.")
     return own_logits(model, pixel_values).softmax(-1).cpu(), dict(head.base_labels.id2label)
 
 
@@ -159,7 +160,7 @@ def library_tokens(model: nn.Module, adapter_name: str = "default") -> Tensor:
 
 
 def usage_by_class(coefficients: Tensor, labels: Tensor, num_labels: int) -> Tensor:
-    """Average how much of each library entry the images of each class use.
+    """Average the use of each library entry over the images of each class.
 
     Args:
         coefficients: (B, P, L).

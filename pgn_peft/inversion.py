@@ -1,12 +1,12 @@
-"""Makes an `ImagePrompter` from a trained adapter; the tokens of one in latent space are inverted to pixels.
+"""Makes an `ImagePrompter` from a trained adapter, and inverts latent prompts to pixels.
 
-A ViT turns the pixels x of patch j into the token `W x + b + pos_j`. Asking for the token t therefore means solving
-`W x = t - b - pos_j`. All of it is linear, so it is solved once for the library, with a fixed offset for each slot:
+A ViT maps the pixels x of patch j to the token `W x + b + pos_j`. Pixels that produce the token t therefore solve
+`W x = t - b - pos_j`. This is linear, so it is solved once for the library, with a fixed offset for each slot:
 
     pixels_j = sum_k a_jk (W^+ L_k) - W^+ (b + pos_j)
 
-Afterwards nothing of the backbone is needed. Source: the idea of arXiv:2210.06466, whose code does not implement it;
-the derivation is this project's.
+Afterwards the backbone is not needed. Source: the idea is in arXiv:2210.06466, but not in its code; the derivation is
+this project's.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ def make_prompter(
     adapter_name: str = "default",
     in_range: bool = False,
 ) -> ImagePrompter:
-    """Make the client of a trained adapter, which does not need the model any more.
+    """Make the client of a trained adapter. The client works without the model.
 
-    The patches of an adapter in pixel space are used as they are. The library of one in latent space is inverted:
-    exactly, for a server that takes tensors, or in the range of images.
+    Prompts in pixel space are used as they are. Latent prompts are inverted: exactly, for a server that takes tensors,
+    or with an error into valid images.
 
     Args:
         model: a model with the adapter, made by PEFT or by Transformers' own loaders.
         processor: the image processor that the adapter was trained with, and that the server uses.
         adapter_name: the adapter.
-        in_range: invert into valid images, with an error. Pixel space needs no inversion.
+        in_range: invert latent prompts into valid images. Has no effect in pixel space.
 
     Returns:
-        The client, on the CPU in float32, with `report` where it was inverted. The unmodified model's scores for the
-        probe are recorded in it. For an adapter with a head of its own it has a `score_head`, which computes that
-        head's logits from the scores of the model's own classes, if these determine the features; for one with a
-        `label_mapping`, a `score_head` that reads the mapped classes.
+        The client, on the CPU in float32, with a `report` if prompts were inverted. It records the unmodified model's
+        scores for the probe image. Its `score_head` computes the logits of the adapter's head from the scores of the
+        model's own classes, if these determine the features; for an adapter with a `label_mapping`, it selects the
+        mapped classes.
 
     Raises:
         TypeError: the model carries no adapter.
         ValueError: no adapter has this name; the adapter has prompts in several layers; its latent prompts do not fill
-            rows of patches, or the model averages its patches; or the processor differs from that of the training.
+            rows of patches, or the model averages its patches; or the processor differs from that of training.
     """
     layer, head = find_layer(model, adapter_name), find_head(model)
     config, preprocessing = layer.configs[adapter_name], Preprocessing.from_processor(processor)
@@ -109,8 +109,8 @@ def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, mod
     refusals = [
         (
             config.prompt_depth != 1,
-            f"`prompt_depth` is {config.prompt_depth}, and an image brings prompts to the first layer only. Train an "
-            "adapter with prompt_depth=1.",
+            f"`prompt_depth` is {config.prompt_depth}, but an image can hold prompts for the first layer only. Train "
+            "an adapter with prompt_depth=1.",
         ),
         (
             latent and (averages or layer.extends_positions),
@@ -119,13 +119,13 @@ def _check(config: PGNConfig, layer: PGNLayer, preprocessing: Preprocessing, mod
         ),
         (
             layer.num_channels not in PILLOW_MODES,
-            f"Image files have 1, 3 or 4 channels, and the model takes {layer.num_channels}. Use the adapter inside "
+            f"Image files have 1, 3 or 4 channels, but the model takes {layer.num_channels}. Use the adapter inside "
             "its model.",
         ),
         (
             size is None,
-            "The image processor resizes the shorter side and crops nothing, so that images have different sizes. Use "
-            "one with a fixed height and width, or one that crops.",
+            "The image processor resizes the shorter side and crops nothing, so images have different sizes. Use one "
+            "with a fixed height and width, or one that crops.",
         ),
         (
             config.prompt_layout == APPEND and size != trained_size,
@@ -151,16 +151,16 @@ def invert(
     in_range: bool = False,
     static_prompts: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Turn trained tokens into pixels for the "append" layout.
+    """Convert trained tokens to pixels for the "append" layout.
 
     Args:
         embeddings: the frozen backbone's embeddings.
         tokens: (1, L, D), a library for all slots; or (P, 1, D), one token for each slot.
-        layout: where the prompts go.
+        layout: positions of the prompts.
         preprocessing: with the mean and standard deviation that images are normalised by.
-        in_range: find pixels of valid images, with an error, instead of the exact ones, which lie far outside. Each
-            slot then has a library of its own, and the image is not changed: its patches keep the small shift of the
-            interpolated position embeddings. Only for coefficients that sum to 1.
+        in_range: find valid pixels, with an error, instead of the exact ones, which lie far out of range. Each slot
+            then has a library of its own. The image is not changed: its patches keep the small shift that interpolated
+            position embeddings cause. Coefficients must sum to 1.
         static_prompts: (P, D), the static prompt of each slot, to which the mixture is added; or None.
 
     Returns:
@@ -180,7 +180,7 @@ def invert(
     if inverse.rank < tokens.shape[-1]:
         raise ValueError(
             f"The backbone's patch projection has rank {inverse.rank} ({inverse.weight.shape[1]} values per patch), "
-            f"less than its width {tokens.shape[-1]}: pixels cannot reach all of a prompt. Train an adapter with "
+            f"less than its width {tokens.shape[-1]}: pixels cannot reach every prompt. Train an adapter with "
             "prompt_space='pixel'."
         )
     std = torch.tensor(preprocessing.image_std, dtype=torch.float64, device=tokens.device)[:, None, None]
@@ -190,7 +190,7 @@ def invert(
         patches = pixels.unflatten(0, (len(slots), -1)).unflatten(-1, inverse.patch_shape)  # (P, L, C, p, p)
         report = _report(inverse, targets, inverse.tokens(pixels), pixels, in_range)
         return {"library": denormalize(patches, *scale).clamp(0, 1).float().cpu(), "report": report}
-    # Where positions are interpolated to the larger grid, the image's own patches shift: (N, D), and back in pixels.
+    # Interpolating positions to the larger grid shifts the tokens of the image's own patches by (N, D): compensate it.
     shift = position_tokens(embeddings, layout.image_size) - added[layout.image_patches]
     library, offsets, back = (inverse.pixels(part) for part in (tokens.flatten(0, 1), -slots, shift))
     pixels = (library.view(*tokens.shape[:2], -1) + offsets[:, None]).flatten(0, 1)  # (P * L, C * p * p)
@@ -222,12 +222,12 @@ def _report(
 
 
 def _score_head(head: PGNHead, adapter_name: str) -> ScoreHead | None:
-    """Make the adapter's head one on the model's scores; None without a head, or if these do not determine it."""
+    """Convert the adapter's head to one on the model's scores; None if there is none, or they do not determine it."""
     config, own, base = head.configs[adapter_name], head.head(adapter_name), head.base_layer
     labels = list(head.base_labels.id2label.values())
     if config.label_mapping is not None:
         return one_to_one_head(config.label_mapping, labels)
-    # `read_answer` gives probabilities that sum to 1.
+    # `read_answer` returns probabilities that sum to 1.
     single = config.problem_type in (None, "single_label_classification")
     if not (single and labels and isinstance(base, nn.Linear) and isinstance(own, nn.Linear) and own.out_features > 1):
         return None
@@ -242,7 +242,7 @@ def _answer_probe(model: nn.Module, layer: PGNLayer, prompter: ImagePrompter) ->
     preprocessing, weight = prompter.preprocessing, layer.projection.weight
     pixels = to_pixels(prompter.probe(), prompter.num_channels)
     if prompter.layout.name != APPEND:
-        pixels = preprocessing.apply(pixels)  # cuts its margins off
+        pixels = preprocessing.apply(pixels)  # crops the margins
     pixels = pixels[None].to(weight.device).float() / 255
     pixel_values = normalize(pixels, preprocessing.image_mean, preprocessing.image_std)
     return own_logits(model, pixel_values.to(weight.dtype))[0].softmax(-1).cpu()

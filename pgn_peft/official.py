@@ -1,6 +1,6 @@
-"""The networks that were released with the paper, as generator and library, and as an adapter.
+"""Networks that were released with the paper: loading them, and converting them to adapters.
 
-A released file is the state dict of a prompt generator: neither the backbone nor a classification head is in it.
+A released file is the state dict of a prompt generator. It contains neither the backbone nor a classification head.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class OfficialNetwork:
 
     @torch.no_grad()
     def prompts(self, pixel_values: Tensor) -> Tensor:
-        """Make the prompts (B, P, D) of images (B, C, H, W), normalised as for the backbone; 224 px in the release."""
+        """Compute prompts (B, P, D) of images (B, C, H, W), normalised as for the backbone; 224 px in the release."""
         return self.library(self.generator(pixel_values))
 
     def config(self, **fields: Any) -> PGNConfig:
@@ -70,18 +70,18 @@ class OfficialNetwork:
 
 
 def load(path: str | Path) -> OfficialNetwork:
-    """Read a released network; its sizes follow from the tensors in the file.
+    """Load a released network. Its sizes follow from the tensors in the file.
 
     Args:
-        path: the .pt file. It is read as tensors only: no code in it is run.
+        path: the .pt file. Only tensors are read; no code in it is run.
 
     Raises:
         OSError: the file does not exist.
         ValueError: the file is not a released network.
 
-    Source: the official code and checkpoints of arXiv:2210.06466 (MIT). The code can mix by a sigmoid, resize the
-    images of its generator, or leave out the pooling after the stem, none of which changes a tensor; the released
-    networks do nothing of this.
+    Source: the official code and checkpoints of arXiv:2210.06466 (MIT). The code can also mix by a sigmoid, resize the
+    generator's images, or omit the pooling after the stem. None of these changes a tensor, and the released networks
+    use none of them.
     """
     tensors = _read(Path(path))
     shapes = [tuple(tensors[name].shape) if name in tensors else () for name in (LIBRARY, STEM_WEIGHT, HEAD_WEIGHT)]
@@ -91,7 +91,7 @@ def load(path: str | Path) -> OfficialNetwork:
             f"{shapes}, but must be a library (L, D), a convolution, and L logits for each prompt. {REMEDY}"
         )
     (library_size, hidden_size), (width, num_channels, *_), (num_logits, _) = shapes
-    with torch.device("meta"):  # until the file's tensors have been compared with these sizes
+    with torch.device("meta"):  # no memory is allocated before the file's tensors have been checked
         generator = PromptGenerator(num_logits // library_size, library_size, num_channels=num_channels, width=width)
         library = TokenLibrary(library_size, hidden_size)
     expected = {LIBRARY: library.tokens} | {_official(name): value for name, value in generator.state_dict().items()}
@@ -108,7 +108,7 @@ def _read(file: Path) -> Mapping[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
-    except Exception as error:  # of many kinds; for other objects torch's own message advises to run their code
+    except Exception as error:  # of many types; for other objects, torch's own message advises to run their code
         raise ValueError(f"{str(file)!r} is damaged, or holds something else than tensors. {REMEDY}") from error
     if sum(sizes) > size:  # with strides of 0 a small file can describe huge tensors
         raise ValueError(f"{str(file)!r} describes tensors that are larger than the file. {REMEDY}")
@@ -128,11 +128,11 @@ def state_dict(network: OfficialNetwork) -> dict[str, Tensor]:
 
 
 def adapt(model: nn.Module, network: OfficialNetwork, adapter_name: str = "default", **fields: Any) -> PeftModel:
-    """Make a released network an adapter of a model. The head is new: no released file has one.
+    """Add a released network to a model as an adapter. Its head is new, because released files have none.
 
     Args:
-        model: the backbone that the network was trained for. The file does not say which: CLIP's and torchvision's
-            ViT-B/32 have the same width, but not the same prompts.
+        model: the backbone that the network was trained for. The file does not name it, and prompts for CLIP's
+            ViT-B/32 do not work on torchvision's, which has the same width.
         network: from `load`.
         adapter_name: the adapter.
         fields: further fields of `PGNConfig`, such as `id2label`.

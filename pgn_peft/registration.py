@@ -11,7 +11,7 @@ PEFT_FLOOR = "0.21.0"
 
 
 def check_peft() -> None:
-    """Refuse a PEFT that is too old.
+    """Check the version of PEFT.
 
     Raises:
         ImportError: PEFT is older than `PEFT_FLOOR`.
@@ -37,7 +37,7 @@ def register() -> None:
 
     mapping: Any = peft.mapping  # its keys are annotated as members of PEFT's enum
     registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(PGNPeftType.PGN.value, PGNConfig)
-    if registered.__module__ != PGNConfig.__module__:  # by name: after a reload the class is another object
+    if registered.__module__ != PGNConfig.__module__:  # by name, as a reload makes a new class object
         raise ImportError(f"{registered} is registered with PEFT as 'PGN' already. Import only one of the packages.")
     # `register_peft_method` accepts only members of PEFT's own enum; this is what it does otherwise.
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PGNPeftType.PGN] = PGNModel.prefix

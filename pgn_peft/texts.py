@@ -1,4 +1,4 @@
-"""Texts as classes: their embeddings, and the head that compares images with them."""
+"""Texts as classes: computing their embeddings, and setting them in an adapter's head."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def embed_texts(
     classes: Sequence[str] | Mapping[str, Sequence[str]],
     templates: Sequence[str] = ("a photo of a {}.",),
 ) -> Tensor:
-    """Embed the names or descriptions of classes by a model's text tower.
+    """Embed the names or descriptions of classes with a model's text tower.
 
     Args:
         model: a model with a text tower, adapted or not: `CLIPModel`, `CLIPTextModelWithProjection`, `SiglipModel`.
         tokenizer: the model's tokenizer, or the processor that holds it.
-        classes: names, which are put into the templates; or for each name its own descriptions, used as they are.
+        classes: names, which are inserted into the templates; or lists of descriptions by name, used as they are.
         templates: sentences with "{}" for the name.
 
     Returns:
-        (M, D) embeddings of length 1, on the CPU. That of several sentences is the direction of their mean.
+        (M, D) embeddings of unit norm, on the CPU. Those of several sentences are averaged and normalised again.
 
     Raises:
-        TypeError: `classes` holds no lists of texts.
+        TypeError: `classes` does not hold lists of texts.
         ValueError: a template has no "{}", or a class has no description.
 
     Source: arXiv:2103.00020 (templates and their mean).
@@ -45,8 +45,8 @@ def embed_texts(
     lists = list(classes.values()) if isinstance(classes, Mapping) else [classes]
     if any(isinstance(texts, str) or not all(isinstance(text, str) for text in texts) for texts in lists):
         raise TypeError(
-            f"`classes` is {classes!r}, not a list of names, nor a list of descriptions for each name. Of an "
-            "`id2label` pass list(id2label.values())."
+            f"`classes` is {classes!r}, not a list of names, nor a list of descriptions for each name. For an "
+            "`id2label`, pass list(id2label.values())."
         )
     if isinstance(classes, Mapping):
         sentences = [list(descriptions) for descriptions in classes.values()]
@@ -64,8 +64,8 @@ def embed_texts(
 
 def _embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     text_config = getattr(model.config, "text_config", model.config)
-    # SigLIP was trained on texts of full length, without a mask; CLIP's attention is causal, so that what follows the
-    # end has no effect.
+    # SigLIP was trained on texts padded to full length, without a mask. CLIP's attention is causal, so padding after
+    # the end has no effect.
     length = getattr(text_config, "max_position_embeddings", None)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -87,13 +87,13 @@ def use_texts(
     logit_bias: float | None = None,
     adapter_name: str = "default",
 ) -> None:
-    """Give an adapter with head="text" the texts of its classes. They are saved with it.
+    """Set the texts of the classes of an adapter with head="text". They are saved with the adapter.
 
     Args:
         model: the adapted model.
-        text_embeds: (M, D), one for each class in the order of `id2label`, of any length; see `embed_texts`.
+        text_embeds: (M, D), one for each class in the order of `id2label`, of any norm; see `embed_texts`.
         logit_scale: factor of the cosines; None: the model's own, or that of OpenAI's CLIP, 100.
-        logit_bias: added to them; None: the model's own (SigLIP), or 0.
+        logit_bias: added to the scaled cosines; None: the model's own (SigLIP), or 0.
         adapter_name: the adapter.
 
     Raises:
@@ -111,7 +111,7 @@ def use_texts(
     if text_embeds.shape != head.text_embeds.shape:
         raise ValueError(
             f"`text_embeds` has the shape {tuple(text_embeds.shape)}, not {tuple(head.text_embeds.shape)}. Embed one "
-            "text for each class of `id2label`, by the same model's text tower."
+            "text for each class of `id2label`, with the same model's text tower."
         )
     base = unwrap(model)
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
@@ -122,7 +122,7 @@ def use_texts(
     usual_bias = base.logit_bias.item() if hasattr(base, "logit_bias") else 0.0
     if usual_scale is None and None in (logit_scale, logit_bias):
         raise ValueError(
-            f"A {type(base).__name__} lacks `logit_scale` and `logit_bias`: pass both. The model of both towers has "
+            f"A {type(base).__name__} lacks `logit_scale` and `logit_bias`: pass both. The model with both towers has "
             "them, as logit_scale.exp() and logit_bias."
         )
     scale = usual_scale if logit_scale is None else logit_scale

@@ -1,4 +1,4 @@
-"""Adapters on disk and on the Hub: loading with base model and image processor, publishing, model cards."""
+"""Adapters on disk and on the Hub: loading them with base model and image processor, publishing, model cards."""
 
 from pgn_peft.hub.classifier import Classifier, load_classifier
 from pgn_peft.hub.image_processors import plain_processor

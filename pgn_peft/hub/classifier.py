@@ -1,7 +1,7 @@
 """`load_classifier`: from an adapter's id to a `Classifier`, the model with its labels and image processor.
 
-Transformers' own `pipeline(model=adapter_id)` finds model and labels too, but takes the base's image processor, looks
-`revision` up in the base's repository, and passes no `subfolder` to the adapter.
+Transformers' own `pipeline(model=adapter_id)` loads model and labels too, but it takes the base's image processor,
+applies `revision` to the base's repository, and ignores `subfolder`.
 """
 
 from __future__ import annotations
@@ -45,31 +45,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# All that is downloaded. Pickles and Python files, which can run code, are not.
+# Only these files are downloaded. Pickles and Python files, which can run code, are not.
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_FILES)
 BASE_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *PROCESSOR_FILES)
 
 
 class _Pipeline(transformers.ImageClassificationPipeline):
-    """The image pipeline, which also takes models that classify by an adapter's head, and files of 16-bit images.
+    """Transformers' image pipeline, extended to models that classify with an adapter's head, and to 16-bit images.
 
-    Of the former Transformers would log an error; pixels of the latter it would clip at 255.
+    Transformers would log an error for such models, and clip 16-bit pixels at 255.
     """
 
-    __module__ = transformers.ImageClassificationPipeline.__module__  # Gradio takes pipelines from there only
+    __module__ = transformers.ImageClassificationPipeline.__module__  # Gradio accepts only pipelines from there
 
     def check_model_type(self, supported_models: Any) -> None:
         """Accept every model."""
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]  # as its class does
-        """Read an image as `convert_image` does: a Pillow image, or the place or content of a file."""
+        """Read a Pillow image, or a file given by its path, its URL or base64, and apply `convert_image`."""
         if isinstance(image, str):
             image = _open_image(image, timeout)
         return super().preprocess(convert_image(image) if isinstance(image, Image.Image) else image)
 
 
 def _open_image(source: str, timeout: float | None) -> Image.Image:
-    """Open a file, given as its path, a URL or base64, as Transformers' pipeline takes them."""
+    """Open an image file given by its path, its URL or base64, as in Transformers' pipeline."""
     if source.startswith(("http://", "https://")):
         response = get_session().get(source, timeout=timeout, follow_redirects=True)
         response.raise_for_status()
@@ -79,11 +79,11 @@ def _open_image(source: str, timeout: float | None) -> Image.Image:
     try:
         return Image.open(BytesIO(base64.b64decode(source.rpartition(",")[2], validate=True)))
     except ValueError as error:
-        raise ValueError(f"{source[:100]!r} is no file, URL or base64 of an image.") from error
+        raise ValueError(f"{source[:100]!r} is not a file, a URL or base64 of an image.") from error
 
 
 class _Logits(nn.Module):
-    """From normalised pixels to logits, nothing else."""
+    """A model that returns its logits only."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -94,11 +94,11 @@ class _Logits(nn.Module):
 
 
 class Classifier(NamedTuple):
-    """A model with an active PGN adapter, and the image processor that belongs to the adapter.
+    """A model with an active PGN adapter, and the adapter's image processor.
 
     Attributes:
-        model: a Transformers model that carries the adapter, or PEFT's model around one.
-        image_processor: makes the `pixel_values` that the adapter was trained on.
+        model: a Transformers model that carries the adapter, or a `PeftModel` around one.
+        image_processor: converts images to `pixel_values` as in training.
     """
 
     model: nn.Module
@@ -108,13 +108,13 @@ class Classifier(NamedTuple):
         """Make Transformers' image classification pipeline; `kwargs` are those of `transformers.pipeline`.
 
         The model is put into eval mode, which a pipeline does not do. In training mode dropout and batch statistics
-        would change the predictions, and each prediction would update the adapter's BatchNorm statistics. Images keep
-        the processor's size, even if the base's is another one.
+        would change the predictions, and each prediction would update the adapter's BatchNorm statistics. Images have
+        the image processor's size, even if the base was trained with another.
         """
         model = self._prepare_model().eval()
         options: dict[str, Any] = {"pipeline_class": _Pipeline}
         if model.config.problem_type == "regression":
-            options["function_to_apply"] = "none"  # Transformers 5.22 would put a sigmoid on numbers
+            options["function_to_apply"] = "none"  # Transformers 5.22 would apply a sigmoid
         return transformers.pipeline(
             "image-classification", model=model, image_processor=self.image_processor, **options | kwargs
         )
@@ -122,9 +122,9 @@ class Classifier(NamedTuple):
     def export_onnx(self, path: str | Path) -> None:
         """Export model and adapter as one ONNX graph (with `onnx` and `onnxscript` installed).
 
-        From `pixel_values` (B, C, H, W), float32, as the image processor makes them of a square image, to `logits`
-        (B, num_labels), for any B. The labels lie in the file's metadata as "id2label", in JSON. Weights of more than
-        2 GiB go into a second file beside it.
+        The graph maps `pixel_values` (B, C, H, W), float32, of the size that the image processor makes of an image of
+        the base's size, to `logits` (B, num_labels), for any B. The file's metadata contain the labels as "id2label",
+        in JSON. Weights of more than 2 GiB go into a second file beside it.
 
         Args:
             path: the file to write.
@@ -141,7 +141,7 @@ class Classifier(NamedTuple):
             export_module(_Logits(model).eval(), example, Path(path), "pixel_values", "logits", metadata)
 
     def _prepare_model(self) -> PreTrainedModel:
-        """Have the Transformers model inside take images of the processor's size, and return it."""
+        """Return the Transformers model, set up for images of the image processor's size."""
         model = unwrap(self.model)
         if isinstance(model, PeftModel):
             model = model.get_base_model()
@@ -152,7 +152,7 @@ class Classifier(NamedTuple):
         """Write adapter_model.safetensors, adapter_config.json, preprocessor_config.json and README.md, the card.
 
         Args:
-            save_directory: a folder, which is made. Other files in it are left alone.
+            save_directory: a folder, created if needed. Its other files are left alone.
             facts: facts for the card.
 
         Raises:
@@ -172,21 +172,21 @@ class Classifier(NamedTuple):
         create_pr: bool = False,
         save_directory: str | Path | None = None,
     ) -> CommitInfo:
-        """Publish what `save_pretrained` writes, in one commit; the repository is made where it does not exist.
+        """Publish the files that `save_pretrained` writes, in one commit. The repository is created if needed.
 
         Args:
             repo_id: the repository, "user/name".
             facts: facts for the card.
-            private: whether a new repository is private; None: as the owner's settings say.
+            private: whether a new repository is private; None: the owner's default.
             token: a token with write access; None: the one of `hf auth login`.
-            revision: a branch, made where it does not exist; None: main.
+            revision: a branch, created if needed; None: main.
             commit_message: the commit's summary.
             create_pr: open a pull request instead.
             save_directory: where to write the files first; None: a temporary folder, which is removed after success.
 
         Raises:
             TypeError: the model has no active PGN adapter, or `image_processor` is not an image processor.
-            ValueError: `repo_id` is not a valid id, or the base model is a folder that nobody else has.
+            ValueError: `repo_id` is not a valid id, or the base model is a local folder, which others cannot load.
             OSError: the Hub refused the upload or could not be reached. The files are kept; the message says where.
         """
         publishing.check_shareable(self.model, repo_id)
@@ -208,7 +208,7 @@ class Classifier(NamedTuple):
                 allow_patterns=files,
                 delete_patterns=publishing.STALE_FILE,
             )
-        except Exception as error:  # the client raises errors of many kinds
+        except Exception as error:  # the client raises many types of errors
             raise OSError(
                 f"The upload to {repo_id!r} failed: {error} The adapter is saved in {folder}: push it again later."
             ) from error
@@ -231,29 +231,29 @@ def load_classifier(
 ) -> Classifier:
     """Load an adapter with its base model, its labels and its image processor, ready to classify.
 
-    Safe for adapters that are not trusted: of adapter and base only JSON and safetensors are fetched and read, and no
+    Safe for untrusted adapters: only JSON and safetensors files of adapter and base are downloaded and read, and no
     code that comes with them is run.
 
     Args:
         pretrained_model_name_or_path: an adapter's folder, or its id on the Hub.
-        base_model_name_or_path: the base model's folder or id; None: what the adapter says.
-        revision: branch, tag or commit of the adapter. That of the base is recorded in the adapter.
+        base_model_name_or_path: the base model's folder or id; None: the one recorded in the adapter.
+        revision: branch, tag or commit of the adapter. The base's revision is recorded in the adapter.
         subfolder: folder of the adapter in its repository or directory.
         token: for private repositories; None: the token of `hf auth login`.
-        cache_dir: where downloads are kept; None: the Hub's cache.
-        local_files_only: do not call the Hub, only look into the cache. (As with HF_HUB_OFFLINE=1.)
+        cache_dir: folder for downloads; None: the Hub's cache.
+        local_files_only: use cached files only, as with HF_HUB_OFFLINE=1.
         device_map: as in Transformers: "auto", a device, or a dictionary.
-        dtype: of the base model: "auto", as it was saved, or a torch dtype. Adapters stay in float32.
+        dtype: dtype of the base model: "auto", as it was saved, or a torch dtype. Adapters stay in float32.
 
     Returns:
-        `Classifier`, a pair: the Transformers model in eval mode, whose config has the adapter's labels, and the
-        image processor. Without a processor of the adapter's own it is the base's, which is logged. If that makes
-        images of another size than the base's, the model interpolates the position embeddings by itself.
+        A `Classifier`: the Transformers model in eval mode, with the adapter's labels in its config, and the image
+        processor. An adapter without an image processor gets the base's, and a warning is logged. If images have
+        another size than the base's, the model interpolates its position embeddings.
 
     Raises:
         OSError: a file is missing, or cannot be downloaded.
-        ValueError: the adapter is not one of PGN for a classifier, or does not fit the base, or a file is damaged.
-        TypeError: the base is not a supported architecture.
+        ValueError: the adapter is not a PGN adapter of a classifier, or does not fit the base; or a file is damaged.
+        TypeError: the architecture of the base is not supported.
     """
     if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise ValueError(f"subfolder={subfolder!r} leads out of the adapter's folder or repository.")
@@ -268,15 +268,15 @@ def load_classifier(
         base_folder = find_folder(base, BASE_FILES, revision=base_revision, **options)
     except OSError as error:
         raise OSError(
-            f"{error} {name!r} was made for this base model: where it has been moved, pass its place, "
+            f"{error} {name!r} was made for this base model. If it has been moved, pass its place, "
             "load_classifier(..., base_model_name_or_path=...)."
         ) from error
     model = _load_base(base_folder, base, config, device_map, dtype)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Unexpected keyword arguments")  # `_read_config` has warned of them
+        warnings.filterwarnings("ignore", "Unexpected keyword arguments")  # `_read_config` has already warned
         model.load_adapter(str(folder), use_safetensors=True)
-    # In a folder with both files Transformers prefers the second, which an earlier save of a CLIP processor can have
-    # left there (huggingface/transformers#42085); `save_pretrained` writes the first.
+    # If a folder has both files, Transformers prefers the second, which an earlier save of a CLIP processor may have
+    # left (huggingface/transformers#42085). `save_pretrained` writes the first.
     files = [folder / file for file in PROCESSOR_FILES if folder.joinpath(file).is_file()]
     if not files:
         logger.warning("%s has no image processor of its own; taking that of its base model, %s", name, base)
@@ -290,8 +290,8 @@ def _read_config(folder: Path, name: str) -> PGNConfig:
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not folder.joinpath(file).is_file():
             raise OSError(
-                f"There is no {file} in {name!r}. Look for a misspelt name, or pass the `subfolder` that the adapter "
-                "lies in. Pickled weights (adapter_model.bin) are not read, because they can run code."
+                f"There is no {file} in {name!r}. Check the name, or pass the adapter's `subfolder`. Pickled weights "
+                "(adapter_model.bin) are not read, because they can run code."
             )
     config = PGNConfig.from_pretrained(str(folder))
     if not isinstance(config, PGNConfig) or config.num_labels is None:
@@ -304,27 +304,28 @@ def _read_config(folder: Path, name: str) -> PGNConfig:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as archive:
             foreign = [key for key in archive.keys() if not any(part in key for part in own_parts)]  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} in {name!r} is damaged: {error}. Fetch it again.") from error
-    if foreign:  # Transformers would load them over the base model's own
-        raise ValueError(f"{name!r} has tensors that are no part of the adapter: {', '.join(sorted(foreign)[:3])}.")
+        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} in {name!r} is damaged: {error}. Download it again.") from error
+    if foreign:  # Transformers would replace the base model's own by them
+        raise ValueError(f"{name!r} has tensors that are not part of the adapter: {', '.join(sorted(foreign)[:3])}.")
     return config
 
 
 def _load_base(
     folder: Path, name: str, config: PGNConfig, device_map: Any, dtype: str | torch.dtype
 ) -> PreTrainedModel:
-    # Transformers would follow an adapter to its own base, and read weights of whatever kind there.
+    # For an adapter, Transformers would load the adapter's own base, with weights of any format.
     is_adapter = folder.joinpath(CONFIG_NAME).is_file()
     if is_adapter or not folder.joinpath("config.json").is_file() or not any(folder.glob("model*.safetensors")):
         raise OSError(
             f"The base model {name!r} is an adapter, or lacks config.json or weights in safetensors. Pass a model "
-            "without adapters; pickled weights are not read, because they can run code: convert them first."
+            "without adapters. Pickled weights are not read, because they can run code: convert them first."
         )
     made_for = (config.auto_mapping or {}).get("base_model_class") or ""
     backbone = SUPPORTED.get(made_for)
     # From our own table of names: importing a module that a file names could run untrusted code.
     model_class: Any = AutoModelForImageClassification if backbone is None else getattr(transformers, made_for)
-    config_class: Any = AutoConfig if backbone is None else model_class.config_class  # of a tower, where there are two
+    # For one tower of a model with two, AutoConfig would return the config of both.
+    config_class: Any = AutoConfig if backbone is None else model_class.config_class
     base_config = config_class.from_pretrained(folder, trust_remote_code=False)
     base_config._attn_implementation = None  # a file could name a kernel on the Hub, which is code
     model, found = model_class.from_pretrained(

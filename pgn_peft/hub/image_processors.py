@@ -1,4 +1,4 @@
-"""Image processors: those of timm, the size of the images they make, and models that need an option for this size."""
+"""Image processors: conversion of timm's, the size of their output, and models that interpolate to this size."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ RESAMPLING = {"bilinear": 2, "bicubic": 3}
 
 
 def plain_processor(image_processor: Any) -> Any:
-    """Return an image processor of Transformers with timm's steps, in place of its wrapper, which cannot be saved.
+    """Convert Transformers' wrapper of timm's preprocessing, which cannot be saved, to an ordinary image processor.
 
-    Where an odd number of pixels is cropped, the two differ by one. Other image processors are returned as they are.
+    If an odd number of pixels is cropped, the crops differ by one. Other image processors are returned unchanged.
 
     Raises:
-        ValueError: timm crops or resizes in a way that no image processor has.
+        ValueError: timm crops or resizes in a way that no image processor of Transformers supports.
     """
     if type(image_processor).__name__ != "TimmWrapperImageProcessor":
         return image_processor
@@ -44,7 +44,7 @@ def plain_processor(image_processor: Any) -> Any:
 
 
 def made_size(image_processor: Any, size: tuple[int, int], num_channels: int = 3) -> tuple[int, int]:
-    """Return height and width in pixels of what an image processor makes of an image of this height and width."""
+    """Return height and width, in pixels, of an image processor's output for an image of this height and width."""
     sample = np.zeros((*size, num_channels), dtype=np.uint8)
     processor = plain_processor(image_processor)
     made = processor(images=sample, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
@@ -52,18 +52,18 @@ def made_size(image_processor: Any, size: tuple[int, int], num_channels: int = 3
 
 
 def makes_another_size(layer: PGNLayer, image_processor: Any) -> bool:
-    """Whether an image processor makes images of a size for which the backbone needs an option."""
+    """Whether the backbone needs an option for images of the size that an image processor makes."""
     if layer.fixed_size is None:
         return False
     height, width = layer.fixed_size
-    # Not square, to find processors that keep the aspect ratio.
+    # Not square, to detect processors that keep the aspect ratio.
     return made_size(image_processor, (height, 2 * width), layer.num_channels) != (height, width)
 
 
 def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
     """Let a model interpolate its position embeddings if its image processor makes images of another size.
 
-    A pipeline has no option for that. Can be called again.
+    A hook does it, since a pipeline has no option for it. Calling this again has no effect.
 
     Raises:
         ValueError: the model takes one size only, and the processor makes another.
@@ -73,7 +73,7 @@ def interpolate_if_needed(model: nn.Module, image_processor: Any) -> None:
         return
     if not layer.takes_size_option:
         raise ValueError(
-            f"The model takes images of {layer.fixed_size} pixels only, and the image processor makes others. Set its "
+            f"The model takes only images of {layer.fixed_size} pixels, but the image processor makes others. Set its "
             "`size` (and `crop_size`)."
         )
     model.register_forward_pre_hook(_interpolate, with_kwargs=True)

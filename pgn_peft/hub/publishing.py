@@ -1,4 +1,4 @@
-"""What is published of an adapter: its files on disk and on the Hub, and the model card among them."""
+"""Publishing an adapter: the files that are saved and uploaded, and the model card."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from pgn_peft.utils.files import replacing
 from pgn_peft.utils.markdown import CITATION, cell, list_names, update_card
 
 CARD_FILE = "README.md"
-# Of an earlier save. Transformers would read this image processor in place of ours.
+# May be left by an earlier save. Transformers would load this image processor instead of the adapter's.
 STALE_FILE = "processor_config.json"
 
 
 @dataclass(frozen=True)
 class ModelCardInfo:
-    """Facts for an adapter's model card that are not in the adapter itself.
+    """Information for an adapter's model card that is not in the adapter itself.
 
     Args:
         dataset_name: name of the training images, for readers.
@@ -37,13 +37,13 @@ class ModelCardInfo:
         split: the split that `metrics` were measured on.
         metrics: value by metric, with the names of `evaluate`: {"accuracy": 0.94}.
         hyperparameters: value by name.
-        training_log: a row for each evaluation, value by column, the columns those of the first row.
-        license: identifier of the adapter's licence, "apache-2.0".
-        description: what the adapter is for, and where it fails; Markdown.
+        training_log: one row for each evaluation, value by column; the first row defines the columns.
+        license: identifier of the adapter's licence, such as "apache-2.0".
+        description: intended use and limitations, in Markdown.
 
     Raises:
         TypeError: a metric is not a number.
-        ValueError: there are metrics and no data set, or a metric is not finite.
+        ValueError: there are metrics but no data set, or a metric is not finite.
     """
 
     dataset_name: str | None = None
@@ -60,7 +60,7 @@ class ModelCardInfo:
         object.__setattr__(self, "metrics", {name: float(value) for name, value in self.metrics.items()})
         if not all(map(math.isfinite, self.metrics.values())) or (self.metrics and self.dataset is None):
             raise ValueError(
-                f"The metrics are {self.metrics} on the data set {self.dataset}. Give finite ones only, and "
+                f"The metrics are {self.metrics} on the data set {self.dataset}. Pass finite values, and "
                 "`dataset_name` or `dataset_id`."
             )
 
@@ -79,7 +79,7 @@ def save(
         model: a model with an active PGN adapter.
         image_processor: the adapter's.
         folder: where to write.
-        facts: for the card.
+        facts: information for the card.
         name: the id that the card's examples load; None: the folder's name.
 
     Returns:
@@ -103,7 +103,7 @@ def save(
 def describe(
     model: nn.Module, image_processor: Any, folder: Path, facts: ModelCardInfo, name: str | None = None
 ) -> str:
-    """Return the adapter's card with what people wrote into the one in `folder`; see `save`."""
+    """Return the adapter's card, merged with what people wrote in the card in `folder`; see `save`."""
     interpolate = makes_another_size(prompt_layer(model), image_processor)
     card = make_card(model, name or folder.name, facts, interpolate=interpolate)
     file = folder / CARD_FILE
@@ -111,7 +111,7 @@ def describe(
 
 
 def is_repo_id(name: Any) -> bool:
-    """Whether `name` can be the id of a repository on the Hub, and is not a folder or file of this machine."""
+    """Whether `name` is a valid id of a repository on the Hub, and not a local folder or file."""
     if not isinstance(name, str) or not name or Path(name).exists():
         return False
     try:
@@ -122,10 +122,10 @@ def is_repo_id(name: Any) -> bool:
 
 
 def check_shareable(model: nn.Module, repo_id: str) -> None:
-    """Raise ValueError, before anything is written, if `repo_id` is not a valid id or the base model is a folder."""
+    """Raise a ValueError, before files are written, if `repo_id` is not a valid id or the base model is a folder."""
     # With the owner, because the card tells others what to load.
     if not is_repo_id(repo_id) or "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} is not the id of a repository. Name its owner too: 'user/name'.")
+        raise ValueError(f"{repo_id!r} is not the id of a repository. Include its owner: 'user/name'.")
     base = active_adapter(model)[1].base_model_name_or_path
     if not is_repo_id(base):
         raise ValueError(
@@ -140,8 +140,8 @@ def make_card(model: nn.Module, name: str, facts: ModelCardInfo, *, interpolate:
     Args:
         model: a model with a PGN adapter.
         name: id of the adapter's repository, or its folder.
-        facts: what model and adapter do not show.
-        interpolate: the adapter's images have another size than the base's.
+        facts: information that is not in model and adapter.
+        interpolate: whether the adapter's images have another size than the base's.
     """
     adapter_name, config = active_adapter(model)
     columns = list(facts.training_log[0]) if facts.training_log else []

@@ -1,4 +1,4 @@
-"""Functions that several parts share: resizing, positions extended by prompts, eval mode for a while."""
+"""Shared functions: resizing images, extending positions in attention by prompts, temporary eval mode."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 def resize(pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize images by bilinear interpolation with antialiasing.
 
-    Its weights are non-negative and sum to 1, so that pixels stay in their range, which bicubic interpolation does not
-    ensure. Computed in float32, because torch supports no narrower type on the CPU.
+    Unlike those of bicubic interpolation, its weights are non-negative and sum to 1, so pixels stay in their range.
+    Computed in float32, because torch supports no narrower type on the CPU.
 
     Args:
         pixel_values: (B, C, H, W), floating point.
@@ -38,7 +38,7 @@ def resize(pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def is_exporting() -> bool:
-    """Whether a graph for another runtime is being made, by `torch.export` or by tracing."""
+    """Whether a graph is being exported to another runtime, by `torch.export` or by tracing."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
@@ -52,28 +52,28 @@ def _filter(before: int, after: int, device: torch.device) -> Tensor:
 
 
 def extend_rotations(rotations: tuple[Tensor, Tensor], number: int) -> tuple[Tensor, Tensor]:
-    """Extend cosines and sines (..., N, d) by tokens that are not rotated: (..., N + P, d) each."""
+    """Extend rotary cosines and sines (..., N, d) by P = `number` tokens without rotation: (..., N + P, d) each."""
     cosines, sines = rotations
     return F.pad(cosines, (0, 0, 0, number), value=1.0), F.pad(sines, (0, 0, 0, number))
 
 
 def extend_joined_rotations(rotations: Tensor, number: int) -> Tensor:
-    """Extend sines beside cosines (..., N, 2 d) by tokens that are not rotated: (..., N + P, 2 d)."""
+    """Extend concatenated sines and cosines (..., N, 2 d) in the same way: (..., N + P, 2 d)."""
     sines, cosines = rotations.chunk(2, dim=-1)
     cosines, sines = extend_rotations((cosines, sines), number)
     return torch.cat([sines, cosines], dim=-1)
 
 
 def extend_bias(bias: Tensor, number: int) -> Tensor:
-    """Extend what is added to the products of queries and keys (..., N, N) by zeros for P tokens."""
+    """Extend an attention bias (..., N, N) by zeros for P = `number` tokens: (..., N + P, N + P)."""
     return F.pad(bias, (0, number, 0, number))
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and each of its parts back into its own mode afterwards.
+    """Put a module into eval mode, and restore the mode of each submodule afterwards.
 
-    Also computes in the weights' precision: Accelerate leaves its mixed precision in a model's `forward`.
+    Accelerate's mixed precision, which stays in a model's `forward` after training, is switched off meanwhile.
     """
     modes = [(part, part.training) for part in module.modules()]
     mixed = [(part, part.__dict__["forward"]) for part in module.modules() if "_original_forward" in part.__dict__]

@@ -1,4 +1,4 @@
-"""The prompt generator: a small CNN and a head that map an image to mixing coefficients."""
+"""The prompt generator: a small CNN (the trunk) and a head that map an image to mixing coefficients."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     if its weight is frozen, or if a channel has a single value (one image of 1 x 1 pixels, as the last batch of an
     epoch can have), for which torch raises an error.
 
-    Its counter of batches, which only cumulative averages need, is not part of a saved file: tools that average or
-    cast weights change its type and shape.
+    The counter of batches is not saved. Only cumulative averages need it, and tools that average or cast weights
+    change its dtype and shape.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -30,7 +30,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)  # in files of earlier versions
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)  # torch's would ask for the counter
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)  # torch's version requires the counter
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, C, H, W), channel by channel."""
@@ -43,7 +43,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def group_norm(num_channels: int) -> nn.GroupNorm:
-    """Make a group normalisation with up to 8 groups; it needs no running statistics."""
+    """Return a group normalisation with up to 8 groups. It has no running statistics."""
     return nn.GroupNorm(math.gcd(num_channels, 8), num_channels)
 
 
@@ -51,11 +51,11 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm2d, "group": g
 
 
 class Shortcut(nn.Conv2d):
-    """The 1 x 1 convolution with a bias beside a strided block.
+    """The 1 x 1 convolution with a bias in the shortcut of a strided block.
 
     Differs from `torch.nn.Conv2d` in how it is computed: it selects the pixels that the stride keeps, then convolves
-    with a stride of 1. A strided 1 x 1 convolution of fewer than 8 channels in channels-last writes outside of its
-    memory in the backward pass on CPUs without AVX-512 (oneDNN 3.12, torch 2.14.1).
+    with a stride of 1. On CPUs without AVX-512, the backward pass of a strided 1 x 1 convolution with fewer than 8
+    channels in channels-last writes out of bounds (oneDNN 3.12, torch 2.14.1).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -65,7 +65,7 @@ class Shortcut(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
         kept = input[..., :: self.keep_every, :: self.keep_every]
-        # The weight gets the strides of its gradient. For images in channels-last torch would choose others, and
+        # Give the weight the strides of its gradient. In channels-last torch would choose different ones, and
         # DistributedDataParallel would warn.
         return self._conv_forward(kept, self.weight.flatten(1)[..., None, None], self.bias)
 
@@ -115,15 +115,16 @@ class ResNet10(nn.Module):
         self.num_place_features, self.num_features = 4 * width, 8 * width
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute features of places in an image, and of the whole.
+        """Compute spatial and global features.
 
         Args:
             pixel_values: (B, C, H, W) images of any size.
 
         Returns:
-            (B, 4 * width, H / 16, W / 16), rounded up, of the third block; and (B, 8 * width) of the last one.
+            The output of the third block, (B, 4 * width, H / 16, W / 16), rounded up; and the average of the last
+            block's output over all positions, (B, 8 * width).
         """
-        if not is_exporting():  # the norms of ExecuTorch refuse channels-last
+        if not is_exporting():  # ExecuTorch's norms refuse channels-last
             # Convolutions with few channels are up to twice as fast in channels-last.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         features = self.stem_norm(self.stem_conv(pixel_values))
@@ -144,12 +145,12 @@ def resize_shorter_side(pixel_values: Tensor, size: int) -> Tensor:
 
 
 class FactorisedHead(nn.Module):
-    """Mixing logits as products of queries of prompts and keys of library entries, as in attention.
+    """Mixing logits as products of a query for each prompt and a key for each library entry, as in attention.
 
     Differs from the official code, whose head is one linear layer with about ten times as many parameters.
 
     Args:
-        num_features: of the trunk, F.
+        num_features: number of the trunk's features, F.
         num_virtual_tokens: prompts per image, P.
         library_size: entries of the library, L.
         rank: length of a query and of a key, R.
@@ -168,15 +169,15 @@ class FactorisedHead(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """Mixing logits for each patch of an image of any size: from the features of its place, and of the whole image.
+    """Mixing logits for each patch of an image of any size, from the features at its position and of the whole image.
 
     Args:
-        num_place_features: of the trunk's map, F'.
-        num_features: of the whole image, F.
+        num_place_features: number of the trunk's spatial features, F'.
+        num_features: number of its global features, F.
         library_size: entries of the library, L.
         patch_size: side of the backbone's patches, in pixels.
 
-    Differs from the official code, which has one prompt for each of P slots, wherever it goes.
+    Differs from the official code, whose prompts belong to P slots and not to positions in the image.
     """
 
     def __init__(self, num_place_features: int, num_features: int, library_size: int, patch_size: int) -> None:
@@ -186,7 +187,7 @@ class DenseHead(nn.Module):
         self.image = nn.Linear(num_features, library_size, bias=False)
 
     def forward(self, places: Tensor, features: Tensor, image_size: torch.Size) -> Tensor:
-        """Map (B, F', h, w) and (B, F) to logits (B, P, L), row by row, of an image's patches."""
+        """Map features (B, F', h, w) and (B, F) to logits (B, P, L) of the P patches, row by row."""
         grid = (image_size[0] // self.patch_size, image_size[1] // self.patch_size)
         logits = resize(self.places(places), grid) + self.image(features)[:, :, None, None]
         return logits.flatten(2).transpose(1, 2)
@@ -196,7 +197,7 @@ class PromptGenerator(nn.Module):
     """Map an image to the coefficients that mix its prompts from the library.
 
     Args:
-        num_virtual_tokens: prompts per image, P; with `patch_size` only a record of it.
+        num_virtual_tokens: prompts per image, P; with `patch_size` it is only recorded.
         library_size: entries of the library, L.
         trunk: the CNN, a key of `TRUNKS`.
         num_channels: channels of the image.
@@ -206,8 +207,7 @@ class PromptGenerator(nn.Module):
         mixing_init_std: standard deviation of the initial bias of the logits; 0 keeps torch's small default, with
             which all prompts start as nearly the same mixture.
         rank: length of queries and keys of a factorised head; None: one linear layer, as in the official code.
-        patch_size: one prompt for each patch of the image, whose side is this many pixels, by a `DenseHead`; None: one
-            for each of P slots.
+        patch_size: side of a patch in pixels, for a `DenseHead` with one prompt per patch; None: P prompts per image.
 
     Attributes:
         settings: the arguments that determine the parameters, for saving.
@@ -256,7 +256,7 @@ class PromptGenerator(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters, float32 unless the whole model was cast."""
-        # Of a convolution: dynamic quantisation makes the linear layers' parameters methods.
+        # Read from a convolution: dynamic quantisation replaces the parameters of linear layers by methods.
         return self.trunk.stem_conv.weight.dtype
 
     def forward(self, pixel_values: Tensor) -> Tensor:

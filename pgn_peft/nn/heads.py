@@ -1,4 +1,4 @@
-"""Classification heads without gradient steps: ridge regression on features, and texts as classes."""
+"""Classification heads that need no gradient steps: ridge regression on features, and texts as classes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FOLDS = 5
-PENALTIES = tuple(10.0**exponent for exponent in range(-4, 3))  # times the number of images
-SHARPNESS = tuple(2.0 ** (exponent / 2) for exponent in range(0, 15))  # of the logits: 1 to 128
+PENALTIES = tuple(10.0**exponent for exponent in range(-4, 3))  # multiplied by the number of images
+SHARPNESS = tuple(2.0 ** (exponent / 2) for exponent in range(0, 15))  # scales of the logits, 1 to 128
 
 
 def fit_ridge(features: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor, float]:
     """Fit a linear classifier by ridge regression on one-hot labels.
 
-    Features are standardised. The penalty is the most accurate one in cross-validation. The logits are then scaled so
-    that their softmax gives the labels of held-out images the highest likelihood.
+    Features are standardised. The penalty is chosen by accuracy in cross-validation. The logits are then scaled to
+    maximise the likelihood of the labels of held-out images.
 
     Args:
         features: (N, F), finite.
-        labels: (N,) 0..M-1.
-        num_labels: M.
+        labels: (N,) class indices, 0..M-1.
+        num_labels: number of classes, M.
 
     Returns:
         Weight (M, F) and bias (M,) in float64, and the cross-validated accuracy.
@@ -57,17 +57,17 @@ def fit_ridge(features: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor
 
 
 def held_out(predict: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Tensor:
-    """Predict each image from a model of others, by cross-validation in five parts.
+    """Predict each image with a model fitted to other images, by five-fold cross-validation.
 
     Args:
-        predict: gets the rows to fit and those to predict, and returns predictions of the latter.
-        labels: (N,) classes, of which each part has its share.
+        predict: takes the rows to fit and the rows to predict, and returns predictions for the latter.
+        labels: (N,) classes, by which the folds are stratified.
 
     Returns:
         (N, ...) predictions.
     """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    # Dealt out class by class, so that each fold has its share of every class.
+    # Stratified: rows are assigned to folds class by class.
     order = shuffled[labels[shuffled].argsort(stable=True)]
     fold = torch.empty_like(order)
     fold[order] = torch.arange(len(order)) % FOLDS
@@ -78,13 +78,13 @@ def held_out(predict: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Ten
 
 
 class TextHead(nn.Module):
-    """Logits of images: scaled cosines of their embeddings to those of texts, one text for each class.
+    """Logits as scaled cosine similarities between image embeddings and one text embedding per class.
 
-    The texts are not trained. They are NaN until `set_texts` or a file gives them.
+    The text embeddings are not trained. They are NaN until they are set by `set_texts` or loaded from a file.
 
     Args:
-        embedding_size: of images and of texts, D.
-        num_labels: number of texts, M.
+        embedding_size: size of image and text embeddings, D.
+        num_labels: number of classes, M.
 
     Source: CLIP, arXiv:2103.00020.
     """
@@ -102,20 +102,20 @@ class TextHead(nn.Module):
 
     @property
     def is_set(self) -> bool:
-        """Whether there are texts. Always True while a graph is compiled, which cannot depend on values."""
+        """Whether the texts have been set. Always True during compilation, as a graph cannot depend on values."""
         if not self._has_texts and not torch.compiler.is_compiling() and not self.text_embeds.is_meta:
-            self._has_texts = not bool(self.text_embeds.isnan().any())  # asked once: a GPU has to wait for the answer
+            self._has_texts = not bool(self.text_embeds.isnan().any())  # checked once, since it synchronises a GPU
         return self._has_texts or torch.compiler.is_compiling()
 
     @torch.no_grad()
     def set_texts(self, text_embeds: Tensor, logit_scale: float, logit_bias: float = 0.0) -> None:
-        """Give the embeddings (M, D) of the texts, of any length, and the scale and bias of the cosines."""
+        """Set the text embeddings (M, D), of any norm, and the scale and bias of the cosines."""
         self.text_embeds.copy_(F.normalize(text_embeds.float(), dim=-1))
         self.logit_scale.fill_(logit_scale)
         self.logit_bias.fill_(logit_bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute the logits (B, M) of image embeddings (B, D) of any length."""
+        """Compute the logits (B, M) of image embeddings (B, D) of any norm."""
         return F.linear(F.normalize(features.to(self.text_embeds.dtype), dim=-1), *self.linear())
 
     def linear(self) -> tuple[Tensor, Tensor]:

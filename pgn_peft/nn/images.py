@@ -1,4 +1,4 @@
-"""Images from users as 8-bit pixels and back, and JPEG compression in training."""
+"""Conversion of users' images to 8-bit pixels and back, and JPEG compression as a step of training."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pgn_peft.nn.preprocessing import Preprocessing
 
 # Pillow's name for images of so many channels.
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Modes that Pillow converts to few others -> one of these.
+# Modes that Pillow converts to others only by way of an intermediate mode -> that mode.
 INTERMEDIATE_MODES = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB"}
-TIFF_BITS = 258  # the number of a TIFF file's tag with the bits of a pixel
+TIFF_BITS = 258  # the TIFF tag BitsPerSample
 
 
 def convert_image(image: Image.Image, mode: str = "RGB", name: str | None = None) -> Image.Image:
-    """Turn a Pillow image of any mode into an upright one of 8-bit pixels.
+    """Convert a Pillow image of any mode to an upright image of 8 bits per channel.
 
-    The EXIF orientation is applied, and transparency is dropped, as Transformers' pipelines do. Wider pixels are
-    scaled, where Pillow would clip them at 255: 16-bit integers from 0..65535, and floats from [0, 1].
+    The EXIF orientation is applied. Transparency is dropped, as in Transformers' pipelines. 16-bit integers are scaled
+    from 0..65535 and floats from [0, 1]; Pillow would clip both at 255.
 
     Args:
         image: the image.
         mode: Pillow's name for the channels: "RGB", "L" or "RGBA".
-        name: what an error calls the image; None: its file's name.
+        name: the image's name in error messages; None: its file name.
 
     Returns:
         An image of that mode, without an EXIF orientation.
 
     Raises:
-        ValueError: the range of the pixels is not known: 32-bit integers, or floats outside of [0, 1].
+        ValueError: the range of the pixels is unknown: 32-bit integers, or floats outside [0, 1].
     """
     largest = _largest_value(image, getattr(image, "filename", "") if name is None else name)
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -49,9 +49,9 @@ def convert_image(image: Image.Image, mode: str = "RGB", name: str | None = None
 
 
 def _largest_value(image: Image.Image, name: str) -> int | None:
-    """Return the largest value that a pixel of more than 8 bits can have; None for 8 bits."""
+    """Return the upper end of the range of pixels; None for 8-bit pixels."""
     if image.mode.startswith("I;16"):
-        # A TIFF file can have 12 bits.
+        # TIFF files can have 12 bits.
         bits = getattr(image, "tag_v2", {}).get(TIFF_BITS, (16,))[0]
         return 2**bits - 1
     if image.mode not in ("I", "F"):
@@ -68,7 +68,7 @@ def _largest_value(image: Image.Image, name: str) -> int | None:
 
 
 def to_pixels(image: Any, num_channels: int) -> Tensor:
-    """Turn one image into 8-bit pixels.
+    """Convert one image to 8-bit pixels.
 
     Args:
         image: a Pillow image of any mode; a numpy array (H, W, C) or a tensor (C, H, W), of unsigned integers of 8 or
@@ -105,8 +105,8 @@ def to_pixels(image: Any, num_channels: int) -> Tensor:
         return to_8_bit(image.float() / 65535).cpu()
     if not bool(((image >= 0) & (image <= 1)).all()):
         raise ValueError(
-            f"Images of floats must lie in [0, 1], but one goes from {image.min().item():g} to "
-            f"{image.max().item():g}. Give images as they are before normalisation."
+            f"Float images must lie in [0, 1], but one goes from {image.min().item():g} to "
+            f"{image.max().item():g}. Give images that have not been normalised."
         )
     return to_8_bit(image).cpu()
 
@@ -114,20 +114,20 @@ def to_pixels(image: Any, num_channels: int) -> Tensor:
 def read_images(
     images: Any, preprocessing: Preprocessing, num_channels: int, size: tuple[int, int]
 ) -> tuple[Tensor, type, bool]:
-    """Turn what a user gives into a batch that has gone through the processor's steps.
+    """Convert a user's images to a batch, and apply the image processor's steps.
 
     Args:
         images: one image or several, as for `to_pixels`; arrays and tensors may be batches.
         preprocessing: the processor's steps.
         num_channels: channels C that the model takes.
-        size: height and width that must come out.
+        size: required height and width after these steps.
 
     Returns:
-        (B, C, H, W) uint8 pixels; the type of the images; and whether it was a single one.
+        (B, C, H, W) uint8 pixels; the type of the images; and whether a single image was given.
 
     Raises:
         TypeError: an image has another type or dtype.
-        ValueError: there are no images, one has values out of range, or another size comes out.
+        ValueError: there are no images, or one has values out of range or another size after the steps.
     """
     batched = isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4
     single = not batched and (
@@ -148,12 +148,12 @@ def read_images(
 
 
 def to_8_bit(pixels: Tensor) -> Tensor:
-    """Round pixels in [0, 1] to uint8, clipping what lies outside."""
+    """Convert pixels in [0, 1] to uint8 by rounding; values outside are clipped."""
     return (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_images(pixels: Tensor, kind: type) -> Any:
-    """Turn 8-bit pixels (B, C, H, W) into a tensor, an array (B, H, W, C), or a list of Pillow images.
+    """Convert 8-bit pixels (B, C, H, W) to a tensor, an array (B, H, W, C), or a list of Pillow images.
 
     Args:
         pixels: (B, C, H, W) uint8.
@@ -169,11 +169,11 @@ def to_images(pixels: Tensor, kind: type) -> Any:
 
 @torch.library.custom_op("pgn_peft::through_jpeg", mutates_args=())
 def through_jpeg(pixels: Tensor, quality: int) -> Tensor:
-    """Encode images as JPEG and decode them, with Pillow on the CPU; gradients pass unchanged (straight through).
+    """Encode images as JPEG and decode them, with Pillow on the CPU; gradients pass unchanged (straight-through).
 
     Args:
-        pixels: (B, C, H, W) in [0, 1], of one or three channels, any device.
-        quality: as Pillow counts it, 1 to 100; 75 is its default. Colours have half the resolution (4:2:0).
+        pixels: (B, C, H, W) in [0, 1], of one or three channels, on any device.
+        quality: Pillow's JPEG quality, 1 to 100; its default is 75. Chroma is subsampled (4:2:0).
 
     Returns:
         (B, C, H, W), of the same dtype.

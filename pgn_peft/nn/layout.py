@@ -1,6 +1,6 @@
-"""Prompts in pixels: where they go in an image, and the function that adds them.
+"""Prompts in pixel space: their positions in an image, and the function that adds them.
 
-Training, inversion and `ImagePrompter` all use it, so that deployment equals training. Plain torch.
+Training, inversion and `ImagePrompter` use the same function, so deployment equals training. Plain torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ LAYOUTS = ("additive", "append")
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """The patches of a prompted image: the image's own come first in each row, and those with prompts after them.
+    """The grid of patches of a prompted image, with the image in its top left corner.
 
     Args:
         name: "additive": prompts are added to the patches of the image; "append": they are patches of their own, in
-            rows below the image and columns at its right.
+            rows below the image and columns to its right.
         patch_size: side p of the model's patches, in pixels.
         grid: rows and columns of patches in the prompted image.
         image_grid: rows and columns that the image covers.
@@ -32,7 +32,7 @@ class PromptLayout:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """The number of prompts P: all patches of the image ("additive"), or all outside of it."""
+        """The number of prompts P: one for each patch of the image ("additive"), or for each patch outside it."""
         return len(self.slots)
 
     @property
@@ -47,13 +47,13 @@ class PromptLayout:
 
     @property
     def slots(self) -> list[int]:
-        """The prompts' patches, counted row by row through the grid; prompt i lies in patch `slots[i]`."""
+        """Indices of the prompts' patches, row by row in the grid; prompt i is in patch `slots[i]`."""
         inside = set() if self.name == "additive" else set(self.image_patches)
         return [patch for patch in range(self.grid[0] * self.grid[1]) if patch not in inside]
 
     @property
     def image_patches(self) -> list[int]:
-        """The image's patches, counted row by row through the grid."""
+        """Indices of the image's patches, row by row in the grid."""
         rows, columns = self.image_grid
         return [row * self.grid[1] + column for row in range(rows) for column in range(columns)]
 
@@ -61,21 +61,21 @@ class PromptLayout:
 def make_layout(
     name: str, image_size: tuple[int, int], patch_size: int, num_virtual_tokens: int | None = None
 ) -> PromptLayout:
-    """Find the layout of P prompts.
+    """Return the layout of P prompts.
 
     Args:
         name: "additive" or "append".
         image_size: height and width of the images that the model sees without prompts, in pixels.
         patch_size: side of the model's patches, in pixels.
-        num_virtual_tokens: P; None: one row below the image ("append"), or all of its patches ("additive"), where no
-            other number fits.
+        num_virtual_tokens: P; None: one row below the image ("append"), or one prompt for each patch ("additive"), the
+            only number possible there.
 
     Returns:
-        The layout. If several fit, the one with the most even numbers of rows and columns.
+        The layout. If several fit, the one with the most even numbers of added rows and columns.
 
     Raises:
-        ValueError: the images are not whole patches, or P does not fill rows and columns: the model makes a token of
-            every patch.
+        ValueError: the images are not whole patches, or P prompts do not fill whole rows and columns. Partly filled
+            ones are not possible, because the model makes a token of every patch.
     """
     if any(side % patch_size or side < patch_size for side in image_size):
         raise ValueError(
@@ -92,7 +92,7 @@ def make_layout(
         return PromptLayout(name, patch_size, (rows, columns), (rows, columns))
     options = {
         (rows + down) * (columns + right) - rows * columns: (rows + down, columns + right)
-        # Most even last, which replaces the others; among equals, more rows.
+        # The last option of each count is kept: the most even one, and of equally even ones that with more rows.
         for down, right in sorted(
             ((down, right) for down in range(rows + 1) for right in range(columns + 1)),
             key=lambda more: (-abs(more[0] - more[1]), more[0]),
@@ -117,9 +117,9 @@ def compose(
     Args:
         pixels: (B, C, H, W) images of the layout's `image_size`, in [0, 1].
         patches: (B, P, C, p, p) prompts: changes of pixels ("additive"), or pixels, in [0, 1] for valid images.
-        layout: where they go.
-        image_offset: (C, H, W) added to the image; None: nothing.
-        valid: clip all pixels to [0, 1] in the end, and round them to 8 bits, as in a file: `to_levels`.
+        layout: positions of the prompts.
+        image_offset: (C, H, W) to add to the image; None: nothing.
+        valid: clip the result to [0, 1] and round it to 8 bits, as in an image file; see `to_levels`.
 
     Returns:
         (B, C, H', W') prompted images of the layout's `size`.
@@ -149,10 +149,10 @@ def compose(
 def to_levels(pixels: Tensor) -> Tensor:
     """Clip pixels to [0, 1] and round them to the levels of 8 bits.
 
-    Gradients pass the rounding unchanged, and the clipping in [0, 1], black and white included: prompts that start at
-    zero could not change these otherwise. At the bounds the gradient of `torch.clamp` is 1 or 0 by torch's version.
+    The gradient is 1 in [0, 1], bounds included, and 0 outside. With 0 at the bounds, prompts that start at zero could
+    not change black and white pixels. The gradient of `torch.clamp` at the bounds depends on torch's version.
     """
-    # In place: most of the time goes into memory traffic.
+    # In place, because memory traffic takes most of the time.
     rounded = pixels.detach().mul(255).round_().clamp_(0, 255).div_(255)
     if torch.is_grad_enabled() and pixels.requires_grad:
         inside = (pixels >= 0) & (pixels <= 1)
@@ -161,7 +161,7 @@ def to_levels(pixels: Tensor) -> Tensor:
 
 
 def to_image(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Put patches (B, N, C, p, p), row by row, together to images (B, C, H, W)."""
+    """Assemble patches (B, N, C, p, p), given row by row, to images (B, C, H, W)."""
     batch, _, channels, patch_size, _ = patches.shape
     patches = patches.reshape(batch, *grid, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(batch, channels, grid[0] * patch_size, grid[1] * patch_size)

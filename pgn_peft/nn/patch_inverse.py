@@ -1,4 +1,4 @@
-"""The inverse of a ViT's patch projection, from tokens to the pixels of patches, and its accuracy. Plain torch."""
+"""The inverse of a ViT's patch projection, from tokens to pixels, and its accuracy. Plain torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class InversionReport:
 
     Args:
         rank: numerical rank of the patch projection, at most D.
-        hidden_size: the backbone's width D. If `rank` is smaller, a part of each token cannot be reached.
+        hidden_size: the backbone's width D. If `rank` is smaller, pixels cannot produce every token.
         condition_number: largest over smallest singular value within the rank.
         token_error: largest relative error `|W x - t| / |t|` of a token, over all library entries and slots (and the
             image's own patches, where they are compensated).
-        mean_token_error: root of the mean squared error divided by the mean square, over the same tokens.
+        mean_token_error: root mean squared error over the root mean square, of the same tokens.
         largest_pixel: largest absolute value of a normalised pixel of a prompt. Images stay within about 2.6.
-        in_range: whether all pixels are those of an image.
+        in_range: whether the pixels were restricted to the range of images.
     """
 
     rank: int
@@ -56,7 +56,7 @@ class PatchInverse:
         self.inverse = (self.right.mT / self.singular_values[kept]) @ self.left.mT  # (C * p * p, D)
 
     def pixels(self, tokens: Tensor) -> Tensor:
-        """Compute the pixels of least norm (..., C * p * p) that the projection maps to `tokens` (..., D)."""
+        """Compute the minimum-norm pixels (..., C * p * p) that the projection maps to `tokens` (..., D)."""
         return tokens @ self.inverse.mT
 
     def tokens(self, pixels: Tensor) -> Tensor:
@@ -64,12 +64,12 @@ class PatchInverse:
         return pixels @ self.weight.mT
 
     def directions(self, image_std: Sequence[float], floor: float = 0.036) -> Tensor:
-        """Compute the change of a patch's pixels, in [0, 1], that moves its token by one along each axis.
+        """Compute the change of a patch's pixels, in units of [0, 1], that moves its token by 1 along each axis.
 
         Args:
-            image_std: standard deviation of each channel that the image processor divides by.
-            floor: lower limit of the singular values, as a share of the largest. The weakest directions would move
-                pixels out of range and hardly change the token.
+            image_std: standard deviation of each channel, by which the image processor divides.
+            floor: lower limit of the singular values, as a fraction of the largest. Without it, the weakest directions
+                would move pixels out of range and hardly change the token.
 
         Returns:
             (C, p, p, D) float32.
@@ -82,21 +82,20 @@ class PatchInverse:
     def pixels_in_range(self, tokens: Tensor, low: Tensor, high: Tensor, steps: int = 300) -> Tensor:
         """Find pixels between `low` and `high` whose tokens come closest to `tokens`.
 
-        Pixels move freely within the projection's null space; what cannot be reached remains as an error. Solved by
-        the alternating direction method of multipliers: a least-squares step in closed form alternates with a
-        projection onto the box.
+        Solved by the alternating direction method of multipliers (ADMM): a least-squares step in closed form
+        alternates with a projection onto the box. Tokens that no pixels in range produce keep an error.
 
         Args:
             tokens: (n, D).
-            low: (C * p * p,) smallest value of each pixel.
-            high: (C * p * p,) largest.
-            steps: iterations; a solve of 1,000 patches takes seconds.
+            low: (C * p * p,) lower bound of each pixel.
+            high: (C * p * p,) upper bounds.
+            steps: iterations; 1,000 patches take seconds.
 
         Returns:
             (n, C * p * p) pixels, each within its bounds.
         """
         values = self.singular_values[: self.rank]
-        weight = values.square().mean()  # of the penalty; balances both steps
+        weight = values.square().mean()  # of the penalty: balances both steps
         filtered = (self.right.mT * (values / (values.square() + weight))) @ self.left.mT  # (C * p * p, D)
         pull = tokens @ filtered.mT
         keep = values.square() / (values.square() + weight)

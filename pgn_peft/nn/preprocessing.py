@@ -1,4 +1,4 @@
-"""The steps of an image processor without Transformers: resize, crop, normalise. Plain torch."""
+"""The steps of an image processor in plain torch: resize, crop, normalise."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ RESAMPLING = {2: "bilinear", 3: "bicubic"}
 
 
 def normalize(pixels: Tensor, image_mean: Sequence[float], image_std: Sequence[float]) -> Tensor:
-    """Turn pixels (..., C, H, W) in [0, 1] into normalised ones."""
+    """Normalise pixels (..., C, H, W) in [0, 1] by the mean and standard deviation of each channel."""
     mean, std = _per_channel(image_mean, pixels), _per_channel(image_std, pixels)
     return (pixels - mean).div_(std)  # in place: nothing else holds the difference
 
 
 def denormalize(pixel_values: Tensor, image_mean: Sequence[float], image_std: Sequence[float]) -> Tensor:
-    """Turn normalised pixels (..., C, H, W) into those in [0, 1]; the inverse of `normalize`."""
+    """Convert normalised pixels (..., C, H, W) back to [0, 1]: the inverse of `normalize`."""
     mean, std = _per_channel(image_mean, pixel_values), _per_channel(image_std, pixel_values)
     return (pixel_values * std).add_(mean)
 
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    # Filled in place: a list that is copied to a GPU would have the host wait for all that is queued there.
+    # Filled on the device: copying a list to a GPU would make the host wait for all queued work.
     return torch.stack([torch.full((1, 1), value, dtype=like.dtype, device=like.device) for value in values])
 
 
@@ -42,15 +42,16 @@ def check_image_processor(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The steps of an image processor, from any image to the pixels that the model's input is normalised from.
+    """The steps of an image processor: resize, centre crop, and the statistics to normalise by.
 
     Args:
         image_mean: mean of each channel, of pixels in [0, 1].
         image_std: standard deviation of each channel.
-        size: height and width that images are resized to, whatever their aspect; None where it is the shorter side.
-        shortest_edge: length that the shorter side is resized to; None where `size` is given, or nothing is resized.
+        size: height and width to resize to, ignoring the aspect ratio; None: `shortest_edge` applies.
+        shortest_edge: length to resize the shorter side to, keeping the aspect ratio; None: `size` applies. If both
+            are None, images are not resized.
         resample: "bilinear" or "bicubic", antialiased.
-        crop_size: height and width that are cut out of the middle afterwards; None: nothing is cut.
+        crop_size: height and width of the centre crop after resizing; None: no crop.
     """
 
     image_mean: tuple[float, ...]
@@ -62,7 +63,7 @@ class Preprocessing:
 
     @classmethod
     def from_processor(cls, processor: Any) -> Preprocessing:
-        """Read the steps off a Transformers image processor.
+        """Read the steps of a Transformers image processor.
 
         Raises:
             TypeError: `processor` is not an image processor.
@@ -97,17 +98,17 @@ class Preprocessing:
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """Height and width of the model's input; None where they depend on the image."""
+        """Height and width of the model's input; None if they depend on the image."""
         return self.crop_size or self.size
 
     @property
     def margins(self) -> tuple[int, int, int, int]:
-        """Pixels to add at the left, right, top and bottom of a finished image, for the processor to cut off again."""
+        """Padding at the left, right, top and bottom, in pixels, that the processor crops off a prompted image."""
         if self.crop_size is None or (self.size is None and self.shortest_edge is None):
             return (0, 0, 0, 0)
         outer = self.size or (self.shortest_edge or 0, self.shortest_edge or 0)
         if outer[0] < self.crop_size[0] or outer[1] < self.crop_size[1]:
-            return (0, 0, 0, 0)  # it pads by itself
+            return (0, 0, 0, 0)  # the processor pads by itself
         top, left = ((whole - part) // 2 for whole, part in zip(outer, self.crop_size, strict=True))
         return (left, outer[1] - self.crop_size[1] - left, top, outer[0] - self.crop_size[0] - top)
 
@@ -120,7 +121,7 @@ class Preprocessing:
             # In integers: int(side * (shortest_edge / shorter)) can lose a pixel.
             size = (self.shortest_edge * height // shorter, self.shortest_edge * width // shorter)
         if size != (height, width):
-            # On 8-bit pixels, as torchvision does it: rounding is part of what the model was trained with.
+            # On 8-bit pixels, as in torchvision: the model was trained with this rounding.
             image = F.interpolate(image[None], size=size, mode=self.resample, antialias=True)[0]
         if self.crop_size is not None:
             (height, width), (crop_height, crop_width) = image.shape[-2:], self.crop_size

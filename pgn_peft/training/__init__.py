@@ -1,4 +1,4 @@
-"""Training with `Trainer`: collator, learning rates of each part, several processes, the accuracy of a head alone."""
+"""Training with `Trainer`: collator, learning rates for each part, several processes, linear probe."""
 
 from pgn_peft.training.collator import ImageCollator
 from pgn_peft.training.linear_probe import LinearProbe, linear_probe

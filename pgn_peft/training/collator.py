@@ -1,6 +1,6 @@
 """`ImageCollator`: makes batches, and checks the values of images and labels.
 
-Inside the model such checks would break the compiled graph; here they run in the loader's workers.
+Inside the model such checks would break a compiled graph. Here they run in the data loader's workers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 # Normalised images stay within +-3; pixels in 0..255 do not.
 LARGEST_PLAUSIBLE_PIXEL = 50.0
-UNLABELLED = -1  # what data sets have in place of a class that is not public
+UNLABELLED = -1  # stands for labels that are not public
 
 
 @dataclass
@@ -21,7 +21,7 @@ class ImageCollator:
     """Stack examples into a batch for an image classifier.
 
     Args:
-        num_labels: size of the head; checked against the labels where given.
+        num_labels: size of the head, against which labels are checked; None: no check.
         interpolate_pos_encoding: also pass `interpolate_pos_encoding=True` to the model, for images of another size
             than the backbone's own.
     """
@@ -38,7 +38,7 @@ class ImageCollator:
                 examples means that there are no labels.
 
         Returns:
-            `pixel_values` (B, C, H, W) and, where the examples have them, `labels`: (B,) int64, or float32 (B,) or
+            `pixel_values` (B, C, H, W) and, if the examples have them, `labels`: (B,) int64, or float32 (B,) or
             (B, n).
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a head alone reaches on the frozen model, without prompts: the baseline of every adapter."""
+"""Linear probe: the accuracy of a head on the frozen model without prompts, the baseline of every adapter."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ def linear_probe(
     eval_batches: Iterable[Mapping[str, Any]],
     adapter_name: str = "default",
 ) -> LinearProbe:
-    """Measure what a head reaches without prompts. Costs a forward pass for each image.
+    """Measure the accuracy of heads without prompts. Costs a forward pass for each image.
 
     Args:
         model: a model with the adapter, trained or not.
         train_batches: the model's inputs, with `labels` (B,) of class indices, without augmentation.
-        eval_batches: likewise of the images to evaluate.
-        adapter_name: the adapter, whose classes the labels count.
+        eval_batches: the same for the images to evaluate.
+        adapter_name: the adapter. The labels are indices of its classes.
+
+    Returns:
+        The accuracies, on `eval_batches`.
 
     Raises:
         TypeError: the model carries no adapter.
@@ -64,14 +67,14 @@ def linear_probe(
 
 
 def _features(model: nn.Module, head: PGNHead, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Return what the head is given (N, F), and the labels (N,)."""
+    """Return the inputs of the head (N, F), and the labels (N,)."""
     device, features, labels = next(model.parameters()).device, [], []
     head.shows_features = True
     hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float()))
     try:
         for batch in batches:
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-            labels.append(inputs.pop("labels").cpu())  # the model's own classes would be others
+            labels.append(inputs.pop("labels").cpu())  # the frozen model has other classes
             model(**inputs)
     finally:
         head.shows_features = False

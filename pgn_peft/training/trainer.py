@@ -1,4 +1,4 @@
-"""`AdapterTrainer`, a `Trainer` that publishes adapters; BatchNorm in several processes; the last checkpoint."""
+"""`AdapterTrainer`, which publishes adapters; BatchNorm in several processes; the last complete checkpoint."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from pgn_peft.utils import not_none
 logger = logging.getLogger(__name__)
 
 FINE_TUNING_RATE = TrainingArguments.__dataclass_fields__["learning_rate"].default
-# Endings of what `Trainer` logs of an evaluation's duration.
+# Suffixes of the durations that `Trainer` logs for an evaluation.
 DURATIONS = ("_runtime", "_per_second", "_time")
 
 
 class AdapterTrainer(Trainer):
-    """Transformers' `Trainer`, whose pushes hold the adapter, its image processor and a card, and no pickles.
+    """Transformers' `Trainer`, which pushes the adapter, its image processor and a model card, and no pickles.
 
     With `push_to_hub=True` it pushes at each checkpoint, or with `hub_strategy="end"` only when `push_to_hub` is
-    called. Checkpoints themselves, which hold pickles, are not pushed. The card's hyperparameters, its table of
-    evaluations and, where the data set has a name, the last evaluation's metrics come from the run.
+    called. Checkpoints themselves, which contain pickles, are not pushed. The card's hyperparameters, its table of
+    evaluations and, if the data set has a name, the metrics of the last evaluation come from the run.
 
     Args:
         *args: as for `Trainer`.
-        facts: facts for the card; they take precedence over those of the run.
+        facts: information for the card; it takes precedence over that of the run.
         **kwargs: as for `Trainer`; `processing_class` must be the image processor to push.
 
     Raises:
         TypeError: `push_to_hub` is set, and `processing_class` is not an image processor.
         ValueError: `load_best_model_at_end` is set for a model that `Trainer` does not reload; evaluations would round
-            the weights; or `push_to_hub` is set, and the base model is a folder that nobody else has.
+            the weights; or `push_to_hub` is set, and the base model is a local folder, which others cannot load.
     """
 
     def __init__(self, *args: Any, facts: ModelCardInfo | None = None, **kwargs: Any) -> None:
@@ -58,25 +58,25 @@ class AdapterTrainer(Trainer):
             )
         if self.args.fp16_full_eval or self.args.bf16_full_eval:
             raise ValueError(
-                "fp16_full_eval and bf16_full_eval round the weights of adapter and model for good. Use fp16=True or "
-                "bf16=True, which compute in half precision and leave the weights alone."
+                "fp16_full_eval and bf16_full_eval round the weights of adapter and model permanently. Use fp16=True "
+                "or bf16=True, which compute in half precision and do not change the weights."
             )
         if self.args.push_to_hub:
-            # Now, rather than after hours of training.
+            # Checked now rather than after hours of training.
             check_image_processor("processing_class", self.processing_class)
             if self.hub_model_id is not None:  # in the first process
                 publishing.check_shareable(self.classifier.model, self.hub_model_id)
             if self.args.hub_strategy != HubStrategy.END:
                 self.add_callback(_PushWhenSaved(self))
-                self.args.hub_strategy = HubStrategy.END  # Trainer's own pushes hold training_args.bin, a pickle
+                self.args.hub_strategy = HubStrategy.END  # Trainer's own pushes include training_args.bin, a pickle
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, as `Trainer` does. Warns of Transformers' default learning rate, at which prompts hardly learn.
 
         Raises:
-            ValueError: all of the model is frozen.
+            ValueError: the whole model is frozen.
         """
-        # Ray Tune's hyperparameter search removes the model, and `model_init` makes it again.
+        # In a hyperparameter search with Ray Tune the model is None here; `model_init` makes it later.
         if self.model is not None and not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 "The model is frozen. Load the adapter with is_trainable=True, or activate it: "
@@ -92,7 +92,7 @@ class AdapterTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        # PEFT saves an adapter that is not called "default" in a folder of its name, where Trainer does not look. It
+        # PEFT saves an adapter that is not called "default" in a folder of its name. Trainer does not look there and
         # would load the weights of another adapter (huggingface/transformers#36201).
         checkpoint = Path(not_none(self.state.best_model_checkpoint))
         named = checkpoint / unwrap(self.model).active_adapters[0]
@@ -108,7 +108,7 @@ class AdapterTrainer(Trainer):
         return Classifier(self.accelerator.unwrap_model(self.model), self.processing_class)
 
     def card_facts(self) -> ModelCardInfo:
-        """Return the facts of the card; given ones take precedence over those of the run."""
+        """Return the information for the card; `facts` takes precedence over that of the run."""
         given, log = self.facts, _list_evaluations(self.state.log_history)
         hyperparameters = extract_hyperparameters_from_trainer(self)
         if self.optimizer is not None:
@@ -130,39 +130,39 @@ class AdapterTrainer(Trainer):
             **measured,
         )
 
-    def create_model_card(self, model_name: str | None = None) -> None:  # type: ignore[override]  # rest: `facts`
+    def create_model_card(self, model_name: str | None = None) -> None:  # type: ignore[override]  # `facts` holds the rest
         """Write the adapter's card into the output folder, where `Trainer` would write its own."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir or "")
             card = publishing.describe(*self.classifier, folder, self.card_facts(), model_name or self.hub_model_id)
             folder.joinpath(publishing.CARD_FILE).write_text(card, encoding="utf-8")
 
-    def push_to_hub(  # type: ignore[override]  # no options for a card, None in all processes but the first
+    def push_to_hub(  # type: ignore[override]  # no options for a card; None except in the first process
         self,
         commit_message: str = "End of training",
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
     ) -> CommitInfo | None:
-        """Publish the adapter, its image processor and the card on `args.hub_model_id`.
+        """Publish the adapter, its image processor and the card in the repository `args.hub_model_id`.
 
         Args:
             commit_message: the commit's summary.
-            token: this and the rest in place of the fields of `args` with the prefix "hub_".
-            revision: a branch.
-            private: whether a new repository is private.
+            token: a token with write access; None: `args.hub_token`.
+            revision: a branch; None: `args.hub_revision`.
+            private: whether a new repository is private; None: `args.hub_private_repo`.
 
         Returns:
-            The commit; None in all processes but the first.
+            The commit; None except in the first process.
 
         Raises:
-            ValueError: the base model is a folder that nobody else has.
+            ValueError: the base model is a local folder, which others cannot load.
             OSError: the upload failed. The files are in the output folder.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        if self.hub_model_id is None:  # in other processes than the first
+        if self.hub_model_id is None:  # not in the first process
             return None
         return self.classifier.push_to_hub(
             self.hub_model_id,
@@ -188,7 +188,7 @@ class _PushWhenSaved(TrainerCallback):
 
 
 def _list_evaluations(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """List losses and metrics of each evaluation, those of several data sets in one row."""
+    """List losses and metrics, one row for each evaluation, also of several data sets."""
     rows: dict[int, dict[str, Any]] = {}
     training_loss: Any = "-"
     for entry in log_history:
@@ -201,9 +201,9 @@ def _list_evaluations(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str
 
 
 class SyncBatchNormCallback(TrainerCallback):
-    """Keep BatchNorm's running statistics equal in all processes whenever they are evaluated or saved.
+    """Keep BatchNorm's running statistics equal in all processes whenever the model is evaluated or saved.
 
-    DistributedDataParallel broadcasts buffers before each step, so that they differ after the last one.
+    DistributedDataParallel broadcasts buffers before each step, so they differ after it.
     """
 
     def on_step_end(
@@ -221,7 +221,7 @@ class SyncBatchNormCallback(TrainerCallback):
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """Find the newest checkpoint of `Trainer` that is complete: the last file that it writes is trainer_state.json.
+    """Find the newest complete checkpoint of `Trainer`: one with trainer_state.json, the last file that it writes.
 
     Args:
         output_dir: folder with `checkpoint-<step>` folders.

@@ -1,4 +1,4 @@
-"""Small parts without torch modules: files, labels, Markdown, ONNX; and a word to type checkers."""
+"""Utilities for files, labels, Markdown and ONNX, and a cast for type checkers."""
 
 from typing import TypeVar, cast
 
@@ -6,5 +6,5 @@ T = TypeVar("T")
 
 
 def not_none(value: T | None) -> T:
-    """Return a value that is never None at this point, such as a field of a resolved config."""
+    """Return `value`, for type checkers: it cannot be None here, as a field of a resolved config."""
     return cast(T, value)

@@ -1,4 +1,4 @@
-"""Files: finding their folder on this machine or on the Hub, replacing them safely, comparing the tensors in them."""
+"""Files: finding a local folder or one on the Hub, replacing files atomically, checking the tensors in them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def find_folder(name_or_path: str | Path, files: Sequence[str], **options: Any) -> Path:
-    """Find a folder: a local one, or one commit of a Hub repository, of which only the named files are downloaded.
+    """Return a local folder, or download files of a Hub repository and return their folder.
 
     Args:
-        name_or_path: a folder, or the id of a repository.
-        files: patterns of the names of the files to download.
-        **options: of `huggingface_hub.snapshot_download`.
+        name_or_path: a local folder, or the id of a repository.
+        files: names or patterns of the files to download.
+        **options: for `huggingface_hub.snapshot_download`.
 
     Raises:
         OSError: there is neither a folder nor a repository of that name, or the Hub could not be reached.
@@ -41,8 +41,8 @@ def find_folder(name_or_path: str | Path, files: Sequence[str], **options: Any) 
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder. The files written into it then replace those of the same names in `folder`.
 
-    `folder` is made, and files of other names in it are left alone. Where writing fails, the old files are unchanged.
-    Each file is replaced atomically, JSON after the rest.
+    `folder` is created if needed, and its other files are left alone. If writing fails, the old files are unchanged.
+    Each file is replaced atomically, JSON files last.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staged:
@@ -58,12 +58,12 @@ def compare_tensors(
 
     Args:
         expected: tensors of the right names, shapes and kinds (floating-point or not).
-        found: the tensors to load; on the meta device if their values are not to be checked.
-        source: what they come from, for the message.
+        found: the tensors to load; on the meta device, only names, shapes and kinds are compared.
+        source: where they come from, for the message.
         remedy: what to do, for the message.
 
     Raises:
-        ValueError: a tensor is missing, superfluous, of another shape or kind, or holds NaN or infinity.
+        ValueError: a tensor is missing, unexpected, of another shape or kind, or holds NaN or infinity.
     """
     problems = [f"{name} is not part of it" for name in sorted(found.keys() - expected.keys())]
     problems += [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]

@@ -1,4 +1,4 @@
-"""Class labels: their normal form, and those in a model's config."""
+"""Class labels: validation of `id2label`, and the labels in a model's config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 
 def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
-    """Return `id2label` with the integer keys that JSON turns into strings, in order.
+    """Return `id2label` in order with integer keys, which JSON turns into strings.
 
     Args:
         id2label: class index to name; keys 0..n-1 as integers or their decimal strings, in any order.
@@ -20,7 +20,7 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
 
     Raises:
         TypeError: `id2label` is not a dictionary, or a name is not a string.
-        ValueError: `id2label` is empty, its keys are not exactly 0..n-1, or a name cannot be written to a file.
+        ValueError: `id2label` is empty, its keys are not exactly 0..n-1, or a name cannot be encoded as UTF-8.
     """
     if not isinstance(id2label, Mapping) or not all(isinstance(name, str) for name in id2label.values()):
         raise TypeError(f"`id2label` is {id2label!r}. Write a dictionary of names: id2label=dict(enumerate(names)).")
@@ -28,8 +28,7 @@ def normalize_id2label(id2label: Mapping[Any, Any]) -> dict[int, str]:
     if not labels or len(labels) != len(id2label) or sorted(labels) != list(range(len(labels))):
         raise ValueError(f"`id2label` has the keys {list(id2label)!r}, not 0 to n-1. Number the classes from 0.")
     for name in labels.values():
-        # Names of folders, and so of classes, can hold what is no character. Python says so, before any training.
-        name.encode()
+        name.encode()  # names of folders, and hence of classes, can hold invalid characters: fail before training
     return dict(sorted(labels.items()))
 
 
@@ -51,7 +50,7 @@ class Labels:
         id2label = getattr(model_config, "id2label", None)
         if id2label is None:
             return None
-        # Names can be numbers there. Transformers writes no labels as {}: a backbone for features.
+        # Names can be numbers there. An empty dictionary means no labels: a backbone for features.
         id2label = normalize_id2label({key: str(name) for key, name in id2label.items()}) if id2label else {}
         return cls(id2label, getattr(model_config, "problem_type", None))
 

@@ -1,4 +1,4 @@
-"""Model cards: values in their Markdown, and a new card in place of one that people have edited."""
+"""Markdown of model cards: formatting values, and updating a card without losing what people wrote in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-LARGEST_LIST = 50  # names that are shown
+LARGEST_LIST = 50  # class names that a card shows
 CITATION = """\
 @inproceedings{loedeman2024prompt,
   title     = {Prompt Generation Networks for Input-Space Adaptation of Frozen Vision Transformers},
@@ -15,17 +15,17 @@ CITATION = """\
   booktitle = {British Machine Vision Conference},
   year      = {2024}
 }"""
-# The part of a card that is ours, and the names of the metadata that are.
+# The generated part of a card, and the names of the generated metadata.
 OWN_PART = re.compile(r"<!-- pgn-peft: begin \[(.*?)\] -->.*?<!-- pgn-peft: end -->", re.DOTALL)
 # What PEFT adds to a card whenever it saves.
 PEFT_NOTE = re.compile(r"### Framework versions\s+(- PEFT \S+\s*)+")
 
 
 def update_card(card: str, existing: str | None) -> str:
-    """Put a card in place of an existing one, and keep what people have written there.
+    """Replace the generated part of an existing card, and keep what people wrote in it.
 
-    Our text lies between two comments, which are added. Text around it, tags, and metadata that the existing card did
-    not have from us are kept. So is all of a card without these comments, except PEFT's empty template.
+    The generated text is enclosed in two comments. The text around it is kept, and so are tags, and metadata that were
+    not generated. A card without these comments is kept as a whole, unless it is PEFT's empty template.
     """
     from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
 
@@ -43,7 +43,7 @@ def update_card(card: str, existing: str | None) -> str:
     names = own[1].split() if own else []
     data = {name: value for name, value in old.data.to_dict().items() if name not in names} | new.data.to_dict()
     tags = [*(new.data.get("tags") or []), *(old.data.get("tags") or [])]
-    # PEFT adds a tag with the base model, which can be a folder. The Hub finds it by itself.
+    # PEFT adds a tag with the base model, which can be a local folder. The Hub derives this tag itself.
     data["tags"] = list(dict.fromkeys(tag for tag in tags if not tag.startswith("base_model:"))) or None
     if kept:
         part = OWN_PART.search(new.text)[0]  # type: ignore[index]  # it has been added above
@@ -53,7 +53,7 @@ def update_card(card: str, existing: str | None) -> str:
 
 
 def update_card_for_hub(api: Any, repo_id: str, file: Path, revision: str | None = None) -> None:
-    """Put what people wrote into a repository's card into the new one in `file`; `api` is an `HfApi`."""
+    """Merge the new card in `file` with what people wrote in a repository's card; `api` is an `HfApi`."""
     existing = None
     if api.file_exists(repo_id, "README.md", revision=revision):
         existing = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8-sig")
@@ -61,13 +61,13 @@ def update_card_for_hub(api: Any, repo_id: str, file: Path, revision: str | None
 
 
 def list_names(id2label: Mapping[int, str] | None) -> str:
-    """Write the names of classes, the first of them where there are many."""
+    """List the names of classes; of many, only the first ones."""
     names = list((id2label or {}).values())
     shown = ", ".join(map(cell, names[:LARGEST_LIST]))
     return f"{shown}, and {len(names) - LARGEST_LIST} more" if len(names) > LARGEST_LIST else shown or "none"
 
 
 def cell(value: Any) -> str:
-    """Write a value so that it stays in its cell."""
+    """Format a value for a cell of a Markdown table."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return " ".join(text.replace("|", "\\|").split())

@@ -1,4 +1,4 @@
-"""Writes a module as an ONNX graph that all runtimes compute alike."""
+"""Exports a module as an ONNX graph that gives the same results in all runtimes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTERPOLATIONS: tuple[Any, ...] = (
 def export_module(
     module: nn.Module, example: Tensor, path: Path, input_name: str, output_name: str, metadata: dict[str, str]
 ) -> None:
-    """Write a module of one input (B, ...) and one output for batches of any size."""
+    """Export a module with one input (B, ...) and one output, for batches of any size."""
     batch = torch.export.Dim("batch", min=1, max=2**31 // example[0].numel())
     with torch.no_grad():
         program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
@@ -36,7 +36,7 @@ def export_module(
 def _with_matrix_products(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Replace each resize of a fixed size by products with two matrices: one for the rows, one for the columns.
 
-    The matrix of an axis is what the resize makes of the identity.
+    The matrix of an axis is the resized identity matrix.
     """
     matrices: dict[tuple[Any, int, int], Tensor] = {}
     for node in program.graph.nodes:
