@@ -9,10 +9,11 @@ import numpy as np
 from torch import nn
 from transformers import CLIPImageProcessor
 
+from pgn_peft.nn import preprocessing
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.layer import PGNLayer
 
-RESAMPLING = {"bilinear": 2, "bicubic": 3}
+RESAMPLING = {name: number for number, name in preprocessing.RESAMPLING.items()}
 
 
 def plain_processor(image_processor: Any) -> Any:

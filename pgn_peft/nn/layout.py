@@ -90,15 +90,11 @@ def make_layout(
                 "Leave `num_virtual_tokens` out."
             )
         return PromptLayout(name, patch_size, (rows, columns), (rows, columns))
-    options = {
-        (rows + down) * (columns + right) - rows * columns: (rows + down, columns + right)
-        # The last option of each count is kept: the most even one, and of equally even ones that with more rows.
-        for down, right in sorted(
-            ((down, right) for down in range(rows + 1) for right in range(columns + 1)),
-            key=lambda more: (-abs(more[0] - more[1]), more[0]),
-        )
-        if down or right
-    }
+    added = [(down, right) for down in range(rows + 1) for right in range(columns + 1) if down or right]
+    options: dict[int, tuple[int, int]] = {}  # number of prompts -> grid
+    # The last grid of each number is kept: the most even one, and of equally even ones that with more rows.
+    for down, right in sorted(added, key=lambda more: (-abs(more[0] - more[1]), more[0])):
+        options[(rows + down) * (columns + right) - rows * columns] = (rows + down, columns + right)
     number = columns if num_virtual_tokens is None else num_virtual_tokens
     if number not in options:
         nearest = sorted(sorted(options, key=lambda count: abs(count - number))[:5])

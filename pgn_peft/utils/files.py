@@ -58,7 +58,7 @@ def compare_tensors(
 
     Args:
         expected: tensors of the right names, shapes and kinds (floating-point or not).
-        found: the tensors to load; on the meta device, only names, shapes and kinds are compared.
+        found: the tensors to load.
         source: where they come from, for the message.
         remedy: what to do, for the message.
 
@@ -73,7 +73,7 @@ def compare_tensors(
             problems.append(f"{name} has the shape {tuple(tensor.shape)} instead of {tuple(wanted.shape)}")
         elif tensor.is_floating_point() != wanted.is_floating_point():
             problems.append(f"{name} holds {tensor.dtype} instead of {wanted.dtype}")
-        elif not tensor.is_meta and not tensor.isfinite().all():
+        elif not tensor.isfinite().all():
             problems.append(f"{name} holds NaN or infinity")
     if problems:
         listed = "; ".join(problems[:5])
