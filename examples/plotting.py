@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from pgn_peft.training import RungResult
+
 COLOURS = "magma"
 # Of all figures of the project. Of Okabe and Ito: told apart by everybody, and in print.
 OURS, THEIRS, THIRD = "#d55e00", "#0072b2", "#009e73"
@@ -153,6 +155,32 @@ def plot_attention(attention: Tensor, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="layer of the backbone", ylabel="share of CLS's attention", ylim=(0, 1.05 * float(below.max())))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
+
+
+def plot_ladder(results: Sequence[RungResult], chosen: str, ax: Axes | None = None) -> Figure:
+    """Draw the accuracy of each method of a ladder against its number of trained parameters.
+
+    Args:
+        results: of the methods; those that were skipped are left out.
+        chosen: name of the method that is kept.
+        ax: axes to draw into; None: a new figure's.
+
+    Returns:
+        The figure; a bar is one standard error to each side.
+    """
+    ax = ax if ax is not None else _new_axes(width=7, height=0.45 * len(results) + 1)
+    measured = [result for result in results if result.accuracy is not None][::-1]
+    for place, result in enumerate(measured):
+        colour = OURS if result.name == chosen else THEIRS
+        ax.errorbar(result.accuracy, place, xerr=result.standard_error, fmt="o", color=colour, capsize=3)
+    names = [f"{result.name}\n{result.parameters:,} parameters" for result in measured]
+    ax.set_yticks(range(len(measured)), names)
+    ax.set(
+        xlabel="accuracy on images that were not trained on, ± one standard error", ylim=(-0.5, len(measured) - 0.5)
+    )
+    ax.set_title(f"chosen: {chosen}", color=OURS)
+    ax.grid(axis="x", alpha=0.3)
+    return ax.figure
 
 
 def _new_axes(width: float, height: float) -> Axes:

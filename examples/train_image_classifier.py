@@ -13,6 +13,11 @@ For a hosted model: prompts that are valid pixels, and the model's own classes m
         --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --mixing_init_std 4 \
         --output_dir outputs/my-adapter
 
+Not sure which method? Let your images decide, from a linear head to generated prompts (docs/train.md):
+
+    python examples/train_image_classifier.py --method auto --model_name_or_path facebook/deit-tiny-patch16-224 \
+        --dataset path/to/images --output_dir outputs/my-adapter
+
 CLIP or SigLIP with texts as classes, of which only prompts are trained: --head text. Go on from an adapter, also with
 other classes: --adapter outputs/my-adapter. Resume an interrupted run: --resume_from_checkpoint true. Publish:
 --push_to_hub true --hub_model_id user/name. Several processes (docs/train.md):
@@ -42,13 +47,15 @@ from typing import Any, get_type_hints
 
 import torch
 import transformers
-from datasets import Dataset, DatasetDict, List
+from datasets import Dataset, DatasetDict, List, concatenate_datasets
 from image_data import DataArguments, add_transforms, class_names, load_processor, load_splits, say, smoke_arguments
 from peft import PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from plotting import plot_ladder
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -65,6 +72,7 @@ from transformers import (
 
 from pgn_peft import (
     AdapterTrainer,
+    Classifier,
     ImageCollator,
     ModelCardInfo,
     PGNConfig,
@@ -76,6 +84,7 @@ from pgn_peft import (
 from pgn_peft.hub.image_processors import made_size, makes_another_size
 from pgn_peft.inspection import shuffled_prompts
 from pgn_peft.training import (
+    Ladder,
     LinearProbe,
     SyncBatchNormCallback,
     last_complete_checkpoint,
@@ -84,11 +93,13 @@ from pgn_peft.training import (
 )
 from pgn_peft.tuner.adapters import prompt_layer
 from pgn_peft.tuner.backbones import SUPPORTED
+from pgn_peft.utils.markdown import markdown_table
 
 EPOCHS, FEWEST_STEPS = 12, 100
 # With fewer images of each of more classes, 100 steps are too few for prompts in every layer (docs/evidence.md).
 FEW_IMAGES, MANY_CLASSES = 4, 20
 MOST_WORKERS = 8
+FEWEST_TO_COMPARE = 200  # validation images
 
 # Fields of `PGNConfig` that are arguments of the script as they are.
 FIELDS = (
@@ -116,6 +127,18 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "Id or path of the model."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    method: str = field(
+        default="prompts",
+        metadata={
+            "help": "'prompts', by the options below; or 'auto': try methods in the order of their cost, from a "
+            "linear head on, and keep the cheapest one within a standard error of the best.",
+            "choices": ["prompts", "auto"],
+        },
+    )
+    budget_minutes: float = field(default=15.0, metadata={"help": "With --method auto: time for all methods."})
+    allow_weights: bool = field(
+        default=False, metadata={"help": "With --method auto: also try LoRA and full fine-tuning."}
+    )
     adapter: str | None = field(
         default=None,
         metadata={
@@ -443,6 +466,77 @@ def check_same_adapter(wanted: PGNConfig, checkpoint: Path) -> None:
             )
 
 
+def hold_out(splits: DatasetDict) -> None:
+    """Use the validation images for training too, where they are too few to compare methods by."""
+    number = len(splits["validation"])
+    if number < FEWEST_TO_COMPARE:
+        splits["train"] = concatenate_datasets([splits["train"], splits.pop("validation")])
+        say(
+            f"{number} validation images decide nothing below {100 / number**0.5:.0f} points: methods are compared by "
+            f"cross-validation on all {len(splits['train'])} images."
+        )
+
+
+def climb(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict[str, Any]:
+    """Try methods in the order of their cost, and save the chosen one; return what results.json holds."""
+    if arguments.world_size > 1:
+        raise SystemExit("--method auto runs in one process. Start it without `accelerate launch`.")
+    folder = Path(arguments.output_dir)
+    splits = load_splits(data)
+    labels = class_names(splits["train"])
+    if isinstance(splits["train"].features["label"], List):
+        raise SystemExit("--method auto needs one class for each image. Choose --method prompts.")
+    hold_out(splits)
+    processor = load_processor(adapter.model_name_or_path, data.image_size, adapter.model_revision)
+    plain = add_transforms(splits, processor, data.augmentation)
+    probe = get_peft_model(load_backbone(adapter), PGNConfig(num_labels=len(labels)))
+    ladder = Ladder(
+        lambda: load_backbone(adapter),
+        splits["train"],
+        dict(enumerate(labels)),
+        folder / "ladder",
+        plain=plain,
+        validation=splits.get("validation"),
+        data_collator=ImageCollator(len(labels), makes_another_size(prompt_layer(probe), processor)),
+        arguments=arguments,
+        budget_minutes=adapter.budget_minutes,
+        allow_weights=adapter.allow_weights,
+        seed=arguments.seed,
+    )
+    transformers.utils.logging.disable_progress_bar()  # each training loads the model again
+    with tqdm(ladder.climb(), total=len(ladder.rungs), initial=len(ladder.results), unit="method") as bar:
+        for result in bar:
+            found = (
+                result.choice if result.accuracy is None else f"{result.accuracy:.3f} ± {result.standard_error:.3f}"
+            )
+            bar.write(f"{result.name}: {found}")
+    chosen = ladder.chosen
+    model = ladder.load()
+    tested = ladder.accuracy(model, splits["test"]) if "test" in splits else None
+    results = {
+        "chosen": chosen.name,
+        "validation_accuracy": chosen.accuracy,
+        "test_accuracy": tested,
+        "train_images": len(splits["train"]),
+        "seed": arguments.seed,
+        "methods": [dataclasses.asdict(result) for result in ladder.results],
+    }
+    source = Path(data.dataset).expanduser().resolve()
+    name = {"dataset_name": source.name} if source.exists() else {"dataset_id": data.dataset}
+    facts = ModelCardInfo(**name, metrics={} if tested is None else {"accuracy": tested}, training_log=ladder.rows())
+    if chosen.base_untouched:
+        Classifier(model, processor).save_pretrained(folder, facts)
+    else:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    plot_ladder(ladder.results, chosen.name).savefig(folder / "methods.png")
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(markdown_table(ladder.rows()))
+    print(f"chosen: {chosen.name}, the cheapest within one standard error of the best; saved to {folder}")
+    print("test accuracy", "-" if tested is None else f"{tested:.3f}")
+    return results
+
+
 def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict[str, Any]:
     """Train, evaluate and save; return what results.json holds."""
     folder = Path(arguments.output_dir)
@@ -531,7 +625,8 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
         if "--smoke" in command_line:
             command_line = smoke_arguments(Path(folder)) + [word for word in command_line if word != "--smoke"]
         parser = HfArgumentParser((AdapterArguments, DataArguments, Arguments))
-        return train(*parser.parse_args_into_dataclasses(command_line))
+        adapter, data, arguments = parser.parse_args_into_dataclasses(command_line)
+        return (climb if adapter.method == "auto" else train)(adapter, data, arguments)
 
 
 if __name__ == "__main__":

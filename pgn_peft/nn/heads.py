@@ -66,15 +66,28 @@ def held_out(predict: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Ten
     Returns:
         (N, ...) predictions.
     """
+    parts = [(rest, predict(fitted, rest)) for fitted, rest in deal_folds(labels, FOLDS)]
+    predictions = torch.cat([part for _, part in parts])
+    return predictions[torch.cat([rest for rest, _ in parts]).argsort()]
+
+
+def deal_folds(labels: Tensor, number: int) -> list[tuple[Tensor, Tensor]]:
+    """Divide images for cross-validation, so that each fold has its share of every class.
+
+    Args:
+        labels: (N,) classes.
+        number: of folds.
+
+    Returns:
+        For each fold the indices of the images outside of it, to fit, and of its own, to predict.
+    """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     # Stratified: rows are assigned to folds class by class.
     order = shuffled[labels[shuffled].argsort(stable=True)]
     fold = torch.empty_like(order)
-    fold[order] = torch.arange(len(order)) % FOLDS
-    rows = [(torch.nonzero(fold != index)[:, 0], torch.nonzero(fold == index)[:, 0]) for index in range(FOLDS)]
-    parts = [(rest, predict(fitted, rest)) for fitted, rest in rows if len(rest)]
-    predictions = torch.cat([part for _, part in parts])
-    return predictions[torch.cat([rest for rest, _ in parts]).argsort()]
+    fold[order] = torch.arange(len(order)) % number
+    rows = [(torch.nonzero(fold != index)[:, 0], torch.nonzero(fold == index)[:, 0]) for index in range(number)]
+    return [(fitted, rest) for fitted, rest in rows if len(rest)]
 
 
 class TextHead(nn.Module):

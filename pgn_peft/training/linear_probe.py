@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pgn_peft.nn.heads import TextHead, fit_ridge
 from pgn_peft.tuner.adapters import find_layer, without_adapters
-from pgn_peft.tuner.head import PGNHead, find_head
+from pgn_peft.tuner.head import find_head
 
 
 @dataclass(frozen=True)
@@ -54,30 +54,42 @@ def linear_probe(
     if head is None or config.num_labels is None:
         raise ValueError("The model has no classification head. Give the adapter labels: PGNConfig(id2label=...).")
     with without_adapters(model):
-        features, labels = _features(model, head, train_batches)
-        others, expected = _features(model, head, eval_batches)
-        own = None
-        own_head = head.head(adapter_name)
+        head.shows_features = True
+        try:
+            features, labels = extract_features(model, head, train_batches)
+            others, expected = extract_features(model, head, eval_batches)
+        finally:
+            head.shows_features = False
+        own, own_head = None, head.head(adapter_name)
+        on_device = others.to(next(model.parameters()).device)
         if isinstance(own_head, TextHead):
-            own = _accuracy(own_head(others).cpu(), expected)
+            own = _accuracy(own_head(on_device).cpu(), expected)
         elif own_head is None:
-            own = _accuracy(head.classify(adapter_name, others).float().cpu(), expected)
-    weight, bias, _ = fit_ridge(features.cpu(), labels, config.num_labels)
-    return LinearProbe(_accuracy(others.double().cpu() @ weight.mT + bias, expected), own)
+            own = _accuracy(head.classify(adapter_name, on_device).float().cpu(), expected)
+    weight, bias, _ = fit_ridge(features, labels, config.num_labels)
+    return LinearProbe(_accuracy(others.double() @ weight.mT + bias, expected), own)
 
 
-def _features(model: nn.Module, head: PGNHead, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Return the inputs of the head (N, F), and the labels (N,)."""
+@torch.no_grad()
+def extract_features(model: nn.Module, head: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Compute the features that a head is given, by the model in the mode that it is in.
+
+    Args:
+        model: with or without adapters.
+        head: its module that maps features to logits.
+        batches: the model's inputs, with `labels` (B,).
+
+    Returns:
+        Features (N, F) in float32 and labels (N,), on the CPU.
+    """
     device, features, labels = next(model.parameters()).device, [], []
-    head.shows_features = True
-    hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float()))
+    hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float().cpu()))
     try:
         for batch in batches:
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
             labels.append(inputs.pop("labels").cpu())  # the frozen model has other classes
             model(**inputs)
     finally:
-        head.shows_features = False
         hook.remove()
     return torch.cat(features), torch.cat(labels)
 

@@ -80,8 +80,9 @@ class PGNConfig(PeftConfig):
     num_virtual_tokens: int | None = _field(
         None,
         "Prompts per image, P. None: 16; all patches of the image in pixel space; one row of patches with "
-        "prompt_layout='append', where other numbers must fill whole rows and columns.",
-        minimum=1,
+        "prompt_layout='append', where other numbers must fill whole rows and columns. 0, with generator='static': "
+        "a linear head on the frozen model, without prompts.",
+        minimum=0,
     )
     library_size: int = _field(
         64,

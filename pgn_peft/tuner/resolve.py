@@ -97,6 +97,8 @@ def _prompt_rules(config: PGNConfig, backbone: Backbone) -> list[Rule]:
         (config.prompt_depth != 1 and layout is not None,
          f"prompt_depth={config.prompt_depth!r} needs latent prompts without a layout: an image brings prompts to the "
          "first layer only."),
+        (config.num_virtual_tokens == 0 and (not static or layout is not None),
+         "num_virtual_tokens=0, a linear head without prompts, needs generator='static' in latent space."),
         (bool(config.static_prompts) and static,
          "static_prompts=True has no effect with generator='static', whose prompts are all static. Leave it out."),
         (bool(config.static_prompts) and in_pixels, "static_prompts=True needs prompt_space='latent'."),
@@ -123,7 +125,7 @@ def _fill_from_backbone(config: PGNConfig, model: nn.Module, backbone: Backbone)
         too_deep = cast(int, config.prompt_depth) > len(layers)
         refuse([(too_deep, f"prompt_depth={config.prompt_depth}, but the model has {len(layers)} layers.")])
     if config.prompt_layout is None:
-        config.num_virtual_tokens = config.num_virtual_tokens or 16
+        config.num_virtual_tokens = 16 if config.num_virtual_tokens is None else config.num_virtual_tokens
         return
     config.patch_size = projection.kernel_size[0]
     size = own_image_size(embeddings) if config.image_size is None else (config.image_size,) * 2
