@@ -98,7 +98,8 @@ def full(backbone: PreTrainedModel, material: Material, options: Options) -> Bui
 class VPTDeep(nn.Module):
     """Learned prompts before every layer, in place of those of the layer before (VPT-deep, Jia et al. 2022).
 
-    Written without the package, so that it can be compared with `generator="static", prompt_depth="all"`.
+    Written without the package, so that it can be compared with `generator="static", prompt_depth="all"` and
+    `pooled_prompts=False`.
     """
 
     def __init__(self, backbone: PreTrainedModel, num_virtual_tokens: int) -> None:
@@ -146,6 +147,7 @@ def pgn(backbone: PreTrainedModel, material: Material, options: Options, **confi
     """Generate prompts for each image; `config` are fields of `PGNConfig`, which those of the options override."""
     fields = PGN_FIELDS | {
         "num_virtual_tokens": options.num_virtual_tokens,
+        "prompt_depth": 1,
         "generator_image_size": options.generator_image_size,
         "id2label": dict(enumerate(material.names)),
     }
@@ -168,8 +170,13 @@ def pgn_lean(backbone: PreTrainedModel, material: Material, options: Options) ->
 
 
 def pgn_deep(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Generate prompts for every layer; their libraries and static prompts learn at the generator's rate."""
-    return pgn(backbone, material, replace(options, library_rate=1.0), prompt_depth="all")
+    """Generate prompts for every layer, from random ones. Their libraries learn at the rate of the generator."""
+    return pgn(backbone, material, replace(options, library_rate=1.0), prompt_depth="all", pooled_prompts=False)
+
+
+def pgn_pooled(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
+    """Generate prompts for every layer, added to averages of its tokens."""
+    return pgn(backbone, material, options, prompt_depth="all")
 
 
 def pgn_pixel(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
@@ -188,6 +195,7 @@ METHODS: dict[str, tuple[Callable[..., Built], tuple[float, ...]]] = {
     "pgn-lean": (pgn_lean, (1e-3, 3e-3)),
     "vpt-deep": (vpt_deep, (3e-4, 1e-3)),
     "pgn-deep": (pgn_deep, (3e-4, 1e-3)),
+    "pgn-pooled": (pgn_pooled, (1e-3, 3e-3)),
     "lora": (lora, (1e-3, 3e-3)),
     "full": (full, (1e-4, 3e-4)),
 }
@@ -201,7 +209,7 @@ MEASURED: dict[str, tuple[Callable[..., Built], int | None]] = {
     "pgn, 64 px": (pgn, 64),
     "pgn-dense": (pgn_pixel, 64),
     "vpt-deep": (vpt_deep, None),
-    "pgn-deep": (pgn_deep, 64),
+    "pgn-pooled": (pgn_pooled, 64),
     "lora": (lora, None),
     "full": (full, None),
 }

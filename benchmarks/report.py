@@ -39,6 +39,7 @@ LATENT = {
     "pgn-lean": "**PGN, lean**",
     "vpt-deep": "VPT-deep",
     "pgn-deep": "**PGN, every layer**",
+    "pgn-pooled": "**PGN, every layer, pooled**",
     "lora": "LoRA, r = 8",
     "layer-norm": "LayerNorm tuning",
     "full": "full fine-tuning",

@@ -96,8 +96,6 @@ from pgn_peft.tuner.backbones import SUPPORTED
 from pgn_peft.utils.markdown import markdown_table
 
 EPOCHS, FEWEST_STEPS = 12, 100
-# With fewer images of each of more classes, 100 steps are too few for prompts in every layer (docs/evidence.md).
-FEW_IMAGES, MANY_CLASSES = 4, 20
 MOST_WORKERS = 8
 FEWEST_TO_COMPARE = 200  # validation images
 
@@ -150,7 +148,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Number of encoder layers with prompts of their own; 0: all of them. By default all, but 1 for "
-            "prompts that are or become pixels, for texts, and for few images of each of many classes."
+            "prompts that are or become pixels, and for texts."
         },
     )
     label_mapping: bool = field(
@@ -268,24 +266,8 @@ class Arguments(TrainingArguments):
         return found
 
 
-def choose_depth(adapter: ModelArguments, images: int, classes: int) -> int | None:
-    """Choose how many layers have prompts, by the rule that the README gives, and print which line of it applies."""
-    if adapter.prompt_space == "pixel":
-        rule, depth = "prompts in pixels, for a model that can only be called", 1
-    elif adapter.prompt_layout is not None or adapter.head == "text":
-        rule, depth = "prompts for the first layer", 1
-    elif images < FEW_IMAGES * classes and classes > MANY_CLASSES:
-        rule, depth = "few images of many classes: prompts for the first layer, which learn in fewer steps", 1
-    else:
-        rule, depth = "prompts in every layer", 0
-    if adapter.prompt_depth not in (None, depth):
-        rule, depth = f"--prompt_depth {adapter.prompt_depth}, as asked for; the rule is: {rule}", adapter.prompt_depth
-    say(f"{images / classes:.3g} images of each of {classes} classes: {rule} (README, 'Which method')")
-    return depth or None
-
-
 def make_config(
-    adapter: AdapterArguments, labels: list[str], images: int, processor: Any, mapping: list[int] | None = None
+    adapter: AdapterArguments, labels: list[str], processor: Any, mapping: list[int] | None = None
 ) -> PGNConfig:
     """Return the configuration of a new adapter, or that of the adapter to continue from with these labels."""
     id2label = dict(enumerate(labels))
@@ -295,7 +277,7 @@ def make_config(
     in_pixels = adapter.prompt_space == "pixel"
     return PGNConfig(
         **{name: getattr(adapter, name) for name in FIELDS},
-        prompt_depth=choose_depth(adapter, images, len(labels)),
+        prompt_depth="all" if adapter.prompt_depth == 0 else adapter.prompt_depth,
         image_size=square_side(processor) if in_pixels or adapter.prompt_layout else None,
         image_mean=list(processor.image_mean) if in_pixels else None,
         image_std=list(processor.image_std) if in_pixels else None,
@@ -554,7 +536,7 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
 
     backbone = load_backbone(adapter)
     mapping = find_label_mapping(backbone, without_augmentation, labels) if adapter.label_mapping else None
-    config = make_config(adapter, labels, len(splits["train"]), processor, mapping)
+    config = make_config(adapter, labels, processor, mapping)
     several = isinstance(splits["train"].features["label"], List)
     config.problem_type = "multi_label_classification" if several else "single_label_classification"
     model = get_peft_model(backbone, config, revision=adapter.model_revision)

@@ -63,6 +63,7 @@ class OfficialNetwork:
             generator_image_size=settings["image_size"],
             generator_width=settings["width"],
             generator_norm=settings["norm"],
+            prompt_depth=1,
             static_prompts=False,
             mixing_init_std=0.0,
             **fields,

@@ -170,9 +170,9 @@ def widen_biases(model, count):
 
 
 def tiny_config(**overrides):
-    """A PGN config that suits `tiny_vit`."""
+    """A PGN config that suits `tiny_vit`, with prompts of the first layer."""
     sizes = {"num_virtual_tokens": 3, "library_size": 6, "generator_width": 4, "generator_image_size": None}
-    return PGNConfig(**(sizes | overrides))
+    return PGNConfig(**(sizes | {"prompt_depth": 1} | overrides))
 
 
 # Fields of an adapter in pixel space that suit `tiny_vit`.

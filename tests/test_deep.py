@@ -1,6 +1,7 @@
 """Prompts in several layers: each layer has its own in place of the ones before, and nothing else changes."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -30,12 +31,22 @@ def prompts_by_layer(model, pixel_values):
     return prompts.unflatten(1, (-1, model.peft_config["default"].num_virtual_tokens))
 
 
+def averages_of_three(tokens):
+    """The averages of the first, the second and the last third of the tokens: (B, N, D) to (B, 3, D)."""
+    places = [
+        range(math.ceil(group * tokens.shape[1] / 3), math.ceil((group + 1) * tokens.shape[1] / 3))
+        for group in range(3)
+    ]
+    return torch.stack([tokens[:, each].mean(dim=1) for each in map(list, places)], dim=1)
+
+
 @pytest.mark.parametrize(
     ("architecture", "depth", "form"),
     [
         ("ViTForImageClassification", 2, {}),
         ("ViTForImageClassification", LAYERS, {"static_prompts": False}),
-        ("ViTForImageClassification", 3, {"generator": "static"}),
+        ("ViTForImageClassification", 3, {"generator": "static", "pooled_prompts": False}),
+        ("ViTForImageClassification", LAYERS, {"pooled_prompts": False}),
         ("CLIPVisionModelWithProjection", LAYERS, {}),
         ("TimmWrapperForImageClassification", 2, {"generator": "static"}),
         ("BeitForImageClassification", 3, {}),
@@ -54,13 +65,14 @@ def test_each_layer_sees_its_own_prompts(architecture, depth, form, pixel_values
     assert [tokens.shape[1] for tokens in seen] == [patches + 3] * LAYERS
     prompts = norm_before_layers(model)(prompts)
     for index in range(depth):
-        assert_same(seen[index][:, patches:], prompts[:, index])
+        averages = averages_of_three(seen[index][:, :patches]) if form.get("pooled_prompts", True) else 0
+        assert_same(seen[index][:, patches:], prompts[:, index] + averages)
     if depth < LAYERS:  # from there on they stay, as prompts of the first layer do otherwise
         assert not torch.equal(seen[depth][:, patches:], prompts[:, depth - 1])
 
 
 def test_static_ones_in_all_layers_are_vpt_deep(pixel_values):
-    model = adapted(generator="static", head="frozen")
+    model = adapted(generator="static", head="frozen", pooled_prompts=False)
     tokens = prompts_by_layer(model, pixel_values)[0]
     plain = tiny_vit(num_hidden_layers=LAYERS)
 
@@ -87,6 +99,20 @@ def test_mixtures_of_a_layer_are_mixed_from_its_own_library(pixel_values):
         dim=1,
     )
     assert_same(prompts_by_layer(model, pixel_values), expected.detach())
+
+
+def test_pooled_prompts_start_near_the_frozen_model(pixel_values):
+    """Random prompts in every layer hide the image from CLS: trained on few images, such an adapter collapsed."""
+    frozen = tiny_vit(num_hidden_layers=LAYERS)
+    similar = {}
+    for pooled in (True, False):
+        base = tiny_vit(num_hidden_layers=LAYERS)
+        model = get_peft_model(base, tiny_config(prompt_depth="all", pooled_prompts=pooled, head="frozen")).eval()
+        logits, expected = (answer(each, pixel_values).flatten() for each in (model, frozen))
+        similar[pooled] = torch.cosine_similarity(logits, expected, dim=0).item()
+        library = prompt_layer(model).library("default")
+        assert (library.tokens == 0).all() == (library.slot_prompts == 0).all() == pooled
+    assert similar[True] > 0.95 > similar[False]
 
 
 def test_a_depth_of_one_adds_no_dimension_and_no_wrappers():
@@ -146,6 +172,7 @@ def test_it_is_active_alone(pixel_values):
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
+        ({"prompt_depth": 1, "pooled_prompts": True}, "pooled_prompts"),
         ({"prompt_depth": LAYERS + 1}, "4"),  # more layers than there are
         ({"prompt_depth": 2, "modules_to_save": ["layernorm_before"]}, "modules_to_save"),
         ({"prompt_depth": "all", "prompt_layout": "append"}, "prompt_depth"),

@@ -455,21 +455,6 @@ def test_a_server_answers_whatever_it_is_sent(material, server):
         assert {"label", "score"} == json.load(reply)[0].keys()
 
 
-@pytest.mark.parametrize(
-    ("images", "classes", "options", "depth", "says"),
-    [
-        (80, 10, {}, None, "8 images of each of 10 classes: prompts in every layer"),
-        (200, 100, {}, 1, "2 images of each of 100 classes: few images of many classes: prompts for the first layer"),
-        (80, 10, {"prompt_space": "pixel"}, 1, "prompts in pixels"),
-        (80, 10, {"prompt_depth": 1}, 1, "--prompt_depth 1, as asked for; the rule is: prompts in every layer"),
-    ],
-)
-def test_the_rule_of_the_readme_decides_what_was_left_open(images, classes, options, depth, says, capsys):
-    adapter = train_image_classifier.AdapterArguments(model_name_or_path="vit", **options)
-    assert train_image_classifier.choose_depth(adapter, images, classes) == depth
-    assert says in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_an_adapter_is_continued_with_other_classes(finished, material, tmp_path, capsys):
     """`ignore_mismatched_sizes=True` would start the rows of all classes anew."""

@@ -52,6 +52,24 @@ def short(monkeypatch):
     monkeypatch.setattr(module, "SHORTEST", 4)
 
 
+def fake_training(ladder, calls):
+    """Train nothing: accuracy is best at the second rate, and grows with the steps."""
+
+    def train(rung, start, rate, rows, held_out, steps, callbacks):
+        calls.append((rate, steps, len(rows)))
+        count = 0 if held_out is None else len(held_out)
+        number = round(count * (0.3 + 0.4 * (rate == rung.rates[1]) + 0.001 * steps))
+        labels = torch.zeros(count, dtype=torch.long)
+        logits = torch.zeros(count, 3)
+        logits[:number, 0] = 1
+        logits[number:, 1] = 1
+        model = ladder.task.build(rung, start)
+        head = tuple(part.detach() for part in find_heads(model)[1].parameters())
+        return Trained(model, logits, logits, head, labels, 1e-9)
+
+    object.__setattr__(ladder.task, "train_candidate", train)
+
+
 def result(name, accuracy, standard_error=0.02):
     return RungResult(name, accuracy, standard_error)
 
@@ -124,11 +142,14 @@ def test_trained_prompts_start_from_the_chosen_draw(tmp_path):
     assert ladder.task.build(UNTRAINED, Start(1, 0)).peft_config["default"].prompt_depth == 1
 
 
-def test_an_interrupted_ladder_goes_on(tmp_path, short):
-    begun = make_ladder(tmp_path).climb()
+def test_an_interrupted_ladder_goes_on(tmp_path):
+    before, again = make_ladder(tmp_path), make_ladder(tmp_path)
+    fake_training(before, [])
+    fake_training(again, [])
+    begun = before.climb()
     first = [next(begun) for _ in range(3)]
     begun.close()
-    again = make_ladder(tmp_path)
+    again.results = make_ladder(tmp_path).results
     assert again.results == first
     rest = list(again.climb())
     assert [found.name for found in rest] == [rung.name for rung in RUNGS[3:6]]
@@ -149,24 +170,6 @@ def test_nothing_is_trained_after_a_perfect_rung(tmp_path):
     assert {found.choice for found in ladder.climb()} == {
         "skipped: nothing can be clearly better than the linear head"
     }
-
-
-def fake_training(ladder, calls):
-    """Train nothing: accuracy is best at the second rate, and grows with the steps."""
-
-    def train(rung, start, rate, rows, held_out, steps, callbacks):
-        calls.append((rate, steps, len(rows)))
-        count = 0 if held_out is None else len(held_out)
-        number = round(count * (0.3 + 0.4 * (rate == rung.rates[1]) + 0.001 * steps))
-        labels = torch.zeros(count, dtype=torch.long)
-        logits = torch.zeros(count, 3)
-        logits[:number, 0] = 1
-        logits[number:, 1] = 1
-        model = ladder.task.build(rung, start)
-        head = tuple(part.detach() for part in find_heads(model)[1].parameters())
-        return Trained(model, logits, logits, head, labels, 1e-9)
-
-    object.__setattr__(ladder.task, "train_candidate", train)
 
 
 def test_the_rate_is_chosen_by_successive_halving(tmp_path):

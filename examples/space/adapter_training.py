@@ -105,7 +105,7 @@ def make_config(kind: str, names: list[str], model: Any, processor: Any) -> PGNC
         if set(names) <= set(places):
             fields |= {"head": "frozen", "label_mapping": [places[name] for name in names]}
     else:
-        fields["prompt_depth"] = None if kind == KINDS[1] else 1
+        fields["prompt_depth"] = "all" if kind == KINDS[1] else 1
         fields |= {"num_virtual_tokens": 8} if is_tiny(model) else {}
     return PGNConfig(**fields)
 

@@ -53,6 +53,8 @@ def _reads_saved_fields(config_class: type[PGNConfig]) -> type[PGNConfig]:
         if fields.get("mixing", "softmax") != "softmax":
             raise ValueError(f"mixing={fields['mixing']!r} was removed. Train an adapter with the softmax.")
         fields = {RENAMED.get(name, name): value for name, value in fields.items() if name not in REMOVED}
+        if "pgn_peft_version" in fields:
+            fields = {"pooled_prompts": False, "prompt_depth": 1} | fields  # the only ones in earlier versions
         if fields.get("prompt_layout") == "dense":
             fields["prompt_layout"] = "additive"
         init(self, *args, **fields)
@@ -74,7 +76,7 @@ class PGNConfig(PeftConfig):
             adapter is created.
 
     Source: arXiv:2210.06466. Differs by default from the official code, whose form is `generator_image_size=None`
-    (its released checkpoints saw 224 px), `static_prompts=False` and `mixing_init_std=0`.
+    (its released checkpoints saw 224 px), `prompt_depth=1`, `static_prompts=False` and `mixing_init_std=0`.
     """
 
     num_virtual_tokens: int | None = _field(
@@ -91,12 +93,17 @@ class PGNConfig(PeftConfig):
         minimum=1,
     )
     prompt_depth: int | str | None = _field(
-        1,
+        None,
         "Number of encoder layers, from the first on, with prompts of their own. 1, the paper's form: prompts are "
-        "appended once and stay. 'all': every layer, which was 2 to 6 points more accurate on three of four data "
-        "sets. Each layer has a library of its own; all share an image's coefficients. With generator='static' this "
-        "is VPT-deep. In latent space only.",
+        "appended once and stay. 'all': every layer. Each layer has a library of its own; all share an image's "
+        "coefficients. None: 'all'; 1 in pixel space, with a `prompt_layout` and with texts as classes.",
         minimum=1,
+    )
+    pooled_prompts: bool | None = _field(
+        None,
+        "With prompts in several layers: add them to averages of groups of the layer's own tokens, and start from "
+        "zero, so that the frozen model's answers hardly change at first. False: start from random prompts; with "
+        "generator='static' this is VPT-deep. None: where several layers have prompts.",
     )
     generator: str = _field(
         "resnet10",
@@ -137,7 +144,8 @@ class PGNConfig(PeftConfig):
     )
     initializer_range: float = _field(
         0.02,
-        "Standard deviation of the initial library, or of the static prompts. Changes of pixels start at zero.",
+        "Standard deviation of the initial library, or of the static prompts. Changes of pixels and prompts that are "
+        "added to averages start at zero.",
         minimum=0,
     )
     mixing_init_std: float | None = _field(
@@ -220,8 +228,6 @@ class PGNConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PGNPeftType.PGN
         self.pgn_peft_version = self.pgn_peft_version or __version__
-        if self.prompt_depth is None:
-            self.prompt_depth = "all"
         for field in own_fields():
             setattr(self, field.name, _read_value(field, getattr(self, field.name)))
         if isinstance(self.target_modules, str):

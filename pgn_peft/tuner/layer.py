@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from pgn_peft.nn.generator import PromptGenerator
@@ -29,22 +30,23 @@ class PromptedLayer(PGNTunerLayer):
     other_param_names = ("configs",)
     configs: dict[str, PGNConfig]  # by adapter name; one dictionary for all layers of a model
 
-    def running_prompts(self) -> tuple[int, int]:
-        """Return the number of prompts P after the tokens, and of layers with their own, in the current call."""
+    def running_prompts(self) -> tuple[int, int, bool]:
+        """Return what `count_prompts` does for all active adapters together, in the current call."""
         names = adapters_of_batch()
         if names:
             return self.count_prompts(names[0])  # the same for all images of a pass
         active = () if self.disable_adapters else self.active_adapters
         counts = [self.count_prompts(name) for name in active if name in self.configs]
-        # One with prompts in several layers is active alone.
-        return sum([number for number, _ in counts]), max([1, *(depth for _, depth in counts)])
+        if len(counts) == 1:
+            return counts[0]
+        return sum([number for number, *_ in counts]), 1, False  # none with prompts in several layers
 
-    def count_prompts(self, adapter_name: str) -> tuple[int, int]:
-        """Return an adapter's number of prompts in latent space, and of layers with their own."""
+    def count_prompts(self, adapter_name: str) -> tuple[int, int, bool]:
+        """Return an adapter's number of latent prompts P, of layers with their own, and whether these are pooled."""
         if adapter_name == BASE or self.configs[adapter_name].prompt_space == "pixel":
-            return 0, 1
+            return 0, 1, False
         config = self.configs[adapter_name]
-        return not_none(config.num_virtual_tokens), cast(int, config.prompt_depth)
+        return not_none(config.num_virtual_tokens), cast(int, config.prompt_depth), bool(config.pooled_prompts)
 
 
 class PGNLayer(PromptedLayer):
@@ -271,6 +273,9 @@ class PGNBlock(PromptedLayer):
     As the last layer of a backbone that reads all its tokens, it also removes the prompts, so that the classifier
     averages the image's own tokens only.
 
+    Pooled prompts are added to averages of the layer's tokens: starting from zero, they are in the distribution that
+    the layer knows, and keep the frozen model's answers nearly as they are.
+
     It has no parameters and no state. `PGNLayer` appends the prompts of all layers to the tokens, so that gradient
     checkpointing, compiled graphs and threads always use the prompts of their own call:
 
@@ -294,7 +299,7 @@ class PGNBlock(PromptedLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer on the image tokens and its own prompts, then replace those prompts with the next layer's."""
-        num_prompts, depth = self.running_prompts()
+        num_prompts, depth, pools = self.running_prompts()
         if num_prompts == 0 or (depth == 1 and not self.ends):
             return self.base_layer(hidden_states, *args, **kwargs)
         waiting = num_prompts * max(0, depth - 1 - self.index)  # prompts of later layers
@@ -303,6 +308,9 @@ class PGNBlock(PromptedLayer):
         kwargs = {name: _cut_mask(value, end) for name, value in kwargs.items()}
         # In backward `split` joins the gradients once, where two slices fill zeros and add.
         own, later = hidden_states.split([end, waiting], dim=1)
+        if pools and self.index < depth:
+            tokens, prompts = own.split([end - num_prompts, num_prompts], dim=1)
+            own = torch.cat([tokens, prompts + pool_tokens(tokens, num_prompts)], dim=1)
         output = self.base_layer(own, *args, **kwargs)
         if not waiting and not self.ends:
             return output
@@ -311,6 +319,14 @@ class PGNBlock(PromptedLayer):
         if waiting:
             tokens = torch.cat([tokens, later], dim=1)
         return (tokens, *others) if isinstance(output, tuple) else tokens
+
+
+def pool_tokens(tokens: Tensor, number: int) -> Tensor:
+    """Average an image's tokens in groups of neighbours: from (B, N, D) to (B, `number`, D)."""
+    length = tokens.shape[1]
+    group = torch.arange(length, device=tokens.device) * number // length
+    members = F.one_hot(group, number).to(tokens.dtype)  # (N, P)
+    return (members / members.sum(dim=0).clamp(min=1)).mT @ tokens
 
 
 def check_together(adapter_names: Sequence[str], configs: Mapping[str, PGNConfig]) -> None:
