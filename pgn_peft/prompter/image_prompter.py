@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +27,7 @@ from pgn_peft.prompter.answers import by_label, find_scale, read_entries
 from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead, check_classes, fit_to_answers
 from pgn_peft.utils.files import find_folder
 from pgn_peft.utils.labels import normalize_id2label
-from pgn_peft.utils.markdown import CITATION, list_names, update_card_for_hub
+from pgn_peft.utils.markdown import CITATION, list_names, push_with_card
 from pgn_peft.utils.onnx import export_module
 from pgn_peft.version import __version__
 
@@ -386,16 +385,7 @@ class ImagePrompter(nn.Module):
         Returns:
             The repository's id.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            self.make_card(repo_id).save(Path(folder, "README.md"))
-            update_card_for_hub(api, repo_id, Path(folder, "README.md"))
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload prompter")
-        return repo_id
+        return push_with_card(self, repo_id, private, token)
 
     def make_card(self, repo_id: str, num_views: int = 1) -> Any:
         """Make the `huggingface_hub.ModelCard` of a repository, also one of several `Views`, of which this is one."""

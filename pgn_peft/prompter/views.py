@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from pgn_peft.prompter.score_head import (
     read_table,
 )
 from pgn_peft.utils.files import find_folder
-from pgn_peft.utils.markdown import update_card_for_hub
+from pgn_peft.utils.markdown import push_with_card
 
 VIEW = "view_{}"
 Table = ScoreTable | EmbeddingTable
@@ -121,16 +120,7 @@ class Views:
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
         """Publish files and card on the Hub, as `ImagePrompter.push_to_hub` does; return the repository's id."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            self.make_card(repo_id).save(Path(folder, "README.md"))
-            update_card_for_hub(api, repo_id, Path(folder, "README.md"))
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload views")
-        return repo_id
+        return push_with_card(self, repo_id, private, token)
 
     def make_card(self, repo_id: str) -> Any:
         """Make the `huggingface_hub.ModelCard` of a repository."""
