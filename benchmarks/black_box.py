@@ -145,7 +145,7 @@ def run(server: Server, answers: str, jpeg_quality: int | None, seed: int, optio
     return {
         "names": list(found.names),
         "calls": found.calls,
-        "planned_calls": plan_rungs(len(candidates), len(images), len(names), options.budget)[1],
+        "planned_calls": plan_rungs(len(candidates), len(images), len(names), options.budget).calls,
         "number_of_train_images": len(images),
         "images": len(test),
         "head_alone": float(right["alone"].mean()),

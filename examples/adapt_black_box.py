@@ -167,7 +167,7 @@ def run(call: Callable[[bytes], Any], options: argparse.Namespace) -> dict[str, 
         splits[split] = splits[split].shuffle(seed=0).select(range(limit))
     rows, names, number = splits["train"], class_names(splits["train"]), len(splits["train"])
     candidates = make_candidates(options.image_size)
-    planned = plan_rungs(len(candidates), number, len(names), options.budget)[1]
+    planned = plan_rungs(len(candidates), number, len(names), options.budget).calls
     later = len(splits["test"]) * (options.max_views + 1)
     if options.open_copy:
         later += len(FORMS) * (number + len(splits["validation"])) + options.max_views * len(splits["validation"])

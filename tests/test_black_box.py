@@ -180,12 +180,14 @@ def test_ridge_regression_of_more_features_than_images_has_the_same_solution():
 
 def test_the_plan_keeps_to_the_budget():
     # 22 candidates on a half, 11 on the other half, and mirrored ones: 11 + 5.5 + 1.
-    assert plan_rungs(22, 400, 10, budget=20) == ([200, 400], 7000)
-    assert plan_rungs(22, 400, 10, budget=23) == ([400], 9200)
+    assert plan_rungs(22, 400, 10, budget=20) == (22, [200, 400], 7000)
+    assert plan_rungs(22, 400, 10, budget=23) == (22, [400], 9200)
     # A rung has two images of each class.
-    assert plan_rungs(22, 400, 100, budget=20)[0] == [200, 400]
-    with pytest.raises(ValueError, match=r"22 candidates need .* calls at least, .* the budget is 2"):
-        plan_rungs(22, 400, 10, budget=2)
+    assert plan_rungs(22, 400, 100, budget=20).sizes == [200, 400]
+    # So few images cannot be halved: each candidate takes all of them, and the last three have to be left out.
+    assert plan_rungs(22, 6, 3, budget=20) == (19, [6], 120)
+    with pytest.raises(ValueError, match="`budget` is 1 calls for each training image. Allow 2 at least"):
+        plan_rungs(22, 400, 10, budget=1)
 
 
 def bright_red_only(file):
@@ -203,7 +205,7 @@ def test_a_colour_that_helps_is_found_and_calls_are_counted():
     assert whole[found.names].accuracy > whole[NOTHING,].accuracy + 0.2
     share = whole[found.names].accuracy
     assert whole[found.names].standard_error == pytest.approx((share * (1 - share) / 40) ** 0.5)
-    assert 0 < found.calls <= plan_rungs(22, 40, 2)[1]
+    assert 0 < found.calls <= plan_rungs(22, 40, 2).calls
 
 
 def test_nothing_is_chosen_where_nothing_helps():

@@ -142,7 +142,7 @@ def check_adaptation(call, cache):
     """Adapt by calls, read other images from the saved result, and run once more without a call."""
     (images, labels), names = coloured(40), ["red", "blue"]
     found = adapt_black_box(images[:30], labels[:30], Calls(call, cache), names, image_size=32)
-    assert found.calls <= plan_rungs(22, 30, 2)[1]
+    assert found.calls <= plan_rungs(22, 30, 2).calls
     found.views.save_pretrained(cache.parent / "views")
     views = Views.from_pretrained(cache.parent / "views")
     answers = [[call(encode(view)) for view in views(image)] for image in images[30:]]

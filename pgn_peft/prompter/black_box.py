@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -76,36 +76,39 @@ def make_candidates(image_size: int, seed: int = 0) -> dict[str, ImagePrompter]:
     return candidates
 
 
-def plan_rungs(candidates: int, images: int, num_labels: int, budget: float = BUDGET) -> tuple[list[int], int]:
+class Plan(NamedTuple):
+    """How many candidates are tried, the number of images of each rung, and the number of calls."""
+
+    candidates: int
+    sizes: list[int]
+    calls: int
+
+
+def plan_rungs(candidates: int, images: int, num_labels: int, budget: float = BUDGET) -> Plan:
     """Plan successive halving: in each rung the better half of the candidates is tried on twice as many images.
 
     Args:
-        candidates: their number.
-        images: number of training images.
+        candidates: their number. Where the budget is too small for all, the last ones are left out.
+        images: number of training images, all of which are in the last rung.
         num_labels: number of classes. A rung has two images of each, if there are so many.
         budget: most calls for each training image.
 
     Returns:
-        The number of images of each rung, the last of which has all; and the number of calls, with those for mirrored
-        images in the end. Files that are the same or in the cache need no call.
+        The plan. Its calls include those for mirrored images in the end. Files that are the same or in the cache need
+        no call.
 
     Raises:
         ValueError: no plan keeps to the budget.
     """
-    calls = 0
-    for halvings in range(max(1, candidates.bit_length())):
-        sizes = [
-            max(math.ceil(images / 2 ** (halvings - rung)), min(images, 2 * num_labels))
-            for rung in range(halvings + 1)
-        ]
-        new = [size - before for size, before in zip(sizes, [0, *sizes], strict=False)]
-        calls = images + sum(math.ceil(candidates / 2**rung) * more for rung, more in enumerate(new))
-        if calls <= budget * images:
-            return sizes, calls
-    raise ValueError(
-        f"{candidates} candidates need {calls} calls at least, {calls / images:.1f} for each of {images} images, and "
-        f"the budget is {budget:g}. Raise it, or pass fewer candidates."
-    )
+    fewest = min(images, 2 * num_labels)
+    for number in range(candidates, 0, -1):
+        for halvings in range(number.bit_length()):
+            sizes = [max(math.ceil(images / 2**left), fewest) for left in range(halvings, -1, -1)]
+            new = [size - before for size, before in zip(sizes, [0, *sizes], strict=False)]
+            calls = images + sum(math.ceil(number / 2**rung) * more for rung, more in enumerate(new))
+            if calls <= budget * images:
+                return Plan(number, sizes, calls)
+    raise ValueError(f"`budget` is {budget:g} calls for each training image. Allow 2 at least.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,22 +169,23 @@ def adapt_black_box(
         label_names: of the M classes.
         image_size: images are resized (bilinear) to a square of this side before they are sent. Take the size that the
             server's model sees, so that the server changes no pixel; if it is not known, 224 is most common.
-        candidates: ways of sending an image by name, with `NOTHING` among them; None: those of `make_candidates`.
+        candidates: ways of sending an image by name, `NOTHING` first; None: those of `make_candidates`.
         max_views: most views of an image; each costs one call for every image that is classified later.
         budget: most calls for each training image.
 
     Raises:
-        ValueError: a class has fewer than two images, or the budget is too small.
+        ValueError: a class has fewer than two images, or the budget is less than 2.
     """
     calls = call if isinstance(call, Calls) else Calls(call)
     classes = check_classes(labels, len(images), len(label_names))
     pool = dict(make_candidates(image_size) if candidates is None else candidates)
+    plan = plan_rungs(len(pool), len(images), len(label_names), budget)
+    pool = dict(list(pool.items())[: plan.candidates])
     search = _Search(images, classes, calls, pool, len(label_names))
-    sizes, _ = plan_rungs(len(pool), len(images), len(label_names), budget)
     kept = list(pool)
-    for rung, size in enumerate(sizes):
+    for rung, size in enumerate(plan.sizes):
         accuracies = {name: search.correct((name,), size).mean() for name in kept}
-        if rung + 1 < len(sizes):
+        if rung + 1 < len(plan.sizes):
             ranked = sorted(kept, key=lambda name: (name != NOTHING, -float(accuracies[name])))
             kept = ranked[: math.ceil(len(pool) / 2 ** (rung + 1))]
     chosen = search.better((NOTHING,), [(name,) for name in kept])
