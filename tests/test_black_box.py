@@ -1,17 +1,21 @@
 """Adapting by calls alone: what is sent, how often, what is chosen, and what is saved."""
 
+import argparse
+import importlib
 import io
 import json
 import re
 import threading
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import HANG
+from conftest import HANG, tiny_vit
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch.nn import functional as F
+from transformers import ViTImageProcessor
 
 from pgn_peft.nn.preprocessing import Adjustment
 from pgn_peft.nn.ridge import PENALTIES, _solve, fit_ridge
@@ -308,3 +312,24 @@ def test_onnx_gives_the_same_views(tmp_path):
         session = onnxruntime.InferenceSession(tmp_path / f"view_{index}.onnx")
         (found,) = session.run(None, {"image": pixels.numpy()})
         assert np.abs(found.astype(int) - expected.numpy().astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("form", ["tile", "additive"])
+def test_prompts_on_an_open_copy_start_from_the_colour_that_was_found(form, tmp_path):
+    """Before any training, patches of a prompted image have the tokens of the coloured image."""
+    script = importlib.import_module("adapt_black_box")
+    rows = datasets.Dataset.from_dict(
+        {"image": images(4), "label": [0, 1, 0, 1]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}),
+    )
+    model = tiny_vit(image_size=32)
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    start = make_candidates(32)["red"]
+    options = argparse.Namespace(open_copy=str(tmp_path), image_size=32, epochs=0, batch_size=2, learning_rate=0.001)
+    trained = script.train(form, start, rows, options)
+    projection = model.vit.embeddings.patch_embeddings.projection
+    with torch.no_grad():
+        tokens = [projection(prompter.pixel_values(images(4))) for prompter in (trained, start)]
+        unchanged = projection(trained.pixel_values(images(1)) * 0)
+    assert (tokens[0] - tokens[1]).abs().max() < 0.02 * (tokens[1] - unchanged).abs().max()
