@@ -44,11 +44,11 @@ $(VENV)/browser-installed: $(VENV)/installed
 test-browser: $(VENV)/browser-installed
 	$(RUN) -m pytest tests/test_space_browser.py
 
-# A real embedding server, whose requirements exclude this package's, in an environment of its own.
+# Real servers, whose requirements exclude this package's, in an environment of their own.
 SERVERS := .venv-servers
 $(SERVERS)/installed: Makefile
 	$(PYTHON) -m venv $(SERVERS)
-	$(SERVERS)/bin/python -m pip install --quiet 'infinity-emb[server]==0.0.78' 'transformers<4.49' torch aiohttp pillow
+	$(SERVERS)/bin/python -m pip install --quiet 'infinity-emb[server]==0.0.78' 'transformers<4.49' torch aiohttp pillow 'litserve==0.2.19'
 	touch $@
 
 test-servers: $(VENV)/installed $(SERVERS)/installed

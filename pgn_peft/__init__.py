@@ -5,7 +5,7 @@ Importing this package registers `PGNConfig` with PEFT, for `peft.get_peft_model
 
 from importlib.util import find_spec
 
-from pgn_peft.prompter import ImagePrompter, frequency_mapping
+from pgn_peft.prompter import ImagePrompter, Views, adapt_black_box, frequency_mapping
 from pgn_peft.version import __version__
 
 __all__ = [
@@ -16,7 +16,9 @@ __all__ = [
     "ModelCardInfo",
     "PGNConfig",
     "PGNModel",
+    "Views",
     "__version__",
+    "adapt_black_box",
     "embed_texts",
     "frequency_mapping",
     "load_classifier",

@@ -282,7 +282,7 @@ def figures_of(name):
     return {f"{number:.3f}" for number in found}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/evidence.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/deploy.md", "docs/evidence.md"])
 def test_every_figure_of_a_table_is_in_the_rows_that_its_section_names(page):
     missing, checked = [], 0
     for title, names, tables in sections(page):

@@ -31,6 +31,7 @@ ANY = (1e-9, 1e9)  # what depends on the machine: a time, or a ratio of times
 
 # script -> what its smoke mode prints in the end, and the bounds of the figure in it
 FIGURES = {
+    "adapt_black_box": (f"test accuracy {NUMBER}", 1, 1),
     "demo": (f"test accuracy of PGN {NUMBER}", 0.2, 1),  # guessing gives 0.1
     "deploy_input_only": (f"accuracy prompted {NUMBER}", 1, 1),
     "import_official": (f"largest difference between the adapter's prompts and the network's: {NUMBER}", 0, 0),
@@ -40,6 +41,7 @@ FIGURES = {
     "train_image_classifier": (f"test accuracy {NUMBER}", 1, 1),
     "adaptation": (rf"\| full fine-tuning \| 23,970 \| {NUMBER} \(", 1, 1),
     "input_only": (rf"\| border \(VP\) \| 1,410 \| {NUMBER} \(", 1, 1),  # as PNG
+    "black_box": (rf"\| embedding \| PNG \| 1 \| 1.000 \| {NUMBER} \|", 1, 1),
     "inversion": (rf"\| 8-bit \| 1.000 \| {NUMBER} \|", 1, 1),
     "memory": (r"\| method \| tiny, batch (\d+), float32 \|", 8, 8),  # peaks need processes of their own
     "report": (rf"\| \*\*PGN\*\* \| 456,698 to 474,068 \| {NUMBER} ", 0.871, 0.871),  # of recorded results

@@ -1,4 +1,4 @@
-"""Embeddings of a real server, which `make test-servers` installs; see the Makefile."""
+"""Real servers, which `make test-servers` installs: embeddings of infinity-emb, scores of LitServe."""
 
 import base64
 import io
@@ -8,16 +8,23 @@ import socket
 import subprocess
 import time
 import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import HANG, move_adapter, tiny_config
+from adapt_black_box import embedding_of, scores_of
+from conftest import HANG, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection, ViTImageProcessor
 
-from pgn_peft import make_prompter
+from pgn_peft import Views, adapt_black_box, make_prompter
+from pgn_peft.prompter import Calls
+from pgn_peft.prompter.black_box import plan_rungs
+from pgn_peft.prompter.calls import encode
 
 INFINITY = os.environ.get("INFINITY")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not INFINITY, reason="`make test-servers` sets INFINITY")]
@@ -48,15 +55,22 @@ def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server") / "clip"
     folder.mkdir()
     save_clip(folder)
+    command = [INFINITY, "v2", "--model-id", folder, "--engine", "torch", "--device", "cpu", "--host", "127.0.0.1"]
+    command += ["--no-bettertransformer", "--no-model-warmup", "--served-model-name", "clip", "--port"]
+    with running(command, folder.parent / "log") as url:
+        yield folder, f"{url}/embeddings"
+
+
+@contextmanager
+def running(command, log):
+    """Run a server whose last argument is its port; yield its address when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [INFINITY, "v2", "--model-id", folder, "--engine", "torch", "--device", "cpu", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--no-bettertransformer", "--no-model-warmup", "--served-model-name", "clip"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (folder.parent / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    with log.open("wb") as output:
+        process = subprocess.Popen([*map(str, command), str(port)], env=environment, stdout=output, stderr=output)
     try:
         end = time.monotonic() + HANG
         while True:
@@ -64,11 +78,11 @@ def clip(tmp_path_factory):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             except OSError:
-                said = (folder.parent / "log").read_text(encoding="utf-8", errors="replace")
+                said = log.read_text(encoding="utf-8", errors="replace")
                 assert process.poll() is None, said
                 assert time.monotonic() < end, said
                 time.sleep(0.5)
-        yield folder, f"http://127.0.0.1:{port}/embeddings"
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
@@ -113,3 +127,38 @@ def test_a_real_server_gives_prompted_images_the_embeddings_of_the_adapted_model
     prompter.use_texts(texts, {0: "river", 1: "forest", 2: "sea"})
     expected = 100 * plain @ torch.nn.functional.normalize(texts, dim=-1).mT
     assert (prompter.classify(found) - expected).abs().max() < 1e-3
+
+
+def coloured(number):
+    """Images of two classes, which differ in hue; and their labels."""
+    random = np.random.default_rng(0)
+    labels = [index % 2 for index in range(number)]
+    hues = [np.array([(150, 100, 100), (100, 100, 150)][label]) for label in labels]
+    pixels = [(hue + random.integers(-30, 31, size=(40, 50, 3))).astype(np.uint8) for hue in hues]
+    return [Image.fromarray(each) for each in pixels], labels
+
+
+def check_adaptation(call, cache):
+    """Adapt by calls, read other images from the saved result, and run once more without a call."""
+    (images, labels), names = coloured(40), ["red", "blue"]
+    found = adapt_black_box(images[:30], labels[:30], Calls(call, cache), names, image_size=32)
+    assert found.calls <= plan_rungs(22, 30, 2).calls
+    found.views.save_pretrained(cache.parent / "views")
+    views = Views.from_pretrained(cache.parent / "views")
+    answers = [[call(encode(view)) for view in views(image)] for image in images[30:]]
+    assert [views.read_answers(each)[0]["label"] for each in answers] == [names[label] for label in labels[30:]]
+    again = adapt_black_box(images[:30], labels[:30], Calls(call, cache), names, image_size=32)
+    assert (again.calls, again.names) == (0, found.names)
+
+
+def test_an_embedding_server_is_adapted_by_calls_alone(clip, tmp_path):
+    check_adaptation(embedding_of(clip[1], "clip"), tmp_path / "answers.sqlite")
+
+
+def test_litserve_is_adapted_by_calls_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    tiny_vit(num_labels=20).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    command = [Path(INFINITY).with_name("python"), Path(__file__).with_name("lit_server.py"), tmp_path / "vit"]
+    with running(command, tmp_path / "log") as url:
+        check_adaptation(scores_of(f"{url}/predict", 20), tmp_path / "answers.sqlite")

@@ -28,32 +28,56 @@ def fit_ridge(features: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor
     Returns:
         Weight (M, F) and bias (M,) in float64, and the cross-validated accuracy.
     """
-    features = features.double()
-    targets = F.one_hot(labels, num_labels).double()
+    predictions, best = cross_validate(features, labels, num_labels)
+    sharpness = min(SHARPNESS, key=lambda factor: float(F.cross_entropy(factor * predictions, labels)))
+    features, targets = features.double(), F.one_hot(labels, num_labels).double()
+    weight, bias = _solve(features, targets)[best]
+    accuracy = (predictions.argmax(dim=1) == labels).double().mean()
+    return sharpness * weight, sharpness * bias, float(accuracy)
 
-    def solve(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        mean, std = features[rows].mean(dim=0), features[rows].std(dim=0)
-        std = torch.where(std > 1e-6 * std.amax(), std, torch.inf)  # a constant feature gets the weight 0
-        prior = targets[rows].mean(dim=0)
-        standardised = (features[rows] - mean) / std
-        values, directions = torch.linalg.eigh(standardised.mT @ standardised)
-        projected = directions.mT @ (standardised.mT @ (targets[rows] - prior))  # (F, M)
-        solutions = []
-        for penalty in PENALTIES:
-            weight = (directions @ (projected / (values + penalty * len(rows))[:, None])).mT / std
-            solutions.append((weight, prior - weight @ mean))
-        return solutions
+
+def cross_validate(features: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, int]:
+    """Predict each image by ridge regression on others, with the penalty for which most are right.
+
+    Args:
+        features: (N, F), finite.
+        labels: (N,) 0..M-1.
+        num_labels: M.
+
+    Returns:
+        Predictions (N, M) of the one-hot labels, and the penalty's place in `PENALTIES`.
+    """
+    features, targets = features.double(), F.one_hot(labels, num_labels).double()
 
     def predict(rows: Tensor, rest: Tensor) -> Tensor:
-        return torch.stack([features[rest] @ weight.mT + bias for weight, bias in solve(rows)], dim=1)
+        solutions = _solve(features[rows], targets[rows])
+        return torch.stack([features[rest] @ weight.mT + bias for weight, bias in solutions], dim=1)
 
     predictions = held_out(predict, labels)  # (N, number of penalties, M)
     accuracies = (predictions.argmax(dim=2) == labels[:, None]).double().mean(dim=0)
     errors = (predictions - targets[:, None]).square().mean(dim=(0, 2))
     best = max(range(len(PENALTIES)), key=lambda index: (float(accuracies[index]), -float(errors[index])))
-    sharpness = min(SHARPNESS, key=lambda factor: float(F.cross_entropy(factor * predictions[:, best], labels)))
-    weight, bias = solve(torch.arange(len(labels)))[best]
-    return sharpness * weight, sharpness * bias, float(accuracies[best])
+    return predictions[:, best], best
+
+
+def _solve(features: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Fit a weight (M, F) and a bias (M,) for each penalty."""
+    mean, std = features.mean(dim=0), features.std(dim=0)
+    std = torch.where(std > 1e-6 * std.amax(), std, torch.inf)  # a constant feature gets the weight 0
+    prior = targets.mean(dim=0)
+    standardised = (features - mean) / std
+    number, width = features.shape
+    if number < width:  # the same solution from the smaller product
+        values, directions = torch.linalg.eigh(standardised @ standardised.mT)
+        basis, projected = standardised.mT @ directions, directions.mT @ (targets - prior)
+    else:
+        values, basis = torch.linalg.eigh(standardised.mT @ standardised)
+        projected = basis.mT @ (standardised.mT @ (targets - prior))
+    solutions = []
+    for penalty in PENALTIES:
+        weight = (basis @ (projected / (values + penalty * number)[:, None])).mT / std
+        solutions.append((weight, prior - weight @ mean))
+    return solutions
 
 
 def held_out(predict: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Tensor:

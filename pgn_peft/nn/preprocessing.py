@@ -1,4 +1,4 @@
-"""The steps of an image processor in plain torch: resize, crop, normalise."""
+"""The steps of an image processor in plain torch: resize, crop, normalise; and adjustments of images."""
 
 from __future__ import annotations
 
@@ -128,3 +128,27 @@ class Preprocessing:
             top, left = max((height - crop_height) // 2, 0), max((width - crop_width) // 2, 0)
             image = image[..., top : top + crop_height, left : left + crop_width]
         return image
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """Changes of a whole image before prompts are added to it.
+
+    Args:
+        mirrored: from left to right.
+        stretched: each channel's smallest value becomes 0 and its largest 1.
+        contrast: factor of each pixel's distance from middle grey.
+    """
+
+    mirrored: bool = False
+    stretched: bool = False
+    contrast: float = 1.0
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Change pixels (B, C, H, W) in [0, 1]; the result can lie outside."""
+        if self.mirrored:
+            pixels = pixels.flip(-1)
+        if self.stretched:
+            lowest, highest = pixels.amin(dim=(-2, -1), keepdim=True), pixels.amax(dim=(-2, -1), keepdim=True)
+            pixels = (pixels - lowest) / (highest - lowest).clamp(min=1 / 255)
+        return pixels if self.contrast == 1 else (pixels - 0.5) * self.contrast + 0.5

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pgn_peft.nn.generator import PromptGenerator
 from pgn_peft.nn.layout import PromptLayout, make_layout
-from pgn_peft.nn.preprocessing import Preprocessing
+from pgn_peft.nn.preprocessing import Adjustment, Preprocessing
 from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead, ScoreHeadReport, one_to_one_head
 from pgn_peft.utils.files import compare_tensors, replacing
 from pgn_peft.utils.labels import normalize_id2label
@@ -104,6 +104,7 @@ def _read_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "layout": layout,
         "preprocessing": preprocessing,
+        "adjustment": Adjustment(**settings.get("adjustment", {})),  # files of earlier versions have none
         "library": torch.empty(*shape, *patch),
         "offsets": torch.empty(layout.num_virtual_tokens, *patch) if exact else None,
         "image_offset": torch.empty(channels, *layout.image_size) if exact else None,

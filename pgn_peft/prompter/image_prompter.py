@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,13 +21,13 @@ from pgn_peft.nn.heads import fit_ridge
 from pgn_peft.nn.images import read_images, to_8_bit, to_images
 from pgn_peft.nn.layout import PromptLayout, compose
 from pgn_peft.nn.patch_inverse import InversionReport
-from pgn_peft.nn.preprocessing import Preprocessing, normalize
+from pgn_peft.nn.preprocessing import Adjustment, Preprocessing, normalize
 from pgn_peft.prompter import files
 from pgn_peft.prompter.answers import by_label, find_scale, read_entries
 from pgn_peft.prompter.score_head import EmbeddingHead, ScoreHead, check_classes, fit_to_answers
 from pgn_peft.utils.files import find_folder
 from pgn_peft.utils.labels import normalize_id2label
-from pgn_peft.utils.markdown import CITATION, list_names, update_card_for_hub
+from pgn_peft.utils.markdown import CITATION, list_names, push_with_card
 from pgn_peft.utils.onnx import export_module
 from pgn_peft.version import __version__
 
@@ -57,6 +56,7 @@ class ImagePrompter(nn.Module):
         probe_scores: the unmodified model's scores (M,) for `probe`.
         score_head: classifies from the server's scores.
         report: accuracy of inverted prompts; None for prompts trained as pixels. It is not saved.
+        adjustment: changes the image before prompts are added; None: it does not.
     """
 
     library: Tensor
@@ -78,6 +78,7 @@ class ImagePrompter(nn.Module):
         probe_scores: Tensor | None = None,
         score_head: ScoreHead | None = None,
         report: InversionReport | None = None,
+        adjustment: Adjustment | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -92,6 +93,7 @@ class ImagePrompter(nn.Module):
         self.register_buffer("probe_scores", probe_scores)
         self.score_head = score_head
         self.report = report
+        self.adjustment = adjustment or Adjustment()
         self.num_channels = library.shape[-3]
         self.requires_grad_(False).eval()
 
@@ -111,6 +113,7 @@ class ImagePrompter(nn.Module):
         Returns:
             (B, C, H', W') of the layout's `size`; where `in_range`, in [0, 1] and rounded to 8 bits.
         """
+        pixels = self.adjustment.apply(pixels)
         if self.generator is None:
             # In the additive layout one for all patches.
             patches = self.library.expand(pixels.shape[0], self.layout.num_virtual_tokens, -1, -1, -1)
@@ -342,6 +345,7 @@ class ImagePrompter(nn.Module):
                 "num_virtual_tokens": self.layout.num_virtual_tokens,
             },
             "preprocessing": dataclasses.asdict(self.preprocessing),
+            "adjustment": dataclasses.asdict(self.adjustment),
             "generator": None if self.generator is None else self.generator.settings,
             "library_per_slot": self.library.ndim == 5,
             "in_range": self.in_range,
@@ -381,19 +385,10 @@ class ImagePrompter(nn.Module):
         Returns:
             The repository's id.
         """
-        from huggingface_hub import HfApi
+        return push_with_card(self, repo_id, private, token)
 
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            self.make_card(repo_id).save(Path(folder, "README.md"))
-            update_card_for_hub(api, repo_id, Path(folder, "README.md"))
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload prompter")
-        return repo_id
-
-    def make_card(self, repo_id: str) -> Any:
-        """Make the `huggingface_hub.ModelCard` of a repository."""
+    def make_card(self, repo_id: str, num_views: int = 1) -> Any:
+        """Make the `huggingface_hub.ModelCard` of a repository, also one of several `Views`, of which this is one."""
         from huggingface_hub import ModelCard, ModelCardData
 
         report = None if self.score_head is None else self.score_head.report
@@ -402,6 +397,7 @@ class ImagePrompter(nn.Module):
             ModelCardData(library_name="pgn-peft", pipeline_tag="image-classification", tags=tags),
             template_path=str(Path(__file__).with_name("card_template.md")),
             repo_id=repo_id,
+            num_views=num_views,
             title=repo_id.rpartition("/")[2],
             in_range=self.in_range,
             has_probe=self.probe_scores is not None,

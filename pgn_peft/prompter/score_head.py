@@ -192,24 +192,89 @@ def fit_to_answers(answers: Iterable[Iterable[Any]], labels: Sequence[int] | Ten
         ValueError: a score is not a finite number, or can be a percentage as well as a logit; a class has fewer than
             two images, or a label is out of range.
     """
-    read = [read_entries(answer) for answer in answers]
-    classes = check_classes(labels, len(read), num_labels)
-    names = sorted({label for entries in read for label, _ in entries})
-    rows = torch.stack([as_row(entries, names) for entries in read])
-    scale = find_scale([[score for _, score in entries] for entries in read], not bool(rows.isnan().any()))
-    scores = log_scores(rows, scale)
-    present = ~rows.isnan()
-    top_k = None if bool(present.all()) else int(present.sum(dim=1).max())
-    weight, bias, accuracy = fit_ridge(centred(scores), classes, num_labels)
-    heads = [ScoreHead(weight, bias, names, ScoreHeadReport("ridge", top_k, accuracy=accuracy), scale)]
-    if scale in ("softmax", "percent"):
-        weight, accuracy = fit_label_mapping(scores.exp().nan_to_num(nan=0.0), classes, num_labels)
-        report = ScoreHeadReport("mapping", top_k, accuracy=accuracy)
-        heads.append(ScoreHead(weight, torch.zeros(num_labels), names, report, scale))
+    table = ScoreTable.read(answers)
+    classes = check_classes(labels, len(table.scores), num_labels)
+    weight, bias, accuracy = fit_ridge(table.features, classes, num_labels)
+    heads = [table.make_head("ridge", weight, bias, accuracy)]
+    if table.probabilities is not None:
+        weight, predicted = fit_label_mapping(table.probabilities, classes, num_labels)
+        accuracy = float((predicted.argmax(1) == classes).double().mean())
+        heads.append(table.make_head("mapping", weight, torch.zeros(num_labels), accuracy))
     return max(heads, key=lambda head: head.report.accuracy or 0.0)
 
 
-def fit_label_mapping(probabilities: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, float]:
+@dataclass(frozen=True)
+class ScoreTable:
+    """A server's answers to several images.
+
+    Args:
+        labels: the K names of the classes in them.
+        scores: (N, K) `log_scores`, NaN where a score is missing.
+        scale: what the scores are, see `find_scale`.
+        top_k: scores in an answer; None: each has those of all K classes.
+    """
+
+    labels: list[str]
+    scores: Tensor
+    scale: str
+    top_k: int | None
+
+    @classmethod
+    def read(cls, answers: Iterable[Iterable[Any]]) -> ScoreTable:
+        """Read answers, each for one image; see `read_entries`."""
+        read = [read_entries(answer) for answer in answers]
+        labels = sorted({label for entries in read for label, _ in entries})
+        rows = torch.stack([as_row(entries, labels) for entries in read])
+        present = ~rows.isnan()
+        complete = bool(present.all())
+        scale = find_scale([[score for _, score in entries] for entries in read], complete)
+        return cls(labels, log_scores(rows, scale), scale, None if complete else int(present.sum(dim=1).max()))
+
+    @property
+    def features(self) -> Tensor:
+        """What ridge regression reads: (N, K)."""
+        return centred(self.scores)
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        """What label mapping reads: (N, K), 0 where a score is missing; None if the scores do not sum to 1."""
+        return self.scores.exp().nan_to_num(nan=0.0) if self.scale in ("softmax", "percent") else None
+
+    def make_head(self, kind: str, weight: Tensor, bias: Tensor, accuracy: float) -> ScoreHead:
+        """Make a head with a weight (M, K) and a bias (M,) for such answers."""
+        return ScoreHead(weight, bias, self.labels, ScoreHeadReport(kind, self.top_k, accuracy=accuracy), self.scale)
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """A server's embeddings of several images.
+
+    Args:
+        features: (N, D), of length 1, which is what ridge regression reads.
+    """
+
+    features: Tensor
+    probabilities: None = None  # a mapping needs scores
+
+    def make_head(self, kind: str, weight: Tensor, bias: Tensor, accuracy: float) -> EmbeddingHead:
+        """Make a head with a weight (M, D) and a bias (M,), as `ScoreTable` does."""
+        return EmbeddingHead.of(weight, bias)
+
+
+def is_embedding(answer: Any) -> bool:
+    """Whether an answer is an embedding, and not entries with `label` and `score`."""
+    return isinstance(answer, Tensor) or isinstance(answer[0], (int, float))
+
+
+def read_table(answers: Sequence[Any]) -> ScoreTable | EmbeddingTable:
+    """Read answers to several images, all entries with `label` and `score` or all embeddings."""
+    if not is_embedding(answers[0]):
+        return ScoreTable.read(answers)
+    embeddings = torch.stack([torch.as_tensor(answer, dtype=torch.float64) for answer in answers])
+    return EmbeddingTable(F.normalize(embeddings, dim=-1))
+
+
+def fit_label_mapping(probabilities: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
     """Fit a Bayesian label mapping: a score of the task's class is the weighted sum of all scores.
 
     Args:
@@ -218,7 +283,7 @@ def fit_label_mapping(probabilities: Tensor, labels: Tensor, num_labels: int) ->
         num_labels: M.
 
     Returns:
-        The weights (M, K), rows of which sum to 1, and the cross-validated accuracy.
+        The weights (M, K), rows of which sum to 1, and scores (N, M) of each image by weights of others.
 
     Source: BLM+ of Cai et al., "Bayesian-guided Label Mapping for Visual Reprogramming", NeurIPS 2024,
     arXiv:2410.24018; `blmpp_reweight_matrix` in `mapping.py` of the official code.
@@ -232,7 +297,7 @@ def fit_label_mapping(probabilities: Tensor, labels: Tensor, num_labels: int) ->
         return conditional / conditional.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
     predicted = held_out(lambda rows, rest: probabilities[rest] @ weigh(rows).mT, labels)
-    return weigh(torch.arange(len(labels))), float((predicted.argmax(1) == labels).double().mean())
+    return weigh(torch.arange(len(labels))), predicted
 
 
 def frequency_mapping(

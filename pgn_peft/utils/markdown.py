@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,24 @@ def update_card_for_hub(api: Any, repo_id: str, file: Path, revision: str | None
     if api.file_exists(repo_id, "README.md", revision=revision):
         existing = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8-sig")
     file.write_text(update_card(file.read_text(encoding="utf-8"), existing), encoding="utf-8")
+
+
+def push_with_card(made: Any, repo_id: str, private: bool | None, token: str | None) -> str:
+    """Publish what `made.save_pretrained` writes, with the card of `made.make_card`, in one commit.
+
+    Returns:
+        The repository's id.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        made.make_card(repo_id).save(Path(folder, "README.md"))
+        update_card_for_hub(api, repo_id, Path(folder, "README.md"))
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload prompter")
+    return repo_id
 
 
 def list_names(id2label: Mapping[int, str] | None) -> str:
