@@ -1,7 +1,7 @@
 """PGNConfig: impossible values are refused by name, what is left out is filled in, and JSON keeps all of it."""
 
 import pytest
-from conftest import edit_json, refused, tiny_config, tiny_vit
+from conftest import PIXEL, edit_json, refused, tiny_config, tiny_vit
 from peft import PeftConfig, get_peft_model
 
 from pgn_peft import PGNConfig
@@ -60,7 +60,12 @@ def test_what_is_left_out_follows_from_what_is_given():
 
     assert (resolved().static_prompts, resolved().mixing_init_std) == (True, 4.0)
     assert resolved(generator="static").static_prompts is False
-    assert (resolved().prompt_dropout, resolved(prompt_depth="all").prompt_dropout) == (0.0, 0.5)
+    assert (resolved().prompt_depth, resolved().prompt_dropout, resolved().pooled_prompts) == (2, 0.5, True)
+    first = resolved(prompt_depth=1)
+    assert (first.prompt_depth, first.prompt_dropout, first.pooled_prompts) == (1, 0.0, False)
+    for fields in ({"prompt_layout": "append"}, PIXEL, {"head": "text", "num_labels": 2}):
+        model = tiny_vit("CLIPVisionModelWithProjection") if "head" in fields else tiny_vit()
+        assert resolve(PGNConfig(**fields), model).prompt_depth == 1
     assert resolved(generator="static", prompt_depth="all").prompt_dropout == 0.0
     assert resolved(prompt_depth="all", prompt_dropout=0).prompt_dropout == 0
     official = resolved(static_prompts=False, mixing_init_std=0)
