@@ -457,6 +457,26 @@ def test_a_server_answers_whatever_it_is_sent(material, server):
         assert {"label", "score"} == json.load(reply)[0].keys()
 
 
+def test_the_images_decide_on_the_method(material, tmp_path, capsys):
+    command = with_output(material[1], tmp_path / "adapter", "--method", "auto")
+    results = train(command)
+    printed = capsys.readouterr().out
+    assert "8 validation images decide nothing below 35 points" in printed
+    assert results["chosen"] == "linear head"  # red and blue images
+    assert results["test_accuracy"] == 1
+    assert [found["name"] for found in results["methods"]][:2] == ["linear head", "untrained prompts"]
+    assert json.loads((tmp_path / "adapter/results.json").read_text()) == results
+    assert (tmp_path / "adapter/methods.png").stat().st_size > 5000
+    assert "| **linear head** | 1.000 ± 0.0" in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
+    image = next((material[0] / "images/red").iterdir())
+    assert load_classifier(tmp_path / "adapter").pipeline()(str(image))[0]["label"] == "red"
+    before = (tmp_path / "adapter/ladder/ladder.json").read_bytes()
+    train(command)  # goes on from the results that are there
+    assert (tmp_path / "adapter/ladder/ladder.json").read_bytes() == before
+    with pytest.raises(ValueError, match="other seed"):
+        train(command, "--seed", "7")
+
+
 @pytest.mark.slow
 def test_an_adapter_is_continued_with_other_classes(finished, material, tmp_path, capsys):
     """`ignore_mismatched_sizes=True` would start the rows of all classes anew."""

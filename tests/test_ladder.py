@@ -185,7 +185,7 @@ def test_the_rate_is_chosen_by_successive_halving(tmp_path):
         (rates[1], 100, 60),
     ]
     assert found.accuracy == pytest.approx(0.8)
-    assert found.choice.startswith("100 of 100 steps, rate 0.003, best of 3")
+    assert found.choice.startswith("100 of 100 steps, rate 0.001, best of 3")
 
 
 def test_without_validation_images_every_image_is_predicted_once(tmp_path):

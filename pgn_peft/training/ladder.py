@@ -74,8 +74,7 @@ class RungResult:
 class Ladder:
     """Tries one method after the other on a user's images: from a linear head to all of the model's weights.
 
-    Each rung starts from the best one below it: the head from ridge regression, trained prompts from the untrained
-    ones that cross-validation chose. Learning rate and start are chosen by successive halving, on the images that the
+    Trained prompts start from the untrained ones that cross-validation chose. Learning rate and start are chosen by successive halving, on the images that the
     rungs are compared on, so that all accuracies are slightly optimistic. After training, a head that is fitted to the
     final features in closed form replaces the trained one if it is right more often.
 
@@ -285,14 +284,13 @@ class Ladder:
         return self._finish(rung, final.model, refitted if is_better else kept, choice)
 
     def _starts(self, rung: Rung) -> list[Start | None]:
-        """Return what a rung can start from: the chosen untrained prompts for as many layers."""
+        """Return what a rung can start from: the chosen untrained prompts for as many layers; None: its own start."""
         if rung.changes_weights:
             return [None]
         below = next(result for result in self.results if result.name == UNTRAINED.name).settings
-        starts = [Start(**below["first"])]
-        if rung.fields["prompt_depth"] == "all" and below["best"]["depth"] == "all":
-            starts.append(Start(**below["best"]))
-        return list(starts)
+        if rung.fields["prompt_depth"] == 1:
+            return [Start(**below["first"])]
+        return [None, Start(**below["best"])] if below["best"]["depth"] == "all" else [None]
 
     def _training_features(self, rung: Rung, start: Start | None) -> Tensor:
         """Compute features (N, F) of the training images, and note their labels and the time."""
