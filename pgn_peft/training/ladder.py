@@ -74,9 +74,10 @@ class RungResult:
 class Ladder:
     """Tries one method after the other on a user's images: from a linear head to all of the model's weights.
 
-    Trained prompts start from the untrained ones that cross-validation chose. Learning rate and start are chosen by successive halving, on the images that the
-    rungs are compared on, so that all accuracies are slightly optimistic. After training, a head that is fitted to the
-    final features in closed form replaces the trained one if it is right more often.
+    Trained prompts start from the untrained ones that cross-validation chose. Learning rate and start are chosen by
+    successive halving, on the images that the rungs are compared on, so that all accuracies are slightly optimistic.
+    After training, a head that is fitted to the final features in closed form replaces the trained one if it is right
+    more often.
 
     Args:
         make_model: returns the frozen model, a new one in each call.
