@@ -28,6 +28,7 @@ from transformers import ViTImageProcessor
 
 import pgn_peft
 from pgn_peft import Classifier, PGNConfig
+from pgn_peft.training import ladder
 from pgn_peft.tuner.config import own_fields
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +69,8 @@ def run(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": n % 3} for n in range(6)]
     monkeypatch.setattr(transformers.TrainingArguments, "num_train_epochs", 1)
+    for name in ("EPOCHS", "FEWEST_STEPS", "SHORTEST"):
+        monkeypatch.setattr(ladder, name, 1)
     monkeypatch.setattr(urllib.request, "urlopen", answer_with_embeddings)
     server = transformers.pipeline("image-classification", model="vit")
     adapted = get_peft_model(tiny_vit(num_labels=1000).from_pretrained("vit"), PGNConfig(num_labels=3))
@@ -80,6 +83,7 @@ def run(tmp_path, monkeypatch):
         names |= {"train_batches": [batch], "eval_batches": [batch]}
         names |= {"train_images": [Image.new("RGB", (40, 30), (40 * n, 99, 0)) for n in range(6)]}
         names |= {"labels": torch.tensor([row["labels"] for row in rows]), "text_embeds": torch.eye(3, 512)}
+        names |= {"validation": rows, "make_model": lambda: tiny_vit(num_labels=1000)}
         code = "\n".join(blocks(page, "python"))
         for checkpoint, stand_in in STAND_INS.items():
             code = code.replace(checkpoint, stand_in)
@@ -112,6 +116,8 @@ OUTCOMES = {
         and {group["lr"] for group in names["groups"]} == {1e-3, 1e-2, 3e-3}
         and 0 <= names["probe"].linear <= 1
         and names["logits"].shape == (6, 3)
+        and len(names["ladder"].results) == 6
+        and 0 <= names["result"].accuracy <= 1
     ),
 }
 
