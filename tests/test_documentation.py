@@ -117,7 +117,7 @@ OUTCOMES = {
         and 0 <= names["probe"].linear <= 1
         and names["logits"].shape == (6, 3)
         and len(names["ladder"].results) == 6
-        and 0 <= names["result"].accuracy <= 1
+        and 0 <= names["ladder"].chosen.accuracy <= 1
     ),
 }
 
