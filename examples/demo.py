@@ -1,14 +1,14 @@
-"""A demonstration in two minutes, offline: a frozen Vision Transformer learns a new domain through generated prompts.
+"""A demonstration in two minutes, offline: generated prompts adapt a frozen Vision Transformer to a new domain.
 
     python examples/demo.py
 
 A tiny ViT is trained on scikit-learn's digits and frozen. It fails on the same digits inverted, turned by 90 degrees
-and put on a noisy background; PGN adapts it to them without changing its weights. A linear probe, static prompts (the
-same for every image) and full fine-tuning are compared, each with its learning rate chosen on validation. The adapter
-is saved, loaded in a new process and compared, and a picture shows which library tokens a few images use.
+and on a noisy background; PGN adapts it to them without changing its weights. The script compares PGN with a linear
+probe, static prompts (the same for every image) and full fine-tuning; each learning rate is chosen on validation. It
+saves the adapter, loads it in a new process, compares the logits, and draws which library tokens a few images use.
 
-Prints a table and ends with the accuracy of PGN on the test images. `--smoke` does all of it in a few seconds, with
-too little training for a good figure. It needs space/digits.py beside it.
+It prints a table and ends with PGN's accuracy on the test images. `--smoke` does the same in a few seconds, with too
+little training for a good accuracy. It needs space/digits.py beside it.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ METHODS = {
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Answer for many images."""
+    """Compute the logits of many images, in batches."""
     return torch.cat([model(batch).logits for batch in images.split(256)])
 
 
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Return the share of right answers."""
+    """Return the accuracy on images and labels."""
     return (logits_of(model, data[0]).argmax(dim=-1) == data[1]).float().mean().item()
 
 
 def fit(model: nn.Module, parameters: Iterable, data: tuple[Tensor, Tensor], rate: float, epochs: int, name: str):
-    """Train with a bar that shows the progress."""
+    """Train with a progress bar."""
     with tqdm(total=epochs, desc=name, leave=False, disable=None) as progress:
         train(model, parameters, data, rate, epochs, progress.update)
 
@@ -87,7 +87,7 @@ def adapt(method: str, base: Path, digits: Digits, rate: float, epochs: int) -> 
 
 
 def check_in_new_process(model: PeftModel, base: Path, folder: Path, images: Tensor) -> None:
-    """Save the adapter, load it in another process, and stop if the logits differ by more than rounding."""
+    """Save the adapter, load it in a new process, and stop if the logits differ by more than rounding errors."""
     model.save_pretrained(folder / "adapter")
     save_file({"pixel_values": images.contiguous()}, folder / "images.safetensors")
     code = """
@@ -104,7 +104,7 @@ with torch.no_grad():
     subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True, capture_output=True)
     with torch.no_grad():
         here = model(images).logits
-    # Loaded weights lie at other addresses in memory, and some CPUs then add in another order.
+    # Loaded weights have other addresses in memory, and some CPUs then add in another order.
     difference = ((load_file(paths[-1])["logits"] - here).abs().max() / here.abs().max()).item()
     if not difference < 1e-5:
         raise SystemExit(f"in a new process the adapter's logits differ by {difference:.1e} of the largest")
@@ -115,7 +115,7 @@ with torch.no_grad():
 
 @torch.no_grad()
 def draw(model: PeftModel, digits: Digits, file: Path) -> None:
-    """Draw one test image per class beside how much of each library token its prompts are made of."""
+    """Draw one test image per class, with the share of each library token in its prompts."""
     images, labels = digits.turned["test"]
     chosen = torch.stack([(labels == label).nonzero()[0, 0] for label in range(10)])
     layer = model.get_base_model().vit.embeddings
@@ -135,7 +135,7 @@ def draw(model: PeftModel, digits: Digits, file: Path) -> None:
         right.yaxis.label.set(rotation=0, ha="right", va="center")
         right.spines["left"].set_visible(False)
     rows[0, 1].set_title(
-        "share of each library token in the prompts of an image, the three largest named", fontsize=10
+        "share of each library token in the prompts of an image, with the three largest labelled", fontsize=10
     )
     rows[-1, 1].set_xlabel("library token")
     figure.savefig(file)

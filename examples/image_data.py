@@ -1,4 +1,4 @@
-"""Images for the examples: from a folder, parquet files or the Hub to splits, and from splits to `pixel_values`.
+"""Image data of the examples: loads a folder, parquet files or a Hub data set, and converts images to `pixel_values`.
 
 `load_splits(DataArguments("path/to/images"))` returns images and labels; after `add_transforms(splits, processor)`
 each row has `pixel_values` and `labels`.
@@ -36,7 +36,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of the form
 LISTED = 10  # names in a message
 
 # The twelve data sets of the paper: id on the Hub, configuration, column with the classes. Subsets of EuroSAT and
-# CIFAR-100 have been run; the others were read off their pages.
+# CIFAR-100 have been run; the other entries come from the pages of the data sets.
 PAPER = {
     "cifar100": ("uoft-cs/cifar100", None, "fine_label"),
     "cifar10": ("uoft-cs/cifar10", None, "label"),
@@ -74,7 +74,7 @@ class DataArguments:
         metadata={"help": "A folder of images or of parquet files, an id on the Hub, or a name in PAPER."}
     )
     image_column: str | None = field(
-        default=None, metadata={"help": "Column with the images; by default the only one that holds images."}
+        default=None, metadata={"help": "Column with the images; by default the only column of images."}
     )
     label_column: str | None = field(default=None, metadata={"help": "Column with the classes; by default 'label'."})
     max_train_samples: int | None = field(
@@ -92,15 +92,15 @@ class DataArguments:
 
 @dataclass
 class UprightImage(Image):
-    """A column of images, read as upright RGB ones of 8-bit pixels: see `pgn_peft.nn.images.convert_image`.
+    """A column of images, read as upright 8-bit RGB images; see `pgn_peft.nn.images.convert_image`.
 
-    `datasets.Image(mode="RGB")` clips wider pixels at 255, and its errors do not name the image.
+    `datasets.Image(mode="RGB")` clips 16-bit pixels at 255, and its errors do not name the image.
     """
 
     _type: str = field(default="UprightImage", init=False, repr=False)
 
     def decode_example(self, value: Any, token_per_repo_id: dict[str, Any] | None = None) -> Any:
-        """Open an encoded image, a dictionary with `path` or `bytes`; return a decoded one as it is."""
+        """Open an encoded image, a dictionary with `path` or `bytes`; return a decoded one unchanged."""
         if not isinstance(value, dict):
             return value
         path, content = value["path"], value["bytes"]
@@ -115,7 +115,7 @@ with warnings.catch_warnings():
 
 
 def say(message: str) -> None:
-    """Print a message, in one of several processes only."""
+    """Print a message, in the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(message, flush=True)
 
@@ -137,9 +137,9 @@ def load_splits(arguments: DataArguments, seed: int = 0, validation: float = 0.1
 
     Args:
         arguments: what to load.
-        seed: of the choice of images for splits that are missing.
-        validation: share of the training images for validation, where there is no such split.
-        test: likewise for test, where there is neither.
+        seed: seed of the random choice of images for missing splits.
+        validation: share of the training images to use for validation, if there is no such split.
+        test: the same for test, if there is neither split.
 
     Returns:
         The splits. `label` is a `ClassLabel`, or a list of them where an image has several labels.
@@ -166,7 +166,7 @@ def load_splits(arguments: DataArguments, seed: int = 0, validation: float = 0.1
 def add_missing_splits(
     splits: dict[str, Dataset], seed: int = 0, validation: float = 0.1, test: float = 0.1
 ) -> DatasetDict:
-    """Check the classes of splits, and split validation and test off the training images where they are missing."""
+    """Check the classes of splits, and split validation and test off the training images if they are missing."""
     check_classes(splits)
     splits = DatasetDict(splits)
     if "validation" not in splits:
@@ -191,18 +191,18 @@ def read_source(source: str) -> dict[str, Dataset]:
 
 
 def read_parquet(folder: Path) -> dict[str, Dataset]:
-    """Open the parquet files of a folder, which are called after their splits; nothing if there are none."""
+    """Open the parquet files of a folder, which are named after their splits; empty if there are none."""
     files: dict[str, list[str]] = {}
     for file in list_files(folder):
         if file.suffix == ".parquet" and file.name not in METADATA:
-            split = re.sub(r"-\d{5}-of-\d{5}.*", "", file.stem)  # as data sets are cut on the Hub
+            split = re.sub(r"-\d{5}-of-\d{5}.*", "", file.stem)  # shards, as on the Hub
             files.setdefault(split, []).append(glob.escape(str(file)))
-    # Each split by itself: together, all would get the class names of the first.
+    # One by one: loaded together, all splits would get the class names of the first.
     return {split: load_dataset("parquet", data_files=names, split="train") for split, names in files.items()}
 
 
 def read_folder(folder: Path) -> dict[str, Dataset]:
-    """Open a folder of images: see `find_classes`. Prints what was understood, and what is left out."""
+    """Open a folder of images; see `find_classes`. Prints the splits and classes, and what is left out."""
     files = list_files(folder)
     if any(file.name in METADATA for file in files):
         return load_dataset("imagefolder", data_files=f"{glob.escape(str(folder))}/**")
@@ -232,15 +232,15 @@ def make_rows(images: list[Any], found: dict[str, dict[str, list[int]]]) -> dict
 def find_classes(paths: list[PurePath]) -> dict[str, dict[str, list[int]]]:
     """Find splits and classes in the paths of images.
 
-    A folder that holds all others does not count. Then a folder is a split if it is called train, validation (val,
-    valid, dev) or test, and has its images in subfolders; all folders must be splits then. Otherwise each folder is a
-    class, whatever it is called, with the images in its own subfolders.
+    A folder that contains all others is skipped. A folder is a split if it is called train, validation (val, valid,
+    dev) or test, and has its images in subfolders; then all folders must be splits. Otherwise each folder is a class,
+    whatever its name, and images in its subfolders belong to it.
 
     Args:
-        paths: relative, of images only.
+        paths: relative paths of images.
 
     Returns:
-        For each split, for each class, the places of its images in `paths`.
+        For each split, for each class, the indices of its images in `paths`.
 
     Raises:
         ValueError: there are no folders, or it is not clear whether a folder is a class or a split.
@@ -270,7 +270,7 @@ def find_classes(paths: list[PurePath]) -> dict[str, dict[str, list[int]]]:
 
 
 def _check_splits(folders: dict[str, str | None], deep: list[str], direct: list[tuple[str, ...]]) -> None:
-    """Refuse folders of which only some are splits, or several the same one."""
+    """Raise a ValueError if only some of the folders are splits, or several are the same split."""
     others = [name for name, split in folders.items() if split is None]
     if others:
         reason = f"{deep[0]!r} looks like a split, and {others[0]!r} beside it does not"
@@ -289,9 +289,9 @@ def _check_splits(folders: dict[str, str | None], deep: list[str], direct: list[
 
 
 def normalise_names(names: list[str]) -> list[str]:
-    """Write names of classes in one form of Unicode (NFC): "é" is one character or two, by system and program.
+    """Convert names of classes to one form of Unicode (NFC): systems differ in writing "é" as one or two characters.
 
-    Prints which names are one class that was spelt in both forms.
+    Prints the names that occur in both forms, which become one class.
     """
     composed = [unicodedata.normalize("NFC", name) for name in names]
     spellings: dict[str, set[str]] = {}
@@ -303,7 +303,7 @@ def normalise_names(names: list[str]) -> list[str]:
 
 
 def name_splits(splits: dict[str, Dataset], dataset: str) -> dict[str, Dataset]:
-    """Give the splits the names train, validation and test, and leave others out."""
+    """Rename the splits to train, validation and test, and leave others out."""
     for name in SPLIT_NAMES["validation"]:
         if name in splits and "validation" not in splits:
             splits["validation"] = splits.pop(name)
@@ -315,7 +315,7 @@ def name_splits(splits: dict[str, Dataset], dataset: str) -> dict[str, Dataset]:
 
 
 def name_columns(rows: Dataset, image_column: str | None, label_column: str) -> Dataset:
-    """Give a split's columns the names `image`, read as upright RGB, and `label`."""
+    """Rename a split's columns to `image`, which is read as upright RGB, and `label`."""
     images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     image_column = image_column or (images[0] if len(images) == 1 else "image")
     for argument, column in {"image_column": image_column, "label_column": label_column}.items():
@@ -328,10 +328,10 @@ def name_columns(rows: Dataset, image_column: str | None, label_column: str) -> 
 
 
 def number_classes(splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Number the classes of all splits together: in the order of the training split's list, or else sorted.
+    """Number the classes of all splits together, in the order of the training split's class list, or else sorted.
 
-    Labels that are lists stay lists: of an image that has several. A split other than train that has no labels at all
-    is left out: that of a competition.
+    Lists of labels, of images that have several, stay lists. Splits other than train without any labels, such as the
+    test split of a competition, are left out.
     """
     labels = {name: _read_labels(rows) for name, rows in splits.items()}
     if bare := [name for name, column in labels.items() if name != "train" and all(row is None for row in column)]:
@@ -374,9 +374,9 @@ def _read_labels(rows: Dataset) -> list[list[Any] | None]:
 
 
 def check_classes(splits: dict[str, Dataset]) -> None:
-    """Check that every image has a class, and that the training images show all classes that others have.
+    """Check that every image has a class, and that the training images include all classes of the other splits.
 
-    Prints which classes a split has no images of.
+    Prints the classes without images in a split.
     """
     names = class_names(splits["train"])
     trained: set[int] = set()
@@ -395,7 +395,7 @@ def check_classes(splits: dict[str, Dataset]) -> None:
 
 
 def spread(rows: Dataset, seed: int) -> np.ndarray:
-    """Return all rows in an order whose first n hold the same share of each class, for any n, and each class first."""
+    """Return an order of the rows that begins with each class, and whose first n are stratified by class for any n."""
     several = isinstance(rows.features["label"], List)
     labels = np.zeros(len(rows), int) if several else np.array(rows["label"])
     order = np.random.default_rng(seed).permutation(len(rows))
@@ -407,7 +407,7 @@ def spread(rows: Dataset, seed: int) -> np.ndarray:
 
 
 def divide(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off a share of the images, the same of each class, and of each class one at least."""
+    """Split off a share of the images, stratified by class, with at least one image of each class."""
     several, names = isinstance(rows.features["label"], List), class_names(rows)
     number = max(1 if several else len(set(rows["label"])), round(share * len(rows)))
     order = spread(rows, seed)
@@ -421,13 +421,13 @@ def divide(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def check_images(splits: DatasetDict) -> None:
-    """Look for images that cannot be read before a run depends on them.
+    """Find images that cannot be read, before training.
 
-    Headers are checked in all splits. Images of validation and test are decoded too, since a run meets the first
-    of them after an epoch. A damaged training image ends the first epoch, with its name.
+    Headers are checked in all splits. Images of validation and test are also decoded, because a run reads them only
+    after an epoch. A damaged training image stops the first epoch with an error that names it.
 
     Raises:
-        ValueError: there are such images; the message names them.
+        ValueError: an image cannot be read; the message names it.
     """
     bad = []
     for split, rows in splits.items():
@@ -449,7 +449,7 @@ def check_images(splits: DatasetDict) -> None:
 
 
 def load_processor(model_name_or_path: str, image_size: int | None = None, revision: str | None = None) -> Any:
-    """Load the model's image processor, set to another image size if asked for."""
+    """Load the model's image processor, and set another image size if one is given."""
     processor = plain_processor(AutoImageProcessor.from_pretrained(model_name_or_path, revision=revision))
     if image_size is not None:
         square = {"height": image_size, "width": image_size}
@@ -461,12 +461,12 @@ def load_processor(model_name_or_path: str, image_size: int | None = None, revis
 
 @dataclass(frozen=True)
 class Transform:
-    """Rows of images and labels to those of a batch. Can be pickled, for a loader's workers.
+    """Convert rows of images and labels to tensors. Can be pickled, for a data loader's workers.
 
     Args:
         processor: image processor of the model.
         augmentation: a key of `AUGMENTATIONS`.
-        num_labels: of images with several labels each; None: they have one.
+        num_labels: number of classes, if images have several labels; None: they have one.
     """
 
     processor: Any
@@ -474,7 +474,7 @@ class Transform:
     num_labels: int | None = None
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
-        """Turn lists `image` and `label` into `pixel_values` (B, C, H, W), normalised, and `labels`."""
+        """Convert the lists `image` and `label` to `pixel_values` (B, C, H, W), normalised, and `labels`."""
         images = [AUGMENTATIONS[self.augmentation](UprightImage().decode_example(row)) for row in rows["image"]]
         labels = rows["label"]
         if self.num_labels is not None:
@@ -484,7 +484,7 @@ class Transform:
 
 
 def add_transforms(splits: DatasetDict, processor: Any, augmentation: str = "none") -> Dataset:
-    """Let each split turn its images into `pixel_values` as they are read, the training images augmented.
+    """Let each split convert its images to `pixel_values` when they are read. Training images are augmented.
 
     Returns:
         The training images without augmentation.

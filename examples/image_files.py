@@ -1,4 +1,4 @@
-"""Image files: found in a folder, and opened as upright images of 8-bit pixels. Pillow only."""
+"""Image files: finding them in a folder, and opening them as upright images of 8-bit pixels. Pillow only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_FOLDERS_OF_IMAGES = ("__MACOSX",)
 def list_files(folder: str | Path) -> list[Path]:
     """List all files of a folder and its subfolders in order, except hidden ones.
 
-    Symbolic links are followed, whatever the folders are called. A link to a folder above itself is left out.
+    Symbolic links are followed, except links to a folder that contains them.
 
     Raises:
         OSError: a folder cannot be read.
@@ -36,12 +36,12 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
         if entry.is_dir():
             if os.path.realpath(entry) not in above:
                 yield from _walk(folder / entry.name, above)
-        elif entry.is_file() or entry.is_symlink():  # a broken link is named when it is opened
+        elif entry.is_file() or entry.is_symlink():  # opening a broken link raises an error that names it
             yield folder / entry.name
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether a file's name ends as that of an image which Pillow can open."""
+    """Whether a file has an extension of an image format that Pillow can open."""
     return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
 
 
@@ -51,28 +51,28 @@ def open_image(file: str | Path | bytes, mode: str = "RGB", name: str | None = N
     Args:
         file: the path of a file, or its content.
         mode: Pillow's name for the channels: "RGB", "L" or "RGBA".
-        name: what an error calls the image; None: the path.
+        name: the image's name in error messages; None: the path.
 
     Raises:
-        ValueError: the file is not there, is no image, is damaged, has more pixels than Pillow allows, or has pixels
-            of an unknown range.
+        ValueError: the file does not exist, is not an image, is damaged, has more pixels than Pillow allows, or has
+            pixels of an unknown range.
     """
     name = _name(file, name)
     return convert_image(_open(file, name, decode=True), mode, name)
 
 
 def check_image(file: str | Path | bytes, name: str | None = None) -> None:
-    """Check what an image's header shows, without decoding the image.
+    """Check an image's header, without decoding the image.
 
     Args:
         file: the path of a file, or its content.
-        name: what an error calls the image; None: the path.
+        name: the image's name in error messages; None: the path.
 
     Raises:
-        ValueError: as for `open_image`, except that damaged pixels are not found.
+        ValueError: as for `open_image`, except that damaged pixels are not detected.
     """
     name = _name(file, name)
-    if _open(file, name, decode=False).mode in ("I", "F"):  # these are known by their values, if at all
+    if _open(file, name, decode=False).mode in ("I", "F"):  # their range shows only in the values
         open_image(file, "L", name)
 
 
@@ -89,7 +89,7 @@ def _open(file: str | Path | bytes, name: str, decode: bool) -> Image.Image:
             if decode:
                 image.load()
         return image
-    except Exception as error:  # decoders of damaged files raise errors of many kinds
+    except Exception as error:  # decoders raise many types of errors for damaged files
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             empty = not (len(file) if isinstance(file, bytes) else os.path.getsize(file))

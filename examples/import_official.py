@@ -1,10 +1,10 @@
-"""Turn a network that was released with the paper into an adapter for the backbone that it was trained for.
+"""Convert a network that was released with the paper to an adapter for the backbone that it was trained for.
 
     python examples/import_official.py --checkpoint path/to/pgn_dino_eurosat.pt \
         --model_name_or_path facebook/dino-vits16 --num_labels 10 --output_dir outputs/dino-eurosat
 
-The file holds the prompt generator and its library, and neither the backbone nor a classification head: the adapter's
-head is new, and you train it as any other:
+The file contains the prompt generator and its library, but neither the backbone nor a classification head. The
+adapter's head is new, and is trained like any other:
 
     import pgn_peft
     from peft import PeftModel
@@ -12,17 +12,17 @@ head is new, and you train it as any other:
     base = AutoModelForImageClassification.from_pretrained("facebook/dino-vits16")
     model = PeftModel.from_pretrained(base, "outputs/dino-eurosat", is_trainable=True)
 
-Name the backbone that the network was trained for. The file does not say which, and prompts for one ViT-B/32 do not
-work on another. A network of CLIP's needs no training: with the names of its classes it becomes a classifier whose
-classes are texts, and which `pgn_peft.load_classifier` loads. The texts are those of the official code, in lower case;
-for CIFAR-100 these are "A photo of a {}", for CLEVR "This is a photo of {} objects" (`--templates`).
+Pass the backbone that the network was trained for. The file does not name it, and prompts for one ViT-B/32 do not
+work on another. Networks for CLIP need no training: with the names of its classes, a network becomes a classifier with
+texts as classes, which `pgn_peft.load_classifier` loads. Names are in lower case and the default template is the
+official code's; for CIFAR-100 pass "A photo of a {}", for CLEVR "This is a photo of {} objects" (`--templates`).
 
     python examples/import_official.py --checkpoint path/to/pgn_clip_eurosat.pt \
         --model_name_or_path openai/clip-vit-base-patch32 --labels "annual crop land" forest ... \
         --output_dir outputs/clip-eurosat
 
 Without names it becomes an adapter of `CLIPVisionModelWithProjection`, which returns `image_embeds`. Without
-`--model_name_or_path` the script only inspects the file. `--smoke` writes a tiny network as the official code does and
+`--model_name_or_path` the script only describes the file. `--smoke` writes a tiny network like the official code and
 imports it, offline, in seconds; it ends with
 
     largest difference between the adapter's prompts and the network's: 0.000
@@ -66,7 +66,7 @@ def make_smoke(folder: Path, options: argparse.Namespace) -> None:
 
 
 def describe(network: official.OfficialNetwork) -> str:
-    """Say in words what a network is."""
+    """Describe a network's size in words."""
     generator, library = network.generator, network.library
     parameters = sum(p.numel() for part in (generator, library) for p in part.parameters())
     return (
@@ -76,7 +76,7 @@ def describe(network: official.OfficialNetwork) -> str:
 
 
 def load_base(model_name_or_path: str, has_texts: bool) -> PreTrainedModel:
-    """Load a ViT as a classifier; CLIP with its text tower, or without as the tower that returns embeddings."""
+    """Load a ViT as a classifier; CLIP with both towers if there are texts, else its vision tower with projection."""
     if AutoConfig.from_pretrained(model_name_or_path).model_type.startswith("clip"):
         model_class = CLIPModel if has_texts else CLIPVisionModelWithProjection
         return model_class.from_pretrained(model_name_or_path)
@@ -85,7 +85,7 @@ def load_base(model_name_or_path: str, has_texts: bool) -> PreTrainedModel:
 
 @torch.no_grad()
 def compare(network: official.OfficialNetwork, folder: Path) -> float:
-    """Load the adapter as its users will, and return how far its prompts are from the network's on noise."""
+    """Load the adapter as users do, and return the largest difference of its prompts to the network's, on noise."""
     model = AutoPeftModel.from_pretrained(folder)
     layer = prompt_layer(model)
     pixel_values = torch.randn(4, layer.num_channels, *own_image_size(layer))
@@ -96,12 +96,12 @@ def compare(network: official.OfficialNetwork, folder: Path) -> float:
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="a released .pt file")
-    parser.add_argument("--model_name_or_path", help="the backbone that it was trained for; without it: only look")
-    parser.add_argument("--labels", nargs="+", help="names of the classes, for a head to be trained or CLIP's texts")
+    parser.add_argument("--model_name_or_path", help="the backbone that it was trained for; without it, only describe")
+    parser.add_argument("--labels", nargs="+", help="names of the classes, for a new head or for CLIP's texts")
     parser.add_argument(
         "--templates", nargs="+", default=["This is a photo of a {}"], help="sentences for the names of CLIP's classes"
     )
-    parser.add_argument("--num_labels", type=int, help="their number, instead of names")
+    parser.add_argument("--num_labels", type=int, help="number of classes, instead of names")
     parser.add_argument("--output_dir", default="outputs/official")
     parser.add_argument("--smoke", action="store_true", help="a tiny network and a tiny model, in seconds")
     options = parser.parse_args(command_line)

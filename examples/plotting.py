@@ -1,7 +1,7 @@
-"""Plots of an adapter's mixing coefficients, library and attention, and the colours of all figures. Needs matplotlib.
+"""Plots of an adapter's mixing coefficients, library and attention, and the style of all figures. Needs matplotlib.
 
-Every function takes tensors, which `pgn_peft.inspection` computes, and draws into the given axes or into a new figure.
-The caller shows and saves it.
+The functions take tensors from `pgn_peft.inspection`, and draw into the given axes or a new figure, which the caller
+shows or saves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from pgn_peft.training import RungResult
 
 COLOURS = "magma"
-# Of all figures of the project. Of Okabe and Ito: told apart by everybody, and in print.
+# For all figures of the project. From the palette of Okabe and Ito, which colour-blind people can tell apart.
 OURS, THEIRS, THIRD = "#d55e00", "#0072b2", "#009e73"
 STYLE = {
     "axes.spines.top": False,
@@ -28,6 +28,11 @@ STYLE = {
     "lines.markersize": 4,
     "savefig.dpi": 110,
 }
+
+
+def on_grey(changes: Tensor) -> Tensor:
+    """Scale signed changes of pixels to [0, 1]: grey is no change, black and white are the largest."""
+    return 0.5 + changes / (2 * changes.abs().max().clamp(min=1e-6))
 
 
 def plot_coefficients(coefficients: Tensor, ax: Axes | None = None) -> Axes:
@@ -48,7 +53,7 @@ def plot_coefficients(coefficients: Tensor, ax: Axes | None = None) -> Axes:
 
 
 def plot_usage(usage: Tensor, names: Sequence[str], ax: Axes | None = None) -> Axes:
-    """Draw how much of each library entry the images of each class use.
+    """Draw the mean use of each library entry by the images of each class.
 
     Args:
         usage: (number of classes, L); see `pgn_peft.inspection.usage_by_class`.
@@ -59,7 +64,7 @@ def plot_usage(usage: Tensor, names: Sequence[str], ax: Axes | None = None) -> A
         The axes, with a row for each class; entries are sorted by the class that uses them most.
     """
     ax = ax if ax is not None else _new_axes(width=0.1 * usage.shape[1] + 1, height=0.25 * len(names))
-    # By class first, and within a class by how much it is used.
+    # By class first, and within a class by use.
     strongest = usage.argmax(dim=0).double() - usage.amax(dim=0).double() / (usage.amax().double() + 1e-12) / 2
     picture = ax.imshow(usage[:, strongest.argsort()].numpy(), aspect="auto", cmap=COLOURS, vmin=0)
     ax.set(xlabel="library entry, sorted by the class that uses it most")
@@ -76,8 +81,8 @@ def plot_images_by_entry(
     Args:
         pixels: (B, 3, H, W) in [0, 1].
         coefficients: (B, P, L), of the same images.
-        entries: rows: the entries whose use differs most from image to image.
-        images: columns: for each of these the images that use it most, the strongest first.
+        entries: number of rows: the entries whose use differs most from image to image.
+        images: number of columns: the images that use the entry most, in descending order.
         figure: figure to draw into; None: a new one.
 
     Returns:
@@ -102,8 +107,8 @@ def plot_library(tokens: Tensor, usage: Tensor | None = None, method: str = "pca
 
     Args:
         tokens: (L, D), or patches (L, C, p, p), which are flattened.
-        usage: (number of classes, L): points are as large as an entry's use, and coloured by the class that uses it
-            most; None: all alike.
+        usage: (number of classes, L): the size of a point shows an entry's use, and its colour the class that uses it
+            most; None: all points are equal.
         method: "pca", or "tsne" with a fixed seed.
         ax: axes to draw into; None: a new figure's.
 
@@ -134,7 +139,7 @@ def plot_library(tokens: Tensor, usage: Tensor | None = None, method: str = "pca
 
 
 def plot_attention(attention: Tensor, ax: Axes | None = None) -> Axes:
-    """Draw how much of its attention CLS pays to the prompts, layer by layer.
+    """Draw the share of the CLS token's attention that goes to the prompts, layer by layer.
 
     Args:
         attention: (B, layers, P) or (layers, P); see `pgn_peft.inspection.attention_to_prompts`. Images are averaged.

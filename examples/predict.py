@@ -1,16 +1,16 @@
-"""Classify a folder of images with an adapter: images in, a CSV with labels and scores out.
+"""Classify a folder of images with an adapter, and write labels and scores to a CSV.
 
     python examples/predict.py --adapter user/my-adapter --images path/to/images --output predictions.csv
 
-The adapter is an id on the Hub or a folder that `train_image_classifier.py` has written. Base model, labels and image
+The adapter is an id on the Hub or an output folder of `train_image_classifier.py`. Base model, labels and image
 processor come with it. The CSV has one row for each image: its path within the folder, and the best labels with their
 scores:
 
     image,label,score,label_2,score_2
     blue/0.jpg,blue,0.536052,red,0.463948
 
-Damaged files, and files that are not images, are named with the reason and left out; `--strict` stops at the first one
-instead. `--smoke` trains a tiny adapter and classifies its images offline, in seconds; it ends with
+Files that are damaged or not images are skipped with a message that gives the reason; with `--strict` the first one
+stops the script. `--smoke` trains a tiny adapter and classifies its images offline, in seconds; it ends with
 
     80 images, mean score of the best label 0.527
 """
@@ -34,7 +34,7 @@ from pgn_peft.hub.image_processors import made_size
 
 
 def find_images(folder: Path) -> list[Path]:
-    """List the files of a folder and its subfolders whose names end as an image's does, in order; follow links."""
+    """List the image files of a folder and its subfolders in order; symbolic links are followed."""
     if not folder.is_dir():
         raise SystemExit(f"There is no folder {str(folder)!r}. Look for a misspelt path.")
     files = [file for file in list_files(folder) if is_image_file(file)]
@@ -44,7 +44,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def read_images(files: list[Path], strict: bool, skipped: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
-    """Read images as upright RGB ones; name those that cannot be read, and list them in `skipped`."""
+    """Read images as upright RGB; print the names of those that cannot be read, and append them to `skipped`."""
     for file in files:
         try:
             image = open_image(file)
@@ -68,7 +68,7 @@ def predict(options: argparse.Namespace) -> float:
         subfolder=options.subfolder,
     )
     classify = classifier.pipeline(device=options.device)
-    # A processor that resizes the shorter side and cuts nothing off leaves images of different shapes.
+    # A processor that resizes the shorter side and does not crop makes images of different shapes.
     fixed = made_size(classifier.image_processor, (64, 96)) == made_size(classifier.image_processor, (96, 64))
     top_k = min(options.top_k, classifier.model.config.num_labels)
     header = ["image", "label", "score"]
@@ -102,12 +102,14 @@ def main(command_line: list[str] | None = None) -> float:
     parser.add_argument("--adapter", help="folder or id of an adapter")
     parser.add_argument("--images", help="folder of images, with or without subfolders")
     parser.add_argument("--output", default="predictions.csv", help="the CSV to write")
-    parser.add_argument("--top_k", type=int, default=2, help="labels an image")
+    parser.add_argument("--top_k", type=int, default=2, help="labels for each image")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--device", help="as for transformers.pipeline, 'cuda' or 'cpu'; by default what is there")
+    parser.add_argument(
+        "--device", help="as for transformers.pipeline, 'cuda' or 'cpu'; by default a GPU if there is one"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the adapter")
     parser.add_argument("--subfolder", help="folder of the adapter in its repository")
-    parser.add_argument("--base_model", help="path of the base model, in place of the adapter's")
+    parser.add_argument("--base_model", help="path of the base model, instead of the one that the adapter names")
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     parser.add_argument("--smoke", action="store_true", help="a tiny adapter on generated images, in seconds")
     options = parser.parse_args(command_line)

@@ -4,9 +4,9 @@
     python examples/share_on_hub.py --adapter outputs/my-adapter --repo_id user/my-adapter \
         --dataset_name "Oxford Flowers 17" --license apache-2.0 --description "Flowers of England, from photographs."
 
-The adapter is a folder that `train_image_classifier.py` has written; its results.json fills the card's tables. Metrics
-of your own go in with `--metric accuracy=0.94`. `--private` makes a private repository, and `--dry_run` writes the
-files into a folder beside the adapter and publishes nothing. Others then write
+The adapter is an output folder of `train_image_classifier.py`; its results.json fills the card's tables. Metrics can be
+added with `--metric accuracy=0.94`. `--private` makes a private repository. `--dry_run` only writes the files, into the
+adapter's subfolder to-publish. Others load the adapter with
 
     import pgn_peft
     classify = pgn_peft.load_classifier("user/my-adapter").pipeline()
@@ -37,7 +37,7 @@ def parse_metric(text: str) -> tuple[str, float]:
 
 
 def make_facts(options: argparse.Namespace) -> ModelCardInfo:
-    """Collect what the card says, from the options and from the training run."""
+    """Collect the facts for the card, from the options and from the training run."""
     file = Path(options.adapter, "results.json")  # of the training script
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     metrics = dict(options.metric or ())
@@ -70,13 +70,13 @@ def main(command_line: list[str] | None = None) -> float | None:
     parser.add_argument("--adapter", help="folder of a trained adapter")
     parser.add_argument("--repo_id", help="the repository to publish to, user/name")
     parser.add_argument("--dataset_name", help="name of the training images")
-    parser.add_argument("--dataset_id", help="their id on the Hub")
+    parser.add_argument("--dataset_id", help="id of the training images on the Hub")
     parser.add_argument("--split", default="test", help="the split that the metrics were measured on")
     parser.add_argument("--metric", type=parse_metric, action="append", help="name=value; may be repeated")
     parser.add_argument("--license", help="identifier of the adapter's licence")
-    parser.add_argument("--description", help="what it is for, and where it fails")
+    parser.add_argument("--description", help="intended use and limitations")
     parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument("--dry_run", action="store_true", help="write the files, and publish nothing")
+    parser.add_argument("--dry_run", action="store_true", help="only write the files")
     parser.add_argument("--smoke", action="store_true", help="a dry run with a tiny adapter, in seconds")
     options = parser.parse_args(command_line)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""Draw an input-only adapter: prompted images as the server receives them, the library, the coefficients.
+"""Draw the prompts of an adapter in pixel space: prompted images as a server receives them, and the library.
 
     python examples/show_prompts.py --prompter outputs/my-adapter/prompter --dataset path/to/images \
         --output_dir outputs/pictures
 
-writes prompted.png (each image as it is, as it is sent, the change, and the use of each library entry), and
-library.png (the library, the most used entries first). `--smoke` trains a tiny model first, offline, in seconds.
+writes prompted.png (each image, the same image as it is sent, the change, and the use of each library entry) and
+library.png (the library, most used entries first). `--smoke` trains a tiny model first, offline, in seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import matplotlib
 import torch
 from deploy_input_only import train_smoke
 from image_data import DataArguments, class_names, load_splits, spread
-from plotting import OURS
+from plotting import OURS, on_grey
 from torch import Tensor
 
 from pgn_peft import ImagePrompter
@@ -29,38 +29,34 @@ from matplotlib import pyplot as plt
 
 
 def choose(rows, number: int) -> tuple[list, list[str]]:
-    """Choose images of as many classes as possible, and return them with the names of their classes."""
+    """Return images of as many classes as possible, and the names of their classes."""
     names, labels = class_names(rows), rows["label"]
     chosen = spread(rows, seed=0)[:number].tolist()
     return [rows[index]["image"] for index in chosen], [names[labels[index]] for index in chosen]
 
 
 def to_pixels(prompter: ImagePrompter, images: list) -> Tensor:
-    """Return images (B, C, H, W) in [0, 1] as the prompter sees them."""
+    """Return preprocessed images (B, C, H, W) in [0, 1]."""
     pixels, _, _ = read_images(images, prompter.preprocessing, prompter.num_channels, prompter.layout.image_size)
     return pixels.float() / 255
 
 
 @torch.inference_mode()
-def usage(prompter: ImagePrompter, images: list) -> Tensor:
-    """Return the share of each library entry in the prompts of each image: (B, L)."""
+def usage(prompter: ImagePrompter, pixels: Tensor) -> Tensor | None:
+    """Return the share of each library entry in the prompts of each image: (B, L); None without a generator."""
+    if prompter.generator is None:
+        return None
     mean, std = prompter.preprocessing.image_mean, prompter.preprocessing.image_std
-    return prompter.generator(normalize(to_pixels(prompter, images), mean, std)).mean(dim=1)
-
-
-def on_grey(changes: Tensor) -> Tensor:
-    """Show signed changes (..., C, H, W) of pixels as images: grey is none, black and white the largest."""
-    return 0.5 + changes / (2 * changes.abs().max().clamp(min=1e-6))
+    return prompter.generator(normalize(pixels, mean, std)).mean(dim=1)
 
 
 @torch.inference_mode()
-def draw_prompted(prompter: ImagePrompter, images: list, names: list[str], file: Path) -> None:
-    """Draw images as they are and as they are sent, the change, and the library in use."""
-    sent = prompter(images)
-    pictures = [("image", images), ("as it is sent", sent)]
-    pixels = to_pixels(prompter, images)
-    pictures.append(("change, on grey", list(on_grey(prompter.prompted(pixels) - pixels).permute(0, 2, 3, 1))))
-    shares = None if prompter.generator is None else usage(prompter, images)
+def draw_prompted(
+    prompter: ImagePrompter, images: list, names: list[str], pixels: Tensor, shares: Tensor | None, file: Path
+) -> None:
+    """Draw images without and with prompts, the change, and the use of the library."""
+    change = on_grey(prompter.prompted(pixels) - pixels).permute(0, 2, 3, 1)
+    pictures = [("image", images), ("as it is sent", prompter(images)), ("change, on grey", list(change))]
     rows = len(pictures) + (shares is not None)
     figure, axes = plt.subplots(
         rows, len(images), figsize=(1.6 * len(images), 1.75 * rows), layout="constrained", squeeze=False
@@ -83,11 +79,11 @@ def draw_prompted(prompter: ImagePrompter, images: list, names: list[str], file:
     plt.close(figure)
 
 
-def draw_library(prompter: ImagePrompter, images: list, file: Path) -> None:
-    """Draw the library's changes on grey, the most used first."""
+def draw_library(prompter: ImagePrompter, shares: Tensor | None, file: Path) -> None:
+    """Draw the entries of the library on grey, the most used first."""
     library = on_grey(prompter.library)
-    if prompter.generator is not None:
-        library = library[usage(prompter, images).mean(dim=0).argsort(descending=True)]
+    if shares is not None:
+        library = library[shares.mean(dim=0).argsort(descending=True)]
     columns = 16
     figure, axes = plt.subplots(
         -(-len(library) // columns), columns, figsize=(8, 0.52 * -(-len(library) // columns)), squeeze=False
@@ -105,7 +101,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompter", help="folder or id of an ImagePrompter in pixel space")
     parser.add_argument("--dataset", help="images to prompt: the test split, or else validation")
-    parser.add_argument("--number", type=int, default=8, help="of images")
+    parser.add_argument("--number", type=int, default=8, help="number of images")
     parser.add_argument("--output_dir", default="outputs/pictures")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on generated images, in seconds")
     options = parser.parse_args(command_line)
@@ -118,14 +114,16 @@ def main(command_line: list[str] | None = None) -> None:
         prompter = ImagePrompter.from_pretrained(options.prompter)
         splits = load_splits(DataArguments(options.dataset), seed=0)
         images, names = choose(splits["test" if "test" in splits else "validation"], options.number)
+        pixels = to_pixels(prompter, images)
+        shares = usage(prompter, pixels)
         output = Path(options.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        draw_prompted(prompter, images, names, output / "prompted.png")
-        draw_library(prompter, images, output / "library.png")
+        draw_prompted(prompter, images, names, pixels, shares, output / "prompted.png")
+        draw_library(prompter, shares, output / "library.png")
         print(f"saved prompted.png and library.png to {output}")
-        if prompter.generator is not None:
-            spread = usage(prompter, images).std(dim=0).mean().item()
-            print(f"mean spread of a library entry's share from image to image: {spread:.3f}")
+        if shares is not None:
+            deviation = shares.std(dim=0).mean().item()
+            print(f"mean spread of a library entry's share from image to image: {deviation:.3f}")
 
 
 if __name__ == "__main__":

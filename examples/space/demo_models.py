@@ -1,4 +1,4 @@
-"""The demo's models, made on the first start: a tiny ViT that knows digits, and two adapters for turned ones."""
+"""The demo's models, made on the first start: a tiny ViT for digits, and two adapters for digits in a new domain."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class DemoModels:
     """The demo's base and adapters, in folders of their own.
 
     Args:
-        folder: where they are kept; None: a temporary folder.
-        epochs: of each training.
+        folder: where they are saved; None: a temporary folder.
+        epochs: epochs of each training.
     """
 
     def __init__(self, folder: Path | None = None, epochs: int = EPOCHS) -> None:
@@ -44,7 +44,7 @@ class DemoModels:
         return self.folder / {TOKENS: "tokens", PIXELS: "pixels"}[name]
 
     def make(self, say: Callable[[str], None] = print) -> None:
-        """Make what is not there. Half a minute on two cores; who calls meanwhile waits."""
+        """Train the models that do not exist yet. Takes half a minute on two cores; concurrent calls wait."""
         with self._lock:
             if not self.base.joinpath("preprocessor_config.json").is_file():
                 say("making the demo's models, once: a tiny Vision Transformer")
@@ -72,5 +72,5 @@ class DemoModels:
 
     @staticmethod
     def is_base(name: str | None) -> bool:
-        """Whether an adapter's base is the demo's model, here or on another machine."""
+        """Whether an adapter's base is the demo's model, of this or another machine."""
         return Path(name or "").name == BASE

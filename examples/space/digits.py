@@ -1,4 +1,4 @@
-"""Scikit-learn's digits as they are and in a new domain, and a tiny Vision Transformer that knows the first only."""
+"""Scikit-learn's digits, the same digits in a new domain, and a tiny Vision Transformer trained on the former."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
+from pgn_peft.nn.images import to_8_bit, to_images
+
 SIDE = 16
 SEED = 0
 NAMES = [str(digit) for digit in range(10)]
 
 
 class Digits:
-    """The digits as they are and in the new domain, split into train, validation and test (60 / 20 / 20).
+    """The original digits and those in the new domain, split into train, validation and test (60 / 20 / 20).
 
     `plain` and `turned` hold, by split, images (B, 3, 16, 16) normalised to [-1, 1] and labels (B,).
     """
@@ -44,11 +46,9 @@ class Digits:
         return images.expand(-1, 3, -1, -1) * 2 - 1
 
     def files(self, split: str) -> list[tuple[Image.Image, int]]:
-        """Return the images of a split in the new domain as 8-bit ones, with their labels."""
-        pixels = ((self.turned[split][0] + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        return [
-            (Image.fromarray(image), int(label)) for image, label in zip(pixels, self.turned[split][1], strict=True)
-        ]
+        """Return the images of a split in the new domain as Pillow images, with their labels."""
+        images, labels = self.turned[split]
+        return list(zip(to_images(to_8_bit((images + 1) / 2), Image.Image), labels.tolist(), strict=True))
 
     def rows(self) -> DatasetDict:
         """Return training and validation images of the new domain as `image_data.load_splits` returns images."""
@@ -94,7 +94,7 @@ def train(
 
 
 def make_base(digits: Digits, folder: Path, epochs: int, after_epoch: Callable[[], None] = lambda: None) -> None:
-    """Train a tiny ViT on the digits as they are, and save it with its image processor."""
+    """Train a tiny ViT on the original digits, and save it with its image processor."""
     set_seed(SEED)
     config = ViTConfig(
         image_size=SIDE,

@@ -1,4 +1,4 @@
-"""What visitors of a public Space may load: repositories on the Hub, and models and images of bounded size."""
+"""Limits for visitors of a public Space: repositories on the Hub only, with models and images of bounded size."""
 
 from __future__ import annotations
 
@@ -8,33 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError
 from uploads import ADAPTER_FILES, LARGEST_SIDE, MOST_UNPACKED
 
+from pgn_peft.hub.publishing import is_repo_id
+
 ON_A_SPACE = "SPACE_ID" in os.environ
-# Visitors must not load or publish by the token of the Space's owner; on your own machine it is yours.
+# Visitors must not use the token of the Space's owner; on your own machine your token is used.
 TOKEN = False if ON_A_SPACE else None
 LARGEST_MODEL = 2 * 2**30  # bytes
 MOST_PROMPTS = 1024
 
 
 def is_id(name: str) -> bool:
-    """Whether a name is like owner/name, and no folder of this machine."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not Path(name).exists()
+    """Whether a name has the form owner/name, and is not a local folder."""
+    return "/" in name and is_repo_id(name)
 
 
 def check_model(name: str) -> None:
-    """Raise a ValueError unless a model is one on the Hub, and not too large."""
+    """Raise a ValueError unless a model is on the Hub and not too large."""
     _check_size(name, ("model.safetensors", "model-"), LARGEST_MODEL)
 
 
 def fetch_adapter(name: str) -> Path:
-    """Fetch the files of an adapter on the Hub, if they are not too large, and return their folder."""
+    """Download the files of an adapter on the Hub, if they are not too large, and return their folder."""
     revision = _check_size(name, ADAPTER_FILES, MOST_UNPACKED)
     return Path(snapshot_download(name, revision=revision, allow_patterns=list(ADAPTER_FILES), token=TOKEN))
 
@@ -56,10 +53,10 @@ def _check_size(name: str, files: tuple[str, ...], most: int) -> str | None:
 
 
 def check_adapter(folder: Path) -> str:
-    """Check the sizes that an adapter's files ask for, and return the name of its base.
+    """Check the sizes in an adapter's settings, and return the name of its base.
 
     Raises:
-        ValueError: they are too large, or the adapter does not name its base.
+        ValueError: the sizes are too large, or the adapter does not name its base.
     """
     config = _read_settings(folder / "adapter_config.json")
     prompts = config.get("num_virtual_tokens")
@@ -77,7 +74,7 @@ def check_adapter(folder: Path) -> str:
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # no UTF-8, no JSON, nested too deeply
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deeply
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{file.name} does not hold settings in JSON. Save the adapter again.")
@@ -85,7 +82,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 
 def _largest(settings: dict[str, Any], prefix: str = "") -> int:
-    """Return the largest side of images that a processor's settings name."""
+    """Return the largest image size in a processor's settings."""
     found = [0]
     for name, value in settings.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What one visitor has: a folder, the adapters that were loaded or trained, and the switch that stops a training."""
+"""Sessions of visitors: a folder, the adapters that were loaded or trained, and the event that stops training."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from pathlib import Path
 from pgn_peft import Classifier, ModelCardInfo
 
 MOST_SESSIONS = 20
-MOST_LOADED = 2  # adapters in memory, beside those that were trained here or uploaded
+MOST_LOADED = 2  # adapters in memory, in addition to those that were trained here or uploaded
 
 
 class Session:
-    """A visitor's own. It is found by the hash that Gradio gives to the page, which no other page knows."""
+    """A visitor's session. Its key is the hash that Gradio gives to the page, which no other page knows."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="pgn-space-"))
-        self.stop = threading.Event()  # of the training that runs
+        self.stop = threading.Event()  # stops the current training
         self.training = self.closed = False
-        self.lock = threading.RLock()  # a model is switched to and fro while it answers
-        self.facts = ModelCardInfo()  # of what was trained here
+        self.lock = threading.RLock()  # a prediction switches adapters of the model off and on
+        self.facts = ModelCardInfo()  # of the adapter that was trained here
         self.own: dict[str, Classifier] = {}  # trained here, or uploaded
         self.loaded: dict[str, Classifier] = {}
 
     def keep(self, name: str, classifier: Classifier) -> None:
-        """Keep an adapter that can be loaded again; of many, the oldest is dropped."""
+        """Keep a loaded adapter in memory; of too many, the oldest is dropped."""
         with self.lock:
             self.loaded[name] = classifier
             while len(self.loaded) > MOST_LOADED:
                 del self.loaded[next(iter(self.loaded))]
 
     def temporary_folder(self) -> tempfile.TemporaryDirectory:
-        """Return a folder for the time of a call."""
+        """Return a temporary folder, for one call."""
         return tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True)
 
     def close(self) -> None:
-        """Stop what runs, and remove all files."""
+        """Stop training, and remove all files."""
         self.closed = True
         self.stop.set()
         self.own.clear()
@@ -53,12 +53,12 @@ class Sessions:
         self._lock = threading.Lock()
 
     def get(self, session_hash: str) -> Session:
-        """Return a visitor's session, made at the first call; of too many, close the one that was not used longest."""
+        """Return a visitor's session, created at the first call. Of too many, the least recently used is closed."""
         with self._lock:
             session = self._sessions.pop(session_hash, None) or Session()
             idle = [key for key, other in self._sessions.items() if not other.training]
             surplus = idle[: max(0, len(self._sessions) + 1 - MOST_SESSIONS)]
-            self._sessions[session_hash] = session  # those used last are last
+            self._sessions[session_hash] = session  # ordered by last use
         for key in surplus:
             self.close(key)
         return session

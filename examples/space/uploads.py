@@ -1,7 +1,7 @@
-"""What people upload: images, zips of images with a subfolder for each class, zips of adapters. Nothing is trusted.
+"""Untrusted uploads: images, zips of images with a subfolder for each class, zips of adapters.
 
-Names inside a zip are read as names of classes only, and never as paths: every file that is unpacked gets a name that
-is known here. Sizes are counted while unpacking, because a zip can lie about them.
+Names inside a zip are used only as names of classes, never as paths: every unpacked file gets a name of ours. Sizes are
+counted while unpacking, because a zip can declare wrong ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from datasets import DatasetDict
 from image_data import add_missing_splits, find_classes, is_image_file, make_rows, open_image
 from PIL import Image
 
-# Of which the first two must be there.
+# The first two are required.
 ADAPTER_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -29,11 +29,11 @@ MOST_UNPACKED = 250 * 2**20  # bytes
 MOST_FILES = 4000  # in a zip
 MOST_IMAGES = 2000
 MOST_CLASSES = 200
-LARGEST_SIDE = 1024  # pixels; larger images are made smaller
-MARKED_UTF_8 = 0x800  # among a file's flags in a zip
-# Pillow would hand other kinds to other programs.
+LARGEST_SIDE = 1024  # pixels; larger images are scaled down
+MARKED_UTF_8 = 0x800  # the flag of a file in a zip
+# For some other formats, Pillow would run other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-Image.MAX_IMAGE_PIXELS = 25 * 10**6  # an image of twice as many is refused
+Image.MAX_IMAGE_PIXELS = 25 * 10**6  # Pillow refuses images of twice as many
 DAMAGES = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error)
 
 
@@ -41,12 +41,12 @@ def read_image(file: Path, name: str) -> Image.Image:
     """Open an image as an upright RGB one of at most 1,024 pixels a side.
 
     Raises:
-        ValueError: it cannot be read; the message calls it `name`.
+        ValueError: the image cannot be read; the message names it `name`.
     """
     try:
         with Image.open(file, formats=FORMATS):
             pass
-    except Exception as error:  # decoders of damaged files raise errors of many kinds
+    except Exception as error:  # decoders raise many types of errors for damaged files
         reason = "has too many pixels" if isinstance(error, Image.DecompressionBombError) else "cannot be read"
         raise ValueError(f"The image {name!r} {reason}. Images can be of the kinds {', '.join(FORMATS)}.") from error
     image = open_image(file, name=name)
@@ -55,14 +55,15 @@ def read_image(file: Path, name: str) -> Image.Image:
 
 
 def read_zip(file: Path, folder: Path) -> DatasetDict:
-    """Unpack the images of a zip, and split a fifth of them off for validation where it has no such folder.
+    """Unpack the images of a zip, and split a fifth of them off for validation if it has no such folder.
 
     Args:
         file: the zip, with folders as `image_data.find_classes` describes them.
-        folder: is made, and removed again if there is an error.
+        folder: a new folder for the images, which is removed after an error.
 
     Raises:
-        ValueError: it is no zip, is too large, has no two classes, or holds an image that cannot be read.
+        ValueError: the file is not a zip, is too large, has fewer than two classes, or contains an image that cannot be
+            read.
     """
     with _opened(file, folder) as members:
         images = {path: read for path, read in members.items() if is_image_file(Path(path.name))}
@@ -78,14 +79,14 @@ def read_zip(file: Path, folder: Path) -> DatasetDict:
             targets.append(folder / f"{index}{path.suffix.lower()}")
             room -= targets[-1].write_bytes(read(room))
             image = read_image(targets[-1], str(path))
-            if max(image.size) == LARGEST_SIDE:  # it may have been larger
+            if max(image.size) == LARGEST_SIDE:  # it may have been scaled down
                 image.save(targets[-1], "PNG")
         splits = make_rows([str(target) for target in targets], found)
         return add_missing_splits(splits, validation=0.2, test=0)
 
 
 def read_adapter(file: Path, folder: Path) -> Path:
-    """Unpack an adapter's files out of a zip into a folder, which is removed again if there is an error."""
+    """Unpack an adapter's files from a zip into a new folder, which is removed after an error."""
     with _opened(file, folder) as members:
         configs = [path for path in members if path.name == ADAPTER_FILES[0]]
         parent = min((path.parent for path in configs), key=lambda path: len(path.parts), default=PurePosixPath())
@@ -100,7 +101,7 @@ def read_adapter(file: Path, folder: Path) -> Path:
 
 @contextmanager
 def _opened(file: Path, folder: Path) -> Iterator[dict]:
-    """Yield a function for each file of a zip, which unpacks it if it has at most so many bytes; make a folder."""
+    """Create a folder, and yield for each file of a zip a function that unpacks it, up to a number of bytes."""
     if file.stat().st_size > MOST_UPLOADED:
         raise ValueError(f"The zip has more than {_megabytes(MOST_UPLOADED)}. Use fewer images.")
     folder.mkdir(parents=True)
@@ -138,10 +139,10 @@ def _opened(file: Path, folder: Path) -> Iterator[dict]:
 
 
 def member_names(members: list[zipfile.ZipInfo]) -> list[str]:
-    """Return the names in a zip as they were written.
+    """Return the names in a zip, decoded.
 
-    A zip marks names that are in UTF-8. Other names are in an encoding of the computer that made the zip: UTF-8 if all
-    of them can be read so, or else one that cannot be known, because most encodings have letters for all bytes.
+    A zip marks names that are in UTF-8. Unmarked names are in an encoding of the computer that made the zip: UTF-8 if
+    they can be decoded so, or else an unknown one, because most encodings have characters for all bytes.
 
     Raises:
         ValueError: names are in another encoding than UTF-8.
@@ -149,7 +150,7 @@ def member_names(members: list[zipfile.ZipInfo]) -> list[str]:
     names = []
     for member in members:
         name = member.orig_filename
-        if not member.flag_bits & MARKED_UTF_8:  # `zipfile` has read it as CP437
+        if not member.flag_bits & MARKED_UTF_8:  # `zipfile` has decoded it as CP437
             try:
                 name = name.encode("cp437").decode("utf-8")
             except UnicodeDecodeError as error:
