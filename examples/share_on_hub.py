@@ -4,9 +4,9 @@
     python examples/share_on_hub.py --adapter outputs/my-adapter --repo_id user/my-adapter \
         --dataset_name "Oxford Flowers 17" --license apache-2.0 --description "Flowers of England, from photographs."
 
-The adapter is an output folder of `train_image_classifier.py`; its results.json fills the card's tables. Metrics can be
-added with `--metric accuracy=0.94`. `--private` makes a private repository. `--dry_run` only writes the files, into the
-adapter's subfolder to-publish. Others load the adapter with
+The adapter is an output folder of `train_image_classifier.py`; its results.json fills the card's tables. Metrics can
+be added with `--metric accuracy=0.94`. `--private` makes a private repository. `--dry_run` only writes the files, into
+the adapter's subfolder to-publish. Others load the adapter with
 
     import pgn_peft
     classify = pgn_peft.load_classifier("user/my-adapter").pipeline()

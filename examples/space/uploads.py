@@ -1,7 +1,7 @@
 """Untrusted uploads: images, zips of images with a subfolder for each class, zips of adapters.
 
-Names inside a zip are used only as names of classes, never as paths: every unpacked file gets a name of ours. Sizes are
-counted while unpacking, because a zip can declare wrong ones.
+Names inside a zip are used only as names of classes, never as paths: every unpacked file gets a name of ours. Sizes
+are counted while unpacking, because a zip can declare wrong ones.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def read_zip(file: Path, folder: Path) -> DatasetDict:
         folder: a new folder for the images, which is removed after an error.
 
     Raises:
-        ValueError: the file is not a zip, is too large, has fewer than two classes, or contains an image that cannot be
-            read.
+        ValueError: the file is not a zip, is too large, has fewer than two classes, or contains an image that cannot
+            be read.
     """
     with _opened(file, folder) as members:
         images = {path: read for path, read in members.items() if is_image_file(Path(path.name))}
