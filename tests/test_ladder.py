@@ -201,6 +201,22 @@ def test_without_validation_images_every_image_is_predicted_once(tmp_path):
     assert [number for _, steps, number in calls if steps == 100] == [40, 40, 40, 60]
 
 
+def test_a_training_is_as_long_as_the_budget_allows(tmp_path):
+    ladder = make_ladder(tmp_path, budget_minutes=1)
+    ladder.rungs, ladder.results = RUNGS[:3], [result("linear head", 0.5), result("untrained prompts", 0.5)]
+    ladder._prediction_seconds, ladder._step_seconds = 0.01, 0.1
+    parts = [(torch.arange(60), ladder.task.validation)]
+    # Three candidates for a quarter, two for half, one for the whole: 2.75 trainings; six times 60 + 30 predictions.
+    assert ladder._affordable_steps(RUNGS[2], 3, parts, 10) == int((60 - 6 * 90 * 0.01) / (2.75 * 10 * 0.1))
+    ladder.results[0] = dataclasses.replace(ladder.results[0], seconds=50.0)
+    assert ladder._affordable_steps(RUNGS[2], 3, parts, 10) == int((10 - 6 * 90 * 0.01) / (2.75 * 10 * 0.1))
+
+
+def test_candidates_are_compared_on_images_of_all_classes():
+    assert module._spread(4, 10) == [0, 1, 2, 3]
+    assert module._spread(1000, 4) == [0, 250, 500, 750]
+
+
 def test_results_are_plain_numbers(tmp_path):
     found = next(make_ladder(tmp_path).climb())
     assert {type(value) for value in dataclasses.asdict(found).values()} <= {str, float, int, bool, dict}

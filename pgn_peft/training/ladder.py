@@ -38,6 +38,7 @@ from pgn_peft.tuner.backbones import find_backbone
 FOLDS = 3  # of the cross-validation that replaces a validation split
 DRAWS = 3  # of untrained prompts, for the first layer and for every layer
 EPOCHS, FEWEST_STEPS = 12, 100  # of a whole training: so many epochs, and at least so many steps
+SEARCHED = 300  # most images that candidates are compared on
 SHORTEST = 20  # steps; a rung that gets fewer is skipped
 STEP_PER_PREDICTION = 3.0  # time of a training step as a multiple of a prediction's, until one was timed
 RESULTS = "ladder.json"
@@ -126,7 +127,7 @@ class Ladder:
         self.budget = 60 * budget_minutes
         self.rungs = tuple(rung for rung in RUNGS if allow_weights or not rung.changes_weights)
         self._labels = torch.empty(0, dtype=torch.long)  # (N,) of the training images
-        self._step_seconds = math.nan  # for an image in training
+        self._step_seconds = self._prediction_seconds = math.nan  # for an image
         self._settings = {
             "classes": list(id2label.values()),
             "training images": len(cast(Any, train)),
@@ -236,53 +237,58 @@ class Ladder:
             return RungResult(rung.name, choice="skipped: the model has no classification head")
         if not len(self._labels):  # rungs below were measured before an interruption
             self._training_features(RUNGS[0], None)
-        everything = torch.arange(len(self._labels))
-        validation, folds = self.task.validation, [(everything, everything)]
+        everything, validation = torch.arange(len(self._labels)), self.task.validation
+        # Rows to train on, and images to predict.
+        parts: list[tuple[Tensor, Any]] = [(everything, validation)]
         if validation is None:
             folds = deal_folds(self._labels, FOLDS)
-        held_out = [validation or Subset(self.task.plain, rest.tolist()) for _, rest in folds]
-        batch_size = min(self.task.arguments.train_batch_size, len(folds[0][0]))
-        whole = max(FEWEST_STEPS, EPOCHS * len(folds[0][0]) // batch_size)
-        steps_left = self._seconds_left(rung) / (batch_size * self._step_seconds)
+            parts = [(rows, Subset(self.task.plain, rest.tolist())) for rows, rest in folds]
+        batch_size = min(self.task.arguments.train_batch_size, len(parts[0][0]))
+        whole = max(FEWEST_STEPS, EPOCHS * len(parts[0][0]) // batch_size)
         candidates = [(start, rate) for rate in rung.rates for start in self._starts(rung)]
-        for left in (candidates, candidates[len(candidates) // 2 :][:1]):  # without a search where time is short
-            rounds = math.ceil(math.log2(len(left)))
-            shares = [2.0 ** (index - rounds) for index in range(rounds)]  # of a whole training, in each round
-            trainings = sum(share * math.ceil(len(left) / 2**index) for index, share in enumerate(shares))
-            steps = min(whole, int(steps_left / (trainings + len(folds) + (validation is None))))
-            if steps >= SHORTEST:
-                break
-        else:
+        steps = self._affordable_steps(rung, len(candidates), parts, batch_size)
+        if steps < SHORTEST:  # no search where time is short
+            candidates = [candidates[len(candidates) // 2]]
+            steps = self._affordable_steps(rung, 1, parts, batch_size)
+        if steps < SHORTEST:
             return RungResult(rung.name, choice=f"skipped: {steps} steps fit into the budget")
+        steps = min(steps, whole)
 
-        def train(candidate: tuple[Start | None, float], fold: int | None, steps: int) -> Trained:
-            rows = everything if fold is None else folds[fold][0]
-            others = None if fold is None else held_out[fold]
+        def train(candidate: tuple[Start | None, float], rows: Tensor, others: Any, steps: int) -> Trained:
             return self.task.train_candidate(rung, *candidate, rows.tolist(), others, steps, callbacks)
 
-        number = len(left)
-        for share in shares:
-            short = max(1, round(share * steps))
-            trained = [train(candidate, 0, short) for candidate in left]
+        rows, others = parts[0]
+        some = Subset(others, _spread(len(others), SEARCHED))
+        left = candidates
+        for share, number in _rounds(len(candidates)):
+            trained = [train(candidate, rows, some, max(1, round(share * steps))) for candidate in left[:number]]
             self._step_seconds = trained[-1].step_seconds
-            order = sorted(range(len(left)), key=lambda place: (-trained[place].accuracy, trained[place].loss))
-            left = [left[place] for place in order[: math.ceil(len(left) / 2)]]
+            left = [left[place] for place in sorted(range(number), key=lambda place: trained[place].rank)]
         start, rate = left[0]
-        results = [train(left[0], fold, steps) for fold in range(len(folds))]
-        kept, refitted = (
-            torch.cat([right(getattr(result, name), result.labels) for result in results])
-            for name in ("logits", "refitted")
-        )
-        final = results[0] if validation is not None else train(left[0], None, steps)
-        is_better = bool(refitted.sum() > kept.sum())
-        if is_better:
+        results = [train(left[0], *part, steps) for part in parts]
+        final = results[0] if validation is not None else train(left[0], everything, None, steps)
+        kept = torch.cat([right(result.logits, result.labels) for result in results])
+        refitted = torch.cat([right(result.refitted, result.labels) for result in results])
+        choice = f"{steps} of {whole} steps, rate {rate:g}, best of {len(candidates)}"
+        choice += f", from a draw for {DEPTHS[start.depth]}" if start else ""
+        if refitted.sum() > kept.sum():
             set_linear(find_heads(final.model)[1], *final.head)
-        begins = (
-            "" if start is None else f", from a draw for {'the first layer' if start.depth == 1 else 'every layer'}"
-        )
-        choice = f"{steps} of {whole} steps, rate {rate:g}, best of {number}{begins}"
-        choice += ", head fitted again" if is_better else ""
-        return self._finish(rung, final.model, refitted if is_better else kept, choice)
+            return self._finish(rung, final.model, refitted, f"{choice}, head fitted again")
+        return self._finish(rung, final.model, kept, choice)
+
+    def _affordable_steps(self, rung: Rung, candidates: int, parts: list[tuple[Tensor, Any]], batch_size: int) -> int:
+        """Return the steps of a whole training for which a rung's share of the budget suffices."""
+        spent = sum(result.seconds for result in self.results)
+        seconds = max(0.0, self.budget - spent) / (len(self.rungs) - self.rungs.index(rung))
+        rounds = _rounds(candidates)
+        last = len(parts) + (self.task.validation is None)  # trainings after the search
+        fitted, predicted = len(parts[0][0]), len(parts[0][1])
+        # After each training a head is fitted to its rows, and held-out images are predicted.
+        predictions = sum(number for _, number in rounds) * (fitted + min(predicted, SEARCHED))
+        predictions += last * (fitted + predicted)
+        lengths = sum(share * number for share, number in rounds) + last  # in whole trainings
+        seconds -= predictions * self._prediction_seconds
+        return max(0, int(seconds / (lengths * batch_size * self._step_seconds)))
 
     def _starts(self, rung: Rung) -> list[Start | None]:
         """Return what a rung can start from: the chosen untrained prompts for as many layers; None: its own start."""
@@ -297,13 +303,9 @@ class Ladder:
         """Compute features (N, F) of the training images, and note their labels and the time."""
         model, begin = self.task.build(rung, start), time.perf_counter()
         features, self._labels = self.task.features(model, self.task.plain)
-        self._step_seconds = STEP_PER_PREDICTION * (time.perf_counter() - begin) / len(features)
+        self._prediction_seconds = (time.perf_counter() - begin) / len(features)
+        self._step_seconds = STEP_PER_PREDICTION * self._prediction_seconds
         return features
-
-    def _seconds_left(self, rung: Rung) -> float:
-        """Return the seconds of the budget that a rung can use: an equal share of what is left."""
-        spent = sum(result.seconds for result in self.results)
-        return max(0.0, self.budget - spent) / (len(self.rungs) - self.rungs.index(rung))
 
     def _finish(
         self,
@@ -360,3 +362,14 @@ class Ladder:
 
 def _accuracy(result: RungResult) -> float:
     return cast(float, result.accuracy)
+
+
+def _rounds(candidates: int) -> list[tuple[float, int]]:
+    """Plan successive halving: for each round the share of a whole training, and the number of candidates."""
+    number = math.ceil(math.log2(candidates))
+    return [(2.0 ** (index - number), math.ceil(candidates / 2**index)) for index in range(number)]
+
+
+def _spread(number: int, most: int) -> list[int]:
+    """Choose at most `most` of so many images, evenly: splits are often sorted by class."""
+    return list(range(number)) if number <= most else [index * number // most for index in range(most)]

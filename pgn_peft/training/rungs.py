@@ -268,14 +268,10 @@ class Trained:
     step_seconds: float
 
     @property
-    def accuracy(self) -> float:
-        """Of the better head."""
-        return float(max(right(logits, self.labels).double().mean() for logits in (self.logits, self.refitted)))
-
-    @property
-    def loss(self) -> float:
-        """Cross-entropy of the trained head."""
-        return float(F.cross_entropy(self.logits, self.labels))
+    def rank(self) -> tuple[float, float]:
+        """Of candidates, the one with the smallest is the best: by the accuracy of the better head, then by loss."""
+        accuracy = max(float(right(logits, self.labels).double().mean()) for logits in (self.logits, self.refitted))
+        return -accuracy, float(F.cross_entropy(self.logits, self.labels))
 
 
 def right(logits: Tensor, labels: Tensor) -> Tensor:
