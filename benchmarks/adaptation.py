@@ -161,7 +161,7 @@ def run(cell: Cell, split: str) -> dict[str, Any]:
     for name in dict.fromkeys(("validation", split)):
         images = material.splits[name]
         row[f"{name}_accuracy"] = bench.accuracy(bench.predict(model, images.pixels, common.precision), images.labels)
-    if cell.method in ("pgn", "pgn-lean", "pgn-deep", "pgn-pooled"):
+    if cell.method in ("pgn", "pgn-lean", "pgn-deep", "pgn-sum"):
         row["validation_accuracy_shuffled_prompts"] = shuffled(model, material.splits["validation"], common.precision)
     return row
 

@@ -99,7 +99,7 @@ class VPTDeep(nn.Module):
     """Learned prompts before every layer, in place of those of the layer before (VPT-deep, Jia et al. 2022).
 
     Written without the package, so that it can be compared with `generator="static", prompt_depth="all"` and
-    `pooled_prompts=False`.
+    `accumulate_prompts=False`.
     """
 
     def __init__(self, backbone: PreTrainedModel, num_virtual_tokens: int) -> None:
@@ -171,12 +171,12 @@ def pgn_lean(backbone: PreTrainedModel, material: Material, options: Options) ->
 
 def pgn_deep(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
     """Generate prompts for every layer, from random ones. Their libraries learn at the rate of the generator."""
-    return pgn(backbone, material, replace(options, library_rate=1.0), prompt_depth="all", pooled_prompts=False)
+    return pgn(backbone, material, replace(options, library_rate=1.0), prompt_depth="all", accumulate_prompts=False)
 
 
-def pgn_pooled(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
-    """Generate prompts for every layer, added to averages of its tokens."""
-    return pgn(backbone, material, options, prompt_depth="all")
+def pgn_sum(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
+    """Generate prompts for every layer, each added to those of the layer before."""
+    return pgn(backbone, material, replace(options, library_rate=3.0), prompt_depth="all")
 
 
 def pgn_pixel(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
@@ -195,7 +195,7 @@ METHODS: dict[str, tuple[Callable[..., Built], tuple[float, ...]]] = {
     "pgn-lean": (pgn_lean, (1e-3, 3e-3)),
     "vpt-deep": (vpt_deep, (3e-4, 1e-3)),
     "pgn-deep": (pgn_deep, (3e-4, 1e-3)),
-    "pgn-pooled": (pgn_pooled, (1e-3, 3e-3)),
+    "pgn-sum": (pgn_sum, (1e-3, 3e-3)),
     "lora": (lora, (1e-3, 3e-3)),
     "full": (full, (1e-4, 3e-4)),
 }
@@ -209,7 +209,7 @@ MEASURED: dict[str, tuple[Callable[..., Built], int | None]] = {
     "pgn, 64 px": (pgn, 64),
     "pgn-dense": (pgn_pixel, 64),
     "vpt-deep": (vpt_deep, None),
-    "pgn-pooled": (pgn_pooled, 64),
+    "pgn-sum": (pgn_sum, 64),
     "lora": (lora, None),
     "full": (full, None),
 }

@@ -39,7 +39,7 @@ LATENT = {
     "pgn-lean": "**PGN, lean**",
     "vpt-deep": "VPT-deep",
     "pgn-deep": "**PGN, every layer**",
-    "pgn-pooled": "**PGN, every layer, pooled**",
+    "pgn-sum": "**PGN, every layer, added**",
     "lora": "LoRA, r = 8",
     "layer-norm": "LayerNorm tuning",
     "full": "full fine-tuning",

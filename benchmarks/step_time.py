@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --models vit-s16 --methods pgn static frozen --compile --batch_sizes 1 8 64
-    python benchmarks/step_time.py --models clip-b32 --methods static "pgn, 64 px" pgn-dense pgn-pooled
+    python benchmarks/step_time.py --models clip-b32 --methods static "pgn, 64 px" pgn-dense pgn-sum
     python benchmarks/step_time.py --show benchmarks/results/step_time.jsonl   # what was measured
 
 All methods of a model take turns in one process, forwards and backwards, and ratios are taken turn by turn, so that a

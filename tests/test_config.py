@@ -60,9 +60,9 @@ def test_what_is_left_out_follows_from_what_is_given():
 
     assert (resolved().static_prompts, resolved().mixing_init_std) == (True, 4.0)
     assert resolved(generator="static").static_prompts is False
-    assert (resolved().prompt_depth, resolved().prompt_dropout, resolved().pooled_prompts) == (2, 0.5, True)
+    assert (resolved().prompt_depth, resolved().prompt_dropout, resolved().accumulate_prompts) == (2, 0.5, True)
     first = resolved(prompt_depth=1)
-    assert (first.prompt_depth, first.prompt_dropout, first.pooled_prompts) == (1, 0.0, False)
+    assert (first.prompt_depth, first.prompt_dropout, first.accumulate_prompts) == (1, 0.0, False)
     for fields in ({"prompt_layout": "append"}, PIXEL, {"head": "text", "num_labels": 2}):
         model = tiny_vit("CLIPVisionModelWithProjection") if "head" in fields else tiny_vit()
         assert resolve(PGNConfig(**fields), model).prompt_depth == 1

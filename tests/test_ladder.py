@@ -40,6 +40,7 @@ class Images(Dataset):
 
 def make_ladder(folder, **options):
     arguments = TrainingArguments(str(folder), per_device_train_batch_size=10, use_cpu=True)
+    arguments.num_train_epochs = None  # as the script leaves it open
     options = {"validation": Images(30, seed=1), "arguments": arguments, "budget_minutes": 60} | options
     return Ladder(tiny_vit, Images(60), LABELS, folder, **options)
 
@@ -139,6 +140,10 @@ def test_trained_prompts_start_from_the_chosen_draw(tmp_path):
     assert_same(prompt_layer(static).library("default").tokens.detach(), expected)
     generated = ladder.task.build(RUNG["generated prompts, every layer"], start)
     assert_same(prompt_layer(generated).library("default").slot_prompts.detach(), expected)
+    accumulated = ladder.task.build(RUNG["static prompts, every layer"], Start(1, seed=4))
+    drawn = 0.02 * torch.randn(16, 32, generator=torch.Generator().manual_seed(4))
+    expected = torch.stack([drawn, torch.zeros(16, 32)])
+    assert_same(prompt_layer(accumulated).library("default").tokens.detach(), expected)
     assert ladder.task.build(UNTRAINED, Start(1, 0)).peft_config["default"].prompt_depth == 1
 
 

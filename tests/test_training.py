@@ -33,8 +33,8 @@ PIXELS = {"prompt_space": "pixel", "image_size": 32, "image_mean": [0.5] * 3, "i
     ("fields", "library"),
     [
         ({"generator": "static"}, 1e-2),
-        ({"prompt_depth": 2}, 1e-2),
-        ({"prompt_depth": 2, "pooled_prompts": False}, 1e-3),
+        ({"prompt_depth": 2}, 3e-3),
+        ({"prompt_depth": 2, "accumulate_prompts": False}, 1e-3),
         (PIXELS | {"prompt_layout": "additive", "num_virtual_tokens": None}, 3e-2),
     ],
 )
@@ -48,7 +48,7 @@ def test_each_form_has_rates_that_suit_it(fields, library):
 
 def test_each_adapter_has_the_rates_of_its_form():
     model = adapted()
-    model.add_adapter("deep", tiny_config(id2label=NAMES, prompt_depth=2, pooled_prompts=False))
+    model.add_adapter("deep", tiny_config(id2label=NAMES, prompt_depth=2, accumulate_prompts=False))
     model.add_adapter("other", tiny_config(id2label=NAMES))  # which is also how the last group is called
     for name, expected in {"default": 1e-2, "deep": 1e-3, "other": 1e-2}.items():
         model.set_adapter(name)

@@ -18,6 +18,7 @@ class TokenLibrary(nn.Module):
             the prompt, as in the paper.
         depth: number of encoder layers with prompts of their own. If there are several, each has its own vectors and
             slots and all share the coefficients: (depth, L, D) and (depth, P, D) instead of (L, D) and (P, D).
+        first_layer_only: start the vectors and slots of later layers from zero.
 
     Source: arXiv:2210.06466 and its official code, for a depth of 1; Jia et al. 2022 (arXiv:2203.12119) for prompts in
     every layer.
@@ -30,6 +31,7 @@ class TokenLibrary(nn.Module):
         initializer_range: float = 0.02,
         num_slots: int | None = None,
         depth: int = 1,
+        first_layer_only: bool = False,
     ) -> None:
         super().__init__()
         layers = () if depth == 1 else (depth,)
@@ -40,6 +42,8 @@ class TokenLibrary(nn.Module):
         if num_slots is not None:
             shape = (*layers, num_slots, hidden_size)
             self.slot_prompts = nn.Parameter(torch.empty(shape).normal_(std=initializer_range))
+        for parameter in self.parameters() if first_layer_only else ():
+            nn.init.zeros_(parameter[1:])
 
     def forward(self, coefficients: Tensor) -> Tensor:
         """Blend library tokens into one prompt per slot.

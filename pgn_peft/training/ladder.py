@@ -291,13 +291,12 @@ class Ladder:
         return max(0, int(seconds / (lengths * batch_size * self._step_seconds)))
 
     def _starts(self, rung: Rung) -> list[Start | None]:
-        """Return what a rung can start from: the chosen untrained prompts for as many layers; None: its own start."""
+        """Return what a rung can start from: the best untrained prompts of the first layer, or also of every layer."""
         if rung.changes_weights:
             return [None]
         below = next(result for result in self.results if result.name == UNTRAINED.name).settings
-        if rung.fields["prompt_depth"] == 1:
-            return [Start(**below["first"])]
-        return [None, Start(**below["best"])] if below["best"]["depth"] == "all" else [None]
+        first, best = Start(**below["first"]), Start(**below["best"])
+        return [first, best] if rung.fields["prompt_depth"] == best.depth == "all" else [first]
 
     def _training_features(self, rung: Rung, start: Start | None) -> Tensor:
         """Compute features (N, F) of the training images, and note their labels and the time."""

@@ -14,7 +14,7 @@ def library_ratio(config: PGNConfig) -> float:
     """Return the learning rate of an adapter's library as a multiple of its generator's, which suits its form."""
     if config.prompt_space == "pixel":
         return 30.0
-    return 10.0 if config.prompt_depth == 1 or config.pooled_prompts else 1.0
+    return 10.0 if config.prompt_depth == 1 else 3.0 if config.accumulate_prompts else 1.0
 
 
 def parameter_groups(
@@ -30,8 +30,8 @@ def parameter_groups(
         model: a model with PGN adapters.
         learning_rate: of the generator, and of all modules in `modules_to_save`.
         library_learning_rate: of the token library (or static prompts); None: a multiple of `learning_rate` that was
-            good in benchmarks/adaptation.py: 10 in latent space, 1 for prompts of several layers with
-            `pooled_prompts=False`, 30 in pixel space.
+            good in benchmarks/adaptation.py: 10 for prompts of the first layer, 3 for prompts of several
+            layers (1 with `accumulate_prompts=False`), 30 in pixel space.
         head_learning_rate: of the classification head; None: three times `learning_rate`.
         weight_decay: of matrices and convolutions. Norms and biases are not decayed.
 

@@ -47,6 +47,7 @@ LORA_MODULES = r".*\.(q_proj|v_proj|query|value|qkv)"  # names of the projection
 TIMED_IMAGES, TIMES = 16, 3
 # What every training has in common, whatever the script's arguments are for its own.
 TRAINING = {
+    "num_train_epochs": 1.0,  # the number of steps counts
     "eval_strategy": IntervalStrategy.NO,
     "save_strategy": SaveStrategy.NO,
     "logging_strategy": IntervalStrategy.NO,
@@ -163,14 +164,16 @@ class Task:
             head = [cast(str, find_backbone(model).head)]
             config = LoraConfig(r=8, lora_alpha=16, target_modules=LORA_MODULES, modules_to_save=head)
             return get_peft_model(cast(PreTrainedModel, model), config)
-        depth = {} if start is None else {"prompt_depth": start.depth, "pooled_prompts": False}
-        labels = {"id2label": self.id2label, "problem_type": "single_label_classification"}
-        model = get_peft_model(cast(PreTrainedModel, model), PGNConfig(**(depth | dict(rung.fields) | labels)))
+        fields: dict[str, Any] = {"id2label": self.id2label, "problem_type": "single_label_classification"}
+        if start is not None:
+            fields |= {"prompt_depth": start.depth} | ({"accumulate_prompts": False} if start.depth == "all" else {})
+        model = get_peft_model(cast(PreTrainedModel, model), PGNConfig(**(fields | dict(rung.fields))))
         if start is not None:
             library = cast(TokenLibrary, prompt_layer(model).library("default"))
             static = library.tokens if library.slot_prompts is None else library.slot_prompts
+            drawn = static[0] if start.depth == 1 and static.ndim == 3 else static  # of the first layer, or of all
             with torch.no_grad():
-                static.copy_(start.draw(static))
+                drawn.copy_(start.draw(drawn))
         return model
 
     def train_candidate(

@@ -54,7 +54,7 @@ def _reads_saved_fields(config_class: type[PGNConfig]) -> type[PGNConfig]:
             raise ValueError(f"mixing={fields['mixing']!r} was removed. Train an adapter with the softmax.")
         fields = {RENAMED.get(name, name): value for name, value in fields.items() if name not in REMOVED}
         if "pgn_peft_version" in fields:
-            fields = {"pooled_prompts": False, "prompt_depth": 1} | fields  # the only ones in earlier versions
+            fields = {"accumulate_prompts": False, "prompt_depth": 1} | fields  # the only ones in earlier versions
         if fields.get("prompt_layout") == "dense":
             fields["prompt_layout"] = "additive"
         init(self, *args, **fields)
@@ -99,11 +99,12 @@ class PGNConfig(PeftConfig):
         "coefficients. None: 'all'; 1 in pixel space, with a `prompt_layout` and with texts as classes.",
         minimum=1,
     )
-    pooled_prompts: bool | None = _field(
+    accumulate_prompts: bool | None = _field(
         None,
-        "With prompts in several layers: add them to averages of groups of the layer's own tokens, and start from "
-        "zero, so that the frozen model's answers hardly change at first. False: start from random prompts; with "
-        "generator='static' this is VPT-deep. None: where several layers have prompts.",
+        "With prompts in several layers: each layer adds its own to what the layer before made of the prompts. Those "
+        "of later layers start from zero, so that training starts with prompts of the first layer. False: they "
+        "replace them, and start at random; with generator='static' this is VPT-deep. None: where several layers "
+        "have prompts.",
     )
     generator: str = _field(
         "resnet10",
@@ -144,8 +145,8 @@ class PGNConfig(PeftConfig):
     )
     initializer_range: float = _field(
         0.02,
-        "Standard deviation of the initial library, or of the static prompts. Changes of pixels and prompts that are "
-        "added to averages start at zero.",
+        "Standard deviation of the initial library, or of the static prompts. Changes of pixels, and prompts of later "
+        "layers that are added, start at zero.",
         minimum=0,
     )
     mixing_init_std: float | None = _field(

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from pgn_peft.nn.generator import PromptGenerator
@@ -42,11 +41,11 @@ class PromptedLayer(PGNTunerLayer):
         return sum([number for number, *_ in counts]), 1, False  # none with prompts in several layers
 
     def count_prompts(self, adapter_name: str) -> tuple[int, int, bool]:
-        """Return an adapter's number of latent prompts P, of layers with their own, and whether these are pooled."""
+        """Return an adapter's number of latent prompts P, of layers with their own, and whether they accumulate."""
         if adapter_name == BASE or self.configs[adapter_name].prompt_space == "pixel":
             return 0, 1, False
         config = self.configs[adapter_name]
-        return not_none(config.num_virtual_tokens), cast(int, config.prompt_depth), bool(config.pooled_prompts)
+        return not_none(config.num_virtual_tokens), cast(int, config.prompt_depth), bool(config.accumulate_prompts)
 
 
 class PGNLayer(PromptedLayer):
@@ -268,18 +267,15 @@ class PGNLayer(PromptedLayer):
 
 
 class PGNBlock(PromptedLayer):
-    """An encoder layer. If the active adapter is deep, its prompts are replaced by the next layer's.
+    """An encoder layer. If the active adapter is deep, the next layer's prompts replace its own, or are added to them.
 
     As the last layer of a backbone that reads all its tokens, it also removes the prompts, so that the classifier
     averages the image's own tokens only.
 
-    Pooled prompts are added to averages of the layer's tokens: starting from zero, they are in the distribution that
-    the layer knows, and keep the frozen model's answers nearly as they are.
-
     It has no parameters and no state. `PGNLayer` appends the prompts of all layers to the tokens, so that gradient
     checkpointing, compiled graphs and threads always use the prompts of their own call:
 
-        [tokens, this layer's prompts, the next layer's prompts, ...] -> [new tokens, the next layer's prompts, ...]
+        [tokens, this layer's prompts, the next layer's, ...] -> [new tokens, (new prompts +) the next layer's, ...]
 
     Args:
         base_layer: tokens (B, N, D) to tokens (B, N, D), or to a tuple that begins with them.
@@ -298,8 +294,8 @@ class PGNBlock(PromptedLayer):
         self._disable_adapters = embeddings.disable_adapters
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer on the image tokens and its own prompts, then replace those prompts with the next layer's."""
-        num_prompts, depth, pools = self.running_prompts()
+        """Run the layer on the image tokens and its own prompts, then add or put the next layer's in their place."""
+        num_prompts, depth, accumulates = self.running_prompts()
         if num_prompts == 0 or (depth == 1 and not self.ends):
             return self.base_layer(hidden_states, *args, **kwargs)
         waiting = num_prompts * max(0, depth - 1 - self.index)  # prompts of later layers
@@ -308,25 +304,15 @@ class PGNBlock(PromptedLayer):
         kwargs = {name: _cut_mask(value, end) for name, value in kwargs.items()}
         # In backward `split` joins the gradients once, where two slices fill zeros and add.
         own, later = hidden_states.split([end, waiting], dim=1)
-        if pools and self.index < depth:
-            tokens, prompts = own.split([end - num_prompts, num_prompts], dim=1)
-            own = torch.cat([tokens, prompts + pool_tokens(tokens, num_prompts)], dim=1)
         output = self.base_layer(own, *args, **kwargs)
         if not waiting and not self.ends:
             return output
         tokens, *others = output if isinstance(output, tuple) else (output,)
-        tokens = tokens[:, : end - num_prompts]
+        tokens, prompts = tokens.split([end - num_prompts, num_prompts], dim=1)
         if waiting:
-            tokens = torch.cat([tokens, later], dim=1)
+            added, later = later.split([num_prompts, waiting - num_prompts], dim=1)
+            tokens = torch.cat([tokens, prompts + added if accumulates else added, later], dim=1)
         return (tokens, *others) if isinstance(output, tuple) else tokens
-
-
-def pool_tokens(tokens: Tensor, number: int) -> Tensor:
-    """Average an image's tokens in groups of neighbours: from (B, N, D) to (B, `number`, D)."""
-    length = tokens.shape[1]
-    group = torch.arange(length, device=tokens.device) * number // length
-    members = F.one_hot(group, number).to(tokens.dtype)  # (N, P)
-    return (members / members.sum(dim=0).clamp(min=1)).mT @ tokens
 
 
 def check_together(adapter_names: Sequence[str], configs: Mapping[str, PGNConfig]) -> None:

@@ -31,9 +31,10 @@ def make_library(config: PGNConfig, directions: Tensor | None = None) -> TokenLi
     return TokenLibrary(
         config.library_size if generated else not_none(config.num_virtual_tokens),
         hidden_size,
-        initializer_range=0.0 if config.pooled_prompts else config.initializer_range,
+        initializer_range=config.initializer_range,
         num_slots=config.num_virtual_tokens if config.static_prompts else None,
         depth=cast(int, config.prompt_depth),
+        first_layer_only=bool(config.accumulate_prompts),
     )
 
 

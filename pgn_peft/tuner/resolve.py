@@ -63,8 +63,8 @@ def resolve(config: PGNConfig, model: nn.Module) -> PGNConfig:
         resolved.prompt_depth = 1 if resolved.prompt_layout is not None or resolved.head == "text" else "all"
     if resolved.prompt_dropout is None:
         resolved.prompt_dropout = 0.5 if generated and resolved.prompt_depth != 1 else 0.0
-    if resolved.pooled_prompts is None:
-        resolved.pooled_prompts = resolved.prompt_depth != 1
+    if resolved.accumulate_prompts is None:
+        resolved.accumulate_prompts = resolved.prompt_depth != 1
     if resolved.mixing_init_std is None:
         resolved.mixing_init_std = 4.0
     refuse(_prompt_rules(resolved, backbone))
@@ -106,8 +106,8 @@ def _prompt_rules(config: PGNConfig, backbone: Backbone) -> list[Rule]:
         (bool(config.static_prompts) and static,
          "static_prompts=True has no effect with generator='static', whose prompts are all static. Leave it out."),
         (bool(config.static_prompts) and in_pixels, "static_prompts=True needs prompt_space='latent'."),
-        (bool(config.pooled_prompts) and config.prompt_depth == 1,
-         "pooled_prompts=True needs prompts in several layers."),
+        (bool(config.accumulate_prompts) and config.prompt_depth == 1,
+         "accumulate_prompts=True needs prompts in several layers."),
         (bool(config.prompt_dropout) and static,
          f"prompt_dropout={config.prompt_dropout} has no effect with generator='static'. Leave it out."),
         (not_none(config.prompt_dropout) >= 1, f"prompt_dropout={config.prompt_dropout} must be below 1."),
