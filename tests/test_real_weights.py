@@ -33,7 +33,7 @@ def test_a_1000_label_checkpoint_becomes_a_10_label_classifier_and_back(deit, eu
     base = ViTForImageClassification.from_pretrained(deit)
     before = answer(base, images)
     labels = dict(enumerate(eurosat.features["label"].names))
-    model = get_peft_model(base, PGNConfig(id2label=labels, library_size=256))
+    model = get_peft_model(base, PGNConfig(id2label=labels, library_size=256, prompt_depth=1))
     trainable, _ = model.get_nb_trainable_parameters()
     # The official size for width 768, with a library of DeiT-Tiny's width, and the head.
     assert trainable == 1_032_304 - 256 * (768 - 192) + 16 * 192 + 10 * 193
