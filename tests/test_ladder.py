@@ -49,13 +49,13 @@ def make_ladder(folder, **options):
 def short(monkeypatch):
     """One training of four steps on each rung: there is no time for a search."""
     monkeypatch.setattr(module, "SHORTEST", 4)
-    monkeypatch.setattr(Ladder, "_affordable_steps", lambda self, rung, candidates, *_: 4 if candidates == 1 else 0)
+    monkeypatch.setattr(Ladder, "_affordable_steps", lambda self, seconds, candidates, *_: 4 if candidates == 1 else 0)
 
 
 def fake_training(ladder, calls):
     """Train nothing: accuracy is best at the second rate, and grows with the steps."""
 
-    def train(rung, start, rate, rows, held_out, steps, callbacks):
+    def train(rung, start, rate, rows, held_out, steps, refit, callbacks):
         calls.append((rate, steps, len(rows)))
         count = 0 if held_out is None else len(held_out)
         number = round(count * (0.3 + 0.4 * (rate == rung.rates[1]) + 0.001 * steps))
@@ -206,14 +206,26 @@ def test_without_validation_images_every_image_is_predicted_once(tmp_path):
 
 
 def test_a_training_is_as_long_as_the_budget_allows(tmp_path):
-    ladder = make_ladder(tmp_path, budget_minutes=1)
-    ladder.rungs, ladder.results = RUNGS[:3], [result("linear head", 0.5), result("untrained prompts", 0.5)]
+    ladder = make_ladder(tmp_path)
     ladder._prediction_seconds, ladder._step_seconds = 0.01, 0.1
     parts = [(torch.arange(60), ladder.task.validation)]
-    # Three candidates for a quarter, two for half, one for the whole: 2.75 trainings; six times 60 + 30 predictions.
-    assert ladder._affordable_steps(RUNGS[2], 3, parts, 10) == int((60 - 6 * 90 * 0.01) / (2.75 * 10 * 0.1))
-    ladder.results[0] = dataclasses.replace(ladder.results[0], seconds=50.0)
-    assert ladder._affordable_steps(RUNGS[2], 3, parts, 10) == int((10 - 6 * 90 * 0.01) / (2.75 * 10 * 0.1))
+    # Three candidates for a quarter, two for half, one for the whole: 2.75 trainings. Each ends with 30 predictions,
+    # the last one with 60 more.
+    assert ladder._affordable_steps(60, 3, parts, 10) == int((60 - (6 * 30 + 60) * 0.01) / (2.75 * 10 * 0.1))
+    assert ladder._affordable_steps(60, 1, parts, 10) == int((60 - (30 + 60) * 0.01) / (10 * 0.1))
+    assert ladder._affordable_steps(1, 3, parts, 10) == 0
+
+
+def test_cheaper_rungs_go_first_where_time_is_short(tmp_path):
+    """A share of the budget is not enough for any rung, but the budget is for one."""
+    ladder, calls = make_ladder(tmp_path, budget_minutes=1), []
+    climb = ladder.climb()
+    next(climb), next(climb)
+    fake_training(ladder, calls)
+    ladder.budget, ladder._prediction_seconds, ladder._step_seconds = 30.0, 0.0, 0.1
+    ladder.results = [dataclasses.replace(found, seconds=0.0, accuracy=0.5) for found in ladder.results]
+    assert next(climb).choice.startswith("20 of 100 steps, rate 0.001, best of 1")
+    assert calls == [(1e-3, 20, 60)]
 
 
 def test_candidates_are_compared_on_images_of_all_classes():

@@ -246,27 +246,33 @@ class Ladder:
         batch_size = min(self.task.arguments.train_batch_size, len(parts[0][0]))
         whole = max(FEWEST_STEPS, EPOCHS * len(parts[0][0]) // batch_size)
         candidates = [(start, rate) for rate in rung.rates for start in self._starts(rung)]
-        steps = self._affordable_steps(rung, len(candidates), parts, batch_size)
-        if steps < SHORTEST:  # no search where time is short
+        left = max(0.0, self.budget - sum(result.seconds for result in self.results))
+        share = left / (len(self.rungs) - self.rungs.index(rung))
+        steps = self._affordable_steps(share, len(candidates), parts, batch_size)
+        if steps < SHORTEST:  # no search where time is short; cheaper rungs go first
             candidates = [candidates[len(candidates) // 2]]
-            steps = self._affordable_steps(rung, 1, parts, batch_size)
+            steps = self._affordable_steps(share, 1, parts, batch_size)
+            steps = max(steps, min(SHORTEST, self._affordable_steps(left, 1, parts, batch_size)))
         if steps < SHORTEST:
             return RungResult(rung.name, choice=f"skipped: {steps} steps fit into the budget")
         steps = min(steps, whole)
 
-        def train(candidate: tuple[Start | None, float], rows: Tensor, others: Any, steps: int) -> Trained:
-            return self.task.train_candidate(rung, *candidate, rows.tolist(), others, steps, callbacks)
+        def train(
+            candidate: tuple[Start | None, float], rows: Tensor, others: Any, steps: int, refit: bool = True
+        ) -> Trained:
+            return self.task.train_candidate(rung, *candidate, rows.tolist(), others, steps, refit, callbacks)
 
         rows, others = parts[0]
         some = Subset(others, _spread(len(others), SEARCHED))
-        left = candidates
-        for share, number in _rounds(len(candidates)):
-            trained = [train(candidate, rows, some, max(1, round(share * steps))) for candidate in left[:number]]
-            self._step_seconds = trained[-1].step_seconds
-            left = [left[place] for place in sorted(range(number), key=lambda place: trained[place].rank)]
-        start, rate = left[0]
-        results = [train(left[0], *part, steps) for part in parts]
-        final = results[0] if validation is not None else train(left[0], everything, None, steps)
+        ranked = candidates
+        for length, number in _rounds(len(candidates)):
+            short = max(1, round(length * steps))
+            trained = [train(candidate, rows, some, short, refit=False) for candidate in ranked[:number]]
+            ranked = [ranked[place] for place in sorted(range(number), key=lambda place: trained[place].rank)]
+        start, rate = ranked[0]
+        results = [train(ranked[0], *part, steps) for part in parts]
+        final = results[0] if validation is not None else train(ranked[0], everything, None, steps)
+        self._step_seconds = final.step_seconds
         kept = torch.cat([right(result.logits, result.labels) for result in results])
         refitted = torch.cat([right(result.refitted, result.labels) for result in results])
         choice = f"{steps} of {whole} steps, rate {rate:g}, best of {len(candidates)}"
@@ -276,16 +282,15 @@ class Ladder:
             return self._finish(rung, final.model, refitted, f"{choice}, head fitted again")
         return self._finish(rung, final.model, kept, choice)
 
-    def _affordable_steps(self, rung: Rung, candidates: int, parts: list[tuple[Tensor, Any]], batch_size: int) -> int:
-        """Return the steps of a whole training for which a rung's share of the budget suffices."""
-        spent = sum(result.seconds for result in self.results)
-        seconds = max(0.0, self.budget - spent) / (len(self.rungs) - self.rungs.index(rung))
+    def _affordable_steps(
+        self, seconds: float, candidates: int, parts: list[tuple[Tensor, Any]], batch_size: int
+    ) -> int:
+        """Return the steps of a whole training for which so many seconds suffice, with the search before it."""
         rounds = _rounds(candidates)
         last = len(parts) + (self.task.validation is None)  # trainings after the search
         fitted, predicted = len(parts[0][0]), len(parts[0][1])
-        # After each training a head is fitted to its rows, and held-out images are predicted.
-        predictions = sum(number for _, number in rounds) * (fitted + min(predicted, SEARCHED))
-        predictions += last * (fitted + predicted)
+        # After each training held-out images are predicted; after the last ones a head is also fitted again.
+        predictions = sum(number for _, number in rounds) * min(predicted, SEARCHED) + last * (fitted + predicted)
         lengths = sum(share * number for share, number in rounds) + last  # in whole trainings
         seconds -= predictions * self._prediction_seconds
         return max(0, int(seconds / (lengths * batch_size * self._step_seconds)))

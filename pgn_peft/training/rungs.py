@@ -184,6 +184,7 @@ class Task:
         rows: Sequence[int],
         held_out: Dataset[Any] | None,
         steps: int,
+        refit: bool = True,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> Trained:
         """Train a model for a rung.
@@ -195,6 +196,7 @@ class Task:
             rows: the training images that are used.
             held_out: rows to predict; None: none.
             steps: of training.
+            refit: fit a second head to the final features, in closed form.
             callbacks: of `Trainer`.
         """
         model = self.build(rung, start)
@@ -216,13 +218,15 @@ class Task:
         start_time = time.perf_counter()
         trainer.train()
         seconds = (time.perf_counter() - start_time) / (steps * min(arguments.train_batch_size, len(rows)))
-        head = fit_ridge(*self.features(model, Subset(self.plain, rows)), len(self.id2label))[:2]
+        head = linear.weight.detach().double().cpu(), linear.bias.detach().double().cpu()
+        refitted = head
+        if refit:
+            refitted = fit_ridge(*self.features(model, Subset(self.plain, rows)), len(self.id2label))[:2]
         if held_out is None:
-            return Trained(model, torch.empty(0), torch.empty(0), head, torch.empty(0), seconds)
+            return Trained(model, torch.empty(0), torch.empty(0), refitted, torch.empty(0), seconds)
         features, labels = self.features(model, held_out)
-        with torch.no_grad():
-            logits = linear(features.to(linear.weight)).double().cpu()
-        return Trained(model, logits, features.double() @ head[0].mT + head[1], head, labels, seconds)
+        own, other = (features.double() @ weight.mT + bias for weight, bias in (head, refitted))
+        return Trained(model, own, other, refitted, labels, seconds)
 
     def _groups(self, rung: Rung, model: nn.Module, linear: nn.Linear, rate: float) -> list[dict[str, Any]]:
         if not rung.changes_weights:
@@ -272,8 +276,8 @@ class Trained:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Of candidates, the one with the smallest is the best: by the accuracy of the better head, then by loss."""
-        accuracy = max(float(right(logits, self.labels).double().mean()) for logits in (self.logits, self.refitted))
+        """Of candidates the one with the smallest is the best: by accuracy, then by loss."""
+        accuracy = float(right(self.logits, self.labels).double().mean())
         return -accuracy, float(F.cross_entropy(self.logits, self.labels))
 
 
