@@ -203,7 +203,9 @@ def bright_red_only(file):
 def test_a_colour_that_helps_is_found_and_calls_are_counted():
     some = images(40)
     labels = [int(np.array(image)[0, 0, 1] > 100) for image in some]
-    found = adapt_black_box(some, labels, bright_red_only, NAMES, SIDE, max_views=1)
+    shown = []
+    found = adapt_black_box(some, labels, bright_red_only, NAMES, SIDE, max_views=1, on_trial=shown.append)
+    assert shown == found.trials
     assert found.names in {("red",), ("strong red",)}
     whole = {trial.names: trial for trial in found.trials if trial.images == 40}
     assert whole[found.names].accuracy > whole[NOTHING,].accuracy + 0.2

@@ -5,13 +5,15 @@ import re
 import struct
 import threading
 import zipfile
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import actions
-import adapter_training
+import background
 import gradio as gr
+import input_search
 import limits
 import pytest
 import sessions
@@ -19,12 +21,18 @@ import torch
 import uploads
 import yaml
 from actions import DEMO_BASE, SOURCES, TRAINED, UPLOADED, App
-from adapter_training import KINDS, train
+from adapter_training import train
+from background import watch
 from conftest import HANG, ROOT
 from demo_models import PIXELS, TOKENS, DemoModels
+from deploy_input_only import hosted
+from digits import image_processor
+from peft import get_peft_model
 from PIL import Image
+from transformers import ViTForImageClassification
 
-from pgn_peft import load_classifier
+from pgn_peft import Classifier, PGNConfig, load_classifier
+from pgn_peft.training import ladder
 from pgn_peft.tuner.head import find_head
 
 pytestmark = pytest.mark.slow
@@ -235,53 +243,56 @@ def app(demo):
 
 
 @pytest.fixture
-def options(demo):
+def training(demo, monkeypatch):
+    """A training on a few digits, of 4 steps for each method."""
+    for name, value in {"EPOCHS": 0, "FEWEST_STEPS": 4, "SHORTEST": 4}.items():
+        monkeypatch.setattr(ladder, name, value)
     splits = demo.digits.rows()
-    splits["train"], splits["validation"] = splits["train"].select(range(80)), splits["validation"].select(range(20))
-    return {"splits": splits, "base": str(demo.base), "epochs": 2}
+    splits["train"], splits["validation"] = splits["train"].select(range(40)), splits["validation"].select(range(10))
+    return partial(train, splits, str(demo.base), 10, "digits", {})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_reports_each_step_and_ends_with_a_classifier(kind, options, tmp_path):
-    reports = list(train(**options, kind=kind, folder=tmp_path, stop=threading.Event()))
-    steps = [report.text for report in reports if report.text.startswith("step")]
-    assert steps == [f"step {step} of 10" for step in range(1, 11)]
-    assert len(reports[-1].curve) == 2
-    assert reports[-1].facts.metrics == {"accuracy": reports[-1].curve[-1][1]}
-    config = reports[-1].classifier.model.peft_config["default"]
-    assert (config.prompt_space, config.prompt_depth) == {
-        KINDS[0]: ("latent", 1),
-        KINDS[1]: ("latent", 4),
-        KINDS[2]: ("pixel", 1),
-    }[kind]
+def test_the_table_of_methods_grows_and_one_is_chosen(training):
+    reports = list(watch(training, threading.Event()))
+    rows = [len(report.table.splitlines()) for report in reports]
+    assert rows == sorted(rows)
+    assert {4, 8} <= set(rows)  # two lines above the first row; six methods
+    assert any(re.match(r"static prompts, first layer: step \d+ of \d+", report.text) for report in reports)
+    *_, last = reports
+    chosen = re.match(r"Chosen: (.+), accuracy [01]\.\d{3} on 50 images in cross-validation\. It is", last.text)
+    assert f"| **{chosen[1]}** |" in last.table
+    assert len(last.facts.training_log) == 6
+    assert isinstance(last.classifier.model.peft_config["default"], PGNConfig)
 
 
-def test_training_stops_after_the_step_and_is_evaluated(options, tmp_path):
+def test_a_training_that_is_stopped_keeps_what_is_chosen(training):
     stop, texts = threading.Event(), []
-    for report in train(**options, kind=KINDS[0], folder=tmp_path, stop=stop):
+    for report in watch(training, stop):
         texts.append(report.text)
-        if report.text == "step 2 of 10":
+        if "step" in report.text:
             stop.set()
-    assert not any(text.startswith("step 5") for text in texts)
+    assert texts[-1].startswith("Chosen: ")
+    assert 4 <= len(report.table.splitlines()) < 8
     assert report.classifier is not None
-    assert len(report.curve) == 1
 
 
-def test_training_stops_when_its_time_is_over_or_nobody_watches(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_training, "SECONDS", -1)
-    with pytest.raises(ValueError, match="no training step within"):
-        list(train(**options, kind=KINDS[0], folder=tmp_path, stop=threading.Event()))
-    monkeypatch.undo()
+def test_a_computation_stops_when_its_time_is_over(training, monkeypatch):
+    monkeypatch.setattr(background, "SECONDS", -1)
+    with pytest.raises(ValueError, match="There was no result yet"):
+        list(watch(training, threading.Event()))
+
+
+def test_a_computation_stops_when_nobody_watches(training):
     stop = threading.Event()
-    running = train(**options, kind=KINDS[0], folder=tmp_path, stop=stop)
-    while not next(running).text.startswith("step"):
+    running = watch(training, stop)
+    while "step" not in next(running).text:
         pass
     running.close()
     assert stop.is_set()
     for thread in threading.enumerate():
-        if thread.name == adapter_training.THREAD:
+        if thread.name == background.THREAD:
             thread.join(timeout=HANG)  # it ends by itself
-    assert adapter_training.THREAD not in {thread.name for thread in threading.enumerate()}
+    assert background.THREAD not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_visitor_classifies_looks_inside_trains_and_loads_the_download(app, demo):
@@ -298,9 +309,10 @@ def test_a_visitor_classifies_looks_inside_trains_and_loads_the_download(app, de
     assert (coefficients.visible, attention.visible, row.visible) == (True, False, True)
     assert before.size == sent.size == change.size == (256, 256)
 
-    *_, (summary, _, download, adapters) = app.train(SOURCES[0], None, "", DEMO_BASE, KINDS[0], 1, ALICE)
-    assert re.match(r"accuracy [01]\.\d+ on 359 images", summary)
+    *_, (summary, _, download, adapters) = app.train(SOURCES[0], None, "", DEMO_BASE, 0.1, ALICE)
+    assert re.match(r"Chosen: .+, accuracy [01]\.\d{3} on 359 held-out images", summary)
     assert adapters.value == TRAINED
+    assert app.look(digits[0], TRAINED, ALICE)[-1] is None
     _, *trained = app.classify(digits, TRAINED, ALICE)
     assert app.upload_adapter(download.value["path"], BOB).value == UPLOADED
     _, *uploaded = app.classify(digits, UPLOADED, BOB)
@@ -347,7 +359,7 @@ def test_on_a_space_visitors_name_ids_only(app, demo, monkeypatch, tmp_path):
         with pytest.raises(ValueError, match="is not the id of a repository on the Hub"):
             app.classify([app.sample_digit(ALICE)], name, ALICE)
         with pytest.raises(ValueError, match="is not the id of a repository on the Hub"):
-            list(app.train(SOURCES[0], None, "", name, KINDS[0], 1, ALICE))
+            list(app.train(SOURCES[0], None, "", name, 0.1, ALICE))
     # Not even by the adapter in a zip.
     foreign = demo.adapter(TOKENS)
     copy = {name: foreign.joinpath(name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")}
@@ -358,7 +370,7 @@ def test_on_a_space_visitors_name_ids_only(app, demo, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="token with write access is needed"):
         app.push("alice/digits", " ", ALICE)
     with pytest.raises(ValueError, match="There is no folder"):
-        list(app.train("a folder on this machine", None, str(tmp_path), DEMO_BASE, KINDS[0], 1, ALICE))
+        list(app.train("a folder on this machine", None, str(tmp_path), DEMO_BASE, 0.1, ALICE))
 
 
 def test_an_empty_folder_or_model_is_refused_before_training(app):
@@ -368,35 +380,74 @@ def test_an_empty_folder_or_model_is_refused_before_training(app):
         (SOURCES[0], None, "", " "),
     ):
         with pytest.raises(gr.Error, match=r"first|no folder|not the id"):
-            list(actions.with_messages(app.train)(*values, KINDS[0], 1, ALICE))
+            list(actions.with_messages(app.train)(*values, 0.1, ALICE))
 
 
 def test_a_session_that_is_closed_during_a_training_leaves_nothing(app):
-    running = app.train(SOURCES[0], None, "", DEMO_BASE, KINDS[0], 1, ALICE)
+    running = app.train(SOURCES[0], None, "", DEMO_BASE, 1, ALICE)
     session = actions.session_of(ALICE)
     for text, *_ in running:
-        if text.startswith("step 3"):
+        if "step" in text:
             actions.sessions.close("alice")
     assert session.closed
     assert not session.training
     assert not session.folder.exists()
-    assert app.stop(ALICE) == "nothing is being trained"
+    assert app.stop(ALICE) == "nothing runs"
 
 
-def test_one_visitor_trains_one_adapter_at_a_time(app):
-    running = app.train(SOURCES[0], None, "", DEMO_BASE, KINDS[0], 1, ALICE)
+def test_one_visitor_computes_one_thing_at_a_time(app):
+    running = app.train(SOURCES[0], None, "", DEMO_BASE, 0.1, ALICE)
     next(running)
     with pytest.raises(ValueError, match="still runs"):
-        next(app.train(SOURCES[0], None, "", DEMO_BASE, KINDS[0], 1, ALICE))
+        next(app.train(SOURCES[0], None, "", DEMO_BASE, 0.1, ALICE))
+    with pytest.raises(ValueError, match="still runs"):
+        next(app.search(SOURCES[0], None, "", TOKENS, "", ALICE))
     running.close()
     assert not actions.session_of(ALICE).training
 
 
-def test_a_head_that_the_servers_scores_do_not_determine_is_refused_before_sending(app, tmp_path):
+def test_a_search_by_calls_alone_says_the_cost_first_and_ends_with_the_accuracy(app, tmp_path):
+    archive = str(zip_of(tmp_path / "images.zip", colours(number=20)))
+    shown = list(app.search(SOURCES[1], archive, "", TOKENS, "", ALICE))
+    cost = "At most 200 calls for 32 training images, then 24 for 8 held-out images."
+    assert shown[1][1].startswith(cost)
+    rows = [len(table.splitlines()) for _, table in shown]
+    assert rows == sorted(rows)
+    text, table = shown[-1]
+    assert re.match(r"Sent for each image: .+\. Accuracy on 8 held-out images: .+; unchanged images alone .+ ± ", text)
+    assert table.count("**") == 2
+    assert "| **unchanged** |" in table  # colours are told apart without a change
+
+
+def test_a_search_calls_a_server_that_is_named(app, demo, tmp_path):
     archive = str(zip_of(tmp_path / "images.zip", colours()))
-    list(app.train(SOURCES[1], archive, "", DEMO_BASE, KINDS[2], 1, ALICE))
+    with hosted(str(demo.base)) as url:
+        *_, (text, _) = app.search(SOURCES[1], archive, "", TOKENS, url, ALICE)
+    assert text.startswith("Sent for each image: ")
+
+
+def test_a_search_can_be_stopped_and_needs_two_images_of_each_class(app, tmp_path):
+    shown = []
+    for report in app.search(SOURCES[0], None, "", TOKENS, "", ALICE):
+        shown.append(report)
+        if report[0].startswith("call"):
+            assert app.stop(ALICE) == "stopping after this step"
+    assert shown[-1][0] == "stopped"
+    assert "At most" in shown[-1][1]
+    archive = str(zip_of(tmp_path / "images.zip", colours(number=2)))
+    with pytest.raises(ValueError, match=f"Use {input_search.FEWEST} images of each"):
+        list(app.search(SOURCES[1], archive, "", TOKENS, "", ALICE))
+
+
+def test_a_head_that_the_servers_scores_do_not_determine_is_refused_before_sending(app, demo):
+    scale = [0.5] * 3
+    config = PGNConfig(
+        prompt_space="pixel", image_size=16, image_mean=scale, image_std=scale, id2label={0: "blue", 1: "red"}
+    )
+    model = get_peft_model(ViTForImageClassification.from_pretrained(demo.base), config)
+    actions.session_of(ALICE).own[UPLOADED] = Classifier(model.eval(), image_processor())
     with pytest.raises(ValueError, match="from 10 scores"):
-        app.send(app.sample_digit(ALICE), TRAINED, "", ALICE)
+        app.send(app.sample_digit(ALICE), UPLOADED, "", ALICE)
 
 
 def test_of_classes_with_the_same_name_the_best_is_shown():

@@ -108,11 +108,11 @@ def picture(page, name):
     page.screenshot(path=PICTURES / f"{name}.png", full_page=True, animations="disabled")
 
 
-def progress(page, text):
-    """Wait until the training's text begins so, and return all of it."""
-    box = page.locator("#progress textarea")
-    page.wait_for_function("([box, text]) => box.value.startsWith(text)", arg=[box.element_handle(), text])
-    return box.input_value()
+def progress(page, text, box="#progress"):
+    """Wait until the text of a training or search contains this, and return all of it."""
+    found = page.locator(f"{box} textarea")
+    page.wait_for_function("([box, text]) => box.value.includes(text)", arg=[found.element_handle(), text])
+    return found.input_value()
 
 
 def choose_zip(page, file):
@@ -166,16 +166,21 @@ def test_every_tab_at_desktop_and_phone_width_in_light_and_dark(visit, theme, wi
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_train_watch_download_and_load_by_another_visitor(visit, tmp_path):
-    page = visit()
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_train_watch_download_and_load_by_another_visitor(visit, tmp_path, width, height):
+    page = visit(width=width, height=height)
     tab(page, "Train")
     page.get_by_label("a zip of images").check()
     choose_zip(page, images_zip(tmp_path / "images.zip", 20))
     press(page, "Train")
-    text = progress(page, "accuracy")
-    assert "on 8 images that were held out" in text
-    picture(page, "train-light-1280")
+    page.locator("#methods tr").nth(1).wait_for()  # the first method, while the second one runs
+    text = progress(page, "Chosen: ")
+    assert "on 40 images in cross-validation" in text
+    assert page.locator("#methods tr").count() == 7
+    assert page.locator("#methods strong").inner_text() == "linear head"
     page.locator("#about", has_text="Classes: blue, red").wait_for()
+    picture(page, f"train-zip-light-{width}")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     with page.expect_download() as download:
         press(page, "Download the adapter (zip)")
     download.value.save_as(tmp_path / "adapter.zip")
@@ -193,13 +198,34 @@ def test_train_watch_download_and_load_by_another_visitor(visit, tmp_path):
     assert "uploaded" in other.locator("#about").inner_text()
 
 
-def test_training_can_be_stopped(visit):
+def test_training_can_be_stopped_and_keeps_the_methods_until_then(visit):
     page = visit()
     tab(page, "Train")
     press(page, "Train")
-    progress(page, "step")
+    page.locator("#methods tr").nth(3).wait_for()
+    progress(page, "static prompts, every layer: step")
     press(page, "Stop")
-    assert "on 359 images" in progress(page, "accuracy")
+    assert "on 359 held-out images" in progress(page, "Chosen: ")
+    assert page.locator("#methods tr").count() == 4
+    picture(page, "train-light-1280")
+
+
+@pytest.mark.parametrize(("theme", "width", "height"), [("light", 1280, 900), ("dark", 390, 844)])
+def test_a_search_by_calls_alone_ends_with_what_is_sent_and_its_accuracy(visit, theme, width, height):
+    page = visit(theme, width, height)
+    tab(page, "Input only")
+    press(page, "Search")
+    page.locator("#trials", has_text=re.compile(r"At most 1,\d{3} calls for 200 training images, then 600")).wait_for()
+    progress(page, "call", "#search-progress")
+    text = progress(page, "Sent for each image: ", "#search-progress")
+    assert re.search(r"Accuracy on 200 held-out images: 0\.\d{3}; unchanged images alone 0\.\d{3}", text)
+    assert page.locator("#trials tr").count() > 20
+    picture(page, f"search-{theme}-{width}")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    press(page, "Search")
+    progress(page, "call", "#search-progress")
+    press(page, "Stop")
+    progress(page, "stopped", "#search-progress")
 
 
 def test_bad_uploads_get_a_message_and_the_page_goes_on(visit, server, tmp_path):

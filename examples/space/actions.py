@@ -8,8 +8,8 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,21 @@ import gradio as gr
 import httpx
 import limits
 import torch
-from adapter_training import KINDS, train
+from adapter_training import train
+from background import watch
 from datasets import DatasetDict
 from demo_models import PIXELS, TOKENS, DemoModels
+from deploy_input_only import as_png
 from digits import NAMES
 from huggingface_hub import InferenceClient
 from image_data import DataArguments, load_splits
+from input_search import search
 from limits import ON_A_SPACE, TOKEN
 from matplotlib.figure import Figure
 from PIL import Image
-from plotting import OURS, THEIRS, plot_attention, plot_coefficients
+from plotting import plot_attention, plot_coefficients
 from sessions import Session, Sessions
+from train_image_classifier import square_side
 from uploads import read_adapter, read_image, read_zip
 
 from pgn_peft import Classifier, load_classifier, make_prompter
@@ -40,6 +44,9 @@ ADAPTER = "default"  # PEFT's name for a model's only adapter
 MOST_IMAGES = 50
 SHOWN_CLASSES = 20
 SHOWN_SIDE = 256  # of small images, in pixels
+ALL_SCORES = 10_000  # to ask a server for
+WORKERS = 8  # calls of a server at the same time
+USUAL_SIDE = 224  # of a server's images, where the adapter's are not square
 
 logger = logging.getLogger(__name__)
 sessions = Sessions()
@@ -78,6 +85,21 @@ def with_messages(function: Callable) -> Callable:
 def session_of(request: gr.Request) -> Session:
     """Return the visitor's session."""
     return sessions.get(request.session_hash or "")
+
+
+@contextmanager
+def computing(session: Session) -> Iterator[Path]:
+    """Let a visitor compute one thing at a time, in a folder that is removed afterwards."""
+    if session.training:
+        raise ValueError("A training or search of yours still runs. Stop it, or wait.")
+    session.training, session.stop = True, threading.Event()
+    try:
+        with session.temporary_folder() as folder:
+            yield Path(folder)
+    finally:
+        session.training = False
+        if session.closed:
+            session.close()  # what was written meanwhile
 
 
 class App:
@@ -137,7 +159,7 @@ class App:
         listed = ", ".join(labels[:SHOWN_CLASSES])
         more = f", and {len(labels) - SHOWN_CLASSES} more" if len(labels) > SHOWN_CLASSES else ""
         mixed = f"mixed for each image out of {config.library_size} entries"
-        count = "a static prompt" if config.generator == "static" else mixed
+        count = "the same for all images" if config.generator == "static" else mixed
         base = Path(config.base_model_name_or_path or "").name
         return f"**{name}**: prompts are {where}, {count}. Frozen model: {base}. Classes: {listed}{more}."
 
@@ -224,48 +246,36 @@ class App:
         return load_splits(DataArguments(folder), validation=0.2, test=0)
 
     def train(
-        self, source: str, file: str | None, folder: str, base: str, kind: str, epochs: float, request: gr.Request
+        self, source: str, file: str | None, folder: str, base: str, minutes: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        """Train, and yield how it stands: text, curve, the adapter's zip, and the list of adapters."""
+        """Train, and yield how it stands: text, table, the adapter's zip, and the list of adapters."""
         session = session_of(request)
-        if session.training:
-            raise ValueError("A training of yours still runs. Stop it, or wait.")
-        session.training, session.stop = True, threading.Event()
-        try:
-            with session.temporary_folder() as temporary:
-                run = Path(temporary)
-                yield "reading the images", draw_curve((), None), gr.DownloadButton(interactive=False), gr.skip()
-                splits = self.read_images(source, file, folder, run / "images")
-                base = base.strip()
-                if base == DEMO_BASE:
-                    self.demo.make()
-                    base = str(self.demo.base)
-                elif ON_A_SPACE or not base:
-                    limits.check_model(base)
-                report, drawn = None, -1
-                options = {"token": TOKEN}
-                for report in train(splits, base, kind, int(epochs), run / "trainer", session.stop, source, options):
-                    curve = gr.skip()
-                    if report.alone is not None and len(report.curve) > drawn:
-                        curve, drawn = draw_curve(report.curve, report.alone.linear), len(report.curve)
-                    yield report.text, curve, gr.skip(), gr.skip()
-                if session.closed or report is None or report.classifier is None:
-                    return
-                session.facts, session.own[TRAINED] = report.facts, report.classifier
-                report.classifier.save_pretrained(run / "adapter", report.facts)
-                archive = shutil.make_archive(str(session.folder / "pgn-adapter"), "zip", run / "adapter")
-                button = gr.DownloadButton(value=archive, interactive=True)
-                yield report.text, gr.skip(), button, choices(session, TRAINED)
-        finally:
-            session.training = False
-            if session.closed:
-                session.close()  # what was written meanwhile
+        with computing(session) as run:
+            yield "reading the images", "", gr.DownloadButton(interactive=False), gr.skip()
+            splits = self.read_images(source, file, folder, run / "images")
+            base = base.strip()
+            if base == DEMO_BASE:
+                self.demo.make()
+                base = str(self.demo.base)
+            elif ON_A_SPACE or not base:
+                limits.check_model(base)
+            report = None
+            training = partial(train, splits, base, minutes, source, {"token": TOKEN})
+            for report in watch(training, session.stop):
+                yield report.text, report.table, gr.skip(), gr.skip()
+            if session.closed or report is None or report.classifier is None:
+                return
+            session.facts, session.own[TRAINED] = report.facts, report.classifier
+            report.classifier.save_pretrained(run / "adapter", report.facts)
+            archive = shutil.make_archive(str(session.folder / "pgn-adapter"), "zip", run / "adapter")
+            button = gr.DownloadButton(value=archive, interactive=True)
+            yield report.text, report.table, button, choices(session, TRAINED)
 
     def stop(self, request: gr.Request) -> str:
-        """Stop training after this step."""
+        """Stop a training or a search after this step."""
         session = session_of(request)
         if not session.training:
-            return "nothing is being trained"
+            return "nothing runs"
         session.stop.set()
         return "stopping after this step"
 
@@ -292,7 +302,7 @@ class App:
         classifier = self.load(session, name)
         config = classifier.model.peft_config[ADAPTER]
         if config.prompt_space != "pixel":
-            raise ValueError(f"The prompts of {name!r} are tokens. Choose {PIXELS!r}, or train one with {KINDS[2]!r}.")
+            raise ValueError(f"The prompts of {name!r} are tokens. Choose {PIXELS!r}.")
         with session.lock:
             prompter = make_prompter(classifier.model, classifier.image_processor)
             if prompter.head is not None and prompter.score_head is None:
@@ -301,11 +311,37 @@ class App:
                     "classes that the model has, or take a model with as many classes as features."
                 )
             plain, prompted = prompter.unprompted(image), prompter(image)
-            answers = [ask(url, classifier, shown, prompter.server_labels) for shown in (plain, prompted)]
+            top_k = len(prompter.server_labels or {}) or None
+            answers = [ask(url, classifier, as_png(shown), top_k) for shown in (plain, prompted)]
         read = prompter.read_answer(answers[1])
         pixels = f"{prompted.width} x {prompted.height} pixels"
         text = f"Sent: a PNG of {pixels}, {len(as_png(prompted)):,} bytes. The server's model is unchanged."
         return text, enlarged(plain), for_label(answers[0]), enlarged(prompted), answers[1][:5], for_label(read)
+
+    def search(
+        self, source: str, file: str | None, folder: str, name: str, url: str, request: gr.Request
+    ) -> Iterator[tuple[str, str]]:
+        """Search for a way of sending images to a model that takes images; yield how it stands: text and table."""
+        session = session_of(request)
+        with computing(session) as run:
+            yield "reading the images", ""
+            splits = self.read_images(source, file, folder, run / "images")
+            classifier = self.load(session, name)
+            is_server = bool(url.strip()) and not ON_A_SPACE
+
+            def call(file: bytes) -> list[dict[str, Any]]:
+                with nullcontext() if is_server else session.lock:
+                    answer = ask(url, classifier, file, ALL_SCORES)
+                if not answer:
+                    raise ValueError(
+                        "The adapter's frozen model has no classes to answer with. Choose another adapter."
+                    )
+                return answer
+
+            side = square_side(classifier.image_processor) or USUAL_SIDE
+            searching = partial(search, splits, call, side, WORKERS if is_server else 1)
+            for report in watch(searching, session.stop):
+                yield report.text, report.table
 
 
 def choices(session: Session, chosen: str) -> gr.Dropdown:
@@ -341,19 +377,12 @@ def own_answers(classifier: Classifier, images: list[Image.Image]) -> list[list[
     ]
 
 
-def ask(url: str, classifier: Classifier, image: Image.Image, labels: dict[int, str] | None) -> list[dict[str, Any]]:
-    """Ask a server, or the frozen model itself, for the scores of all its classes."""
+def ask(url: str, classifier: Classifier, file: bytes, top_k: int | None) -> list[dict[str, Any]]:
+    """Ask a server for scores of an image file, or the frozen model itself for those of all its classes."""
     if ON_A_SPACE or not url.strip():
-        return own_answers(classifier, [image])[0]
-    answer = InferenceClient(model=url.strip()).image_classification(as_png(image), top_k=len(labels or {}) or None)
+        return own_answers(classifier, [Image.open(io.BytesIO(file))])[0]
+    answer = InferenceClient(model=url.strip()).image_classification(file, top_k=top_k)
     return [{"label": entry.label, "score": entry.score} for entry in answer]
-
-
-def as_png(image: Image.Image) -> bytes:
-    """Encode an image without loss."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def best(answer: list[dict[str, Any]]) -> str:
@@ -388,18 +417,4 @@ def draw(plot: Callable, values: torch.Tensor, title: str) -> Figure:
     """Plot into a figure that no other visitor's call knows of."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     plot(values, figure.subplots()).set_title(title, fontsize=11)
-    return figure
-
-
-def draw_curve(curve: tuple[tuple[float, float], ...], alone: float | None) -> Figure:
-    """Draw accuracy by epoch, and that of a linear head alone as a line across."""
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*curve or [(0, float("nan"))], strict=True), "o-", color=OURS, label="with prompts")
-    if alone is not None:
-        axes.axhline(alone, color=THEIRS, linestyle="--", label="linear head alone")
-    axes.set(xlabel="epoch", ylim=(0, 1.05), title="Accuracy on images that are held out")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
     return figure

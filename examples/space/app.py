@@ -20,8 +20,9 @@ sys.path.append(str(Path(__file__).parents[1]))  # the scripts' modules; on a Sp
 
 import gradio as gr
 from actions import DEMO_BASE, SOURCES, App, sessions, with_messages
-from adapter_training import KINDS, MOST_EPOCHS
+from adapter_training import MINUTES, MOST_MINUTES
 from demo_models import PIXELS, TOKENS, DemoModels
+from input_search import BUDGET, IMAGES, MOST_VIEWS
 from limits import ON_A_SPACE
 from uploads import MOST_UPLOADED
 
@@ -30,6 +31,10 @@ FOLDER = Path(__file__).parent
 CSS = """
 .image-frame img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
 .grid-wrap img {image-rendering: pixelated}
+#methods, #trials {overflow-x: auto}
+#methods table, #trials table {overflow-wrap: normal; word-break: normal}
+#methods td:nth-child(2), #trials td:nth-child(2) {white-space: nowrap}
+#methods td:last-child {min-width: 160px}
 """
 # Images as they were uploaded: Gradio would convert those of 16 bits wrongly.
 GIVEN = {"type": "filepath", "height": 260, "sources": ["upload", "clipboard"], "image_mode": None}
@@ -103,14 +108,13 @@ def build(app: App) -> gr.Blocks:
                     label="Frozen model",
                     info=f"An id on the Hub{'' if ON_A_SPACE else ' or a folder'}, or '{DEMO_BASE}'",
                 )
-                kind = gr.Radio(list(KINDS), value=KINDS[0], label="Prompts")
-                epochs = gr.Slider(1, MOST_EPOCHS, value=8, step=1, label="Epochs")
+                minutes = gr.Slider(1, MOST_MINUTES, value=MINUTES, step=1, label="Minutes for all methods")
                 with gr.Row():
                     start = gr.Button("Train", variant="primary")
                     stop = gr.Button("Stop", variant="stop")
             with gr.Column(scale=2):
                 status = gr.Textbox(label="Progress", interactive=False, elem_id="progress")
-                curve = gr.Plot(show_label=False)
+                methods = gr.Markdown(elem_id="methods")
                 download = gr.DownloadButton("Download the adapter (zip)", interactive=False)
                 with gr.Accordion("Publish it on the Hub", open=False):
                     repo_id = gr.Textbox(label="Repository", placeholder="owner/name")
@@ -139,6 +143,17 @@ def build(app: App) -> gr.Blocks:
                     prompted = gr.Image(label="As it is sent", **PICTURE)
                     raw = gr.JSON(label="The server's raw answer", height=180)
                     read = gr.Label(label="What we read in it", num_top_classes=3)
+            gr.Markdown(
+                "## Adapt it by calls alone\nThe images of the tab *Train* are sent with different changes: colours, "
+                "contrasts, random tiles. The changes that help most are kept, and a head reads the model's answers. "
+                f"At most {BUDGET} calls for each of {IMAGES} training images (more with many classes), then "
+                f"{MOST_VIEWS + 1} for each of {IMAGES} held-out images."
+            )
+            with gr.Row():
+                find = gr.Button("Search", variant="primary")
+                end = gr.Button("Stop", variant="stop")
+            found = gr.Textbox(label="Progress", interactive=False, elem_id="search-progress")
+            trials = gr.Markdown(elem_id="trials")
 
         page.load(with_messages(app.describe), adapter, about)
         adapter.change(with_messages(app.describe), adapter, about)
@@ -158,9 +173,10 @@ def build(app: App) -> gr.Blocks:
         )
         trained = start.click(
             with_messages(app.train),
-            [source, archive, folder, base, kind, epochs],
-            [status, curve, download, adapter],
+            [source, archive, folder, base, minutes],
+            [status, methods, download, adapter],
             concurrency_limit=1,
+            concurrency_id="computing",
         )
         trained.then(with_messages(app.describe), adapter, about)
         stop.click(app.stop, None, status, queue=False)
@@ -169,6 +185,14 @@ def build(app: App) -> gr.Blocks:
         send.click(
             with_messages(app.send), [given, adapter, url], [sent_text, plain, plain_answer, prompted, raw, read]
         )
+        find.click(
+            with_messages(app.search),
+            [source, archive, folder, adapter, url],
+            [found, trials],
+            concurrency_limit=1,
+            concurrency_id="computing",
+        )
+        end.click(app.stop, None, found, queue=False)
         page.unload(leave)
     return page
 

@@ -154,6 +154,7 @@ def adapt_black_box(
     candidates: Mapping[str, ImagePrompter] | None = None,
     max_views: int = 4,
     budget: float = BUDGET,
+    on_trial: Callable[[Trial], object] | None = None,
 ) -> Adaptation:
     """Adapt a server by its answers to training images.
 
@@ -172,6 +173,7 @@ def adapt_black_box(
         candidates: ways of sending an image by name, `NOTHING` first; None: those of `make_candidates`.
         max_views: most views of an image; each costs one call for every image that is classified later.
         budget: most calls for each training image.
+        on_trial: is called with each trial as soon as it was measured, for example to show it.
 
     Raises:
         ValueError: a class has fewer than two images, or the budget is less than 2.
@@ -181,7 +183,7 @@ def adapt_black_box(
     pool = dict(make_candidates(image_size) if candidates is None else candidates)
     plan = plan_rungs(len(pool), len(images), len(label_names), budget)
     pool = dict(list(pool.items())[: plan.candidates])
-    search = _Search(images, classes, calls, pool, len(label_names))
+    search = _Search(images, classes, calls, pool, len(label_names), on_trial)
     kept = list(pool)
     for rung, size in enumerate(plan.sizes):
         accuracies = {name: search.correct((name,), size).mean() for name in kept}
@@ -216,8 +218,10 @@ class _Search:
         calls: Calls,
         pool: Mapping[str, ImagePrompter],
         num_labels: int,
+        on_trial: Callable[[Trial], object] | None,
     ) -> None:
         self.images, self.classes, self.calls, self.pool, self.num_labels = images, classes, calls, pool, num_labels
+        self.on_trial = on_trial
         self.order = _spread(classes)
         self.trials: list[Trial] = []
         self._tables: dict[tuple[str, int], Table] = {}
@@ -240,6 +244,8 @@ class _Search:
             error = math.sqrt(float(correct.var(correction=0)) / number)
             self.trials.append(Trial(names, number, float(correct.mean()), error))
             self._correct[names, number] = correct
+            if self.on_trial is not None:
+                self.on_trial(self.trials[-1])
         return self._correct[names, number]
 
     def better(self, current: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
