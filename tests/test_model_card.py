@@ -70,6 +70,23 @@ def test_the_text_is_what_a_reader_wants():
     assert "More Information Needed" not in text
 
 
+@pytest.mark.parametrize(
+    ("fields", "begins"),
+    [
+        ({}, "A [Prompt Generation Network](https://arxiv.org/abs/2210.06466) for the frozen Vision Transformer "
+         "`user/vit`. For each image a light CNN mixes prompts out of a learned library: tokens, appended to its "
+         "input. It is a [PEFT]"),
+        ({"generator": "static"}, "Learned prompts for the frozen Vision Transformer `user/vit`. The prompts are the "
+         "same for all images: tokens, appended to its input. It is a [PEFT]"),
+        ({"generator": "static", "num_virtual_tokens": 0},
+         "A linear head for the frozen Vision Transformer `user/vit`. It is a [PEFT]"),
+    ],
+)  # fmt: skip
+def test_it_says_what_kind_of_adapter_this_is(fields, begins):
+    text = str(make_card(adapted(**fields), "user/adapter", ModelCardInfo()))
+    assert begins in " ".join(text.split())
+
+
 def test_without_facts_it_claims_nothing():
     card = make_card(adapted(base="/models/vit"), "adapter", ModelCardInfo())
     assert card.data.base_model is None

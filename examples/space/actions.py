@@ -161,7 +161,8 @@ class App:
         mixed = f"mixed for each image out of {config.library_size} entries"
         count = "the same for all images" if config.generator == "static" else mixed
         base = Path(config.base_model_name_or_path or "").name
-        return f"**{name}**: prompts are {where}, {count}. Frozen model: {base}. Classes: {listed}{more}."
+        what = f"prompts are {where}, {count}" if config.num_virtual_tokens else "a linear head, without prompts"
+        return f"**{name}**: {what}. Frozen model: {base}. Classes: {listed}{more}."
 
     # Tab "classify".
 

@@ -153,6 +153,8 @@ def make_card(model: nn.Module, name: str, facts: ModelCardInfo, *, interpolate:
         name=name,
         base_model=config.base_model_name_or_path,
         dataset=None if facts.dataset is None else cell(facts.dataset),
+        generated=config.generator != "static",
+        num_prompts=config.num_virtual_tokens,
         in_pixels=config.prompt_space == "pixel",
         description=facts.description,
         interpolate=interpolate,
