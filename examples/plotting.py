@@ -180,9 +180,7 @@ def plot_ladder(results: Sequence[RungResult], chosen: str, ax: Axes | None = No
         ax.errorbar(result.accuracy, place, xerr=result.standard_error, fmt="o", color=colour, capsize=3)
     names = [f"{result.name}\n{result.parameters:,} parameters" for result in measured]
     ax.set_yticks(range(len(measured)), names)
-    ax.set(
-        xlabel="accuracy on images that were not trained on, ± one standard error", ylim=(-0.5, len(measured) - 0.5)
-    )
+    ax.set(xlabel="accuracy on held-out images, ± one standard error", ylim=(-0.5, len(measured) - 0.5))
     ax.set_title(f"chosen: {chosen}", color=OURS)
     ax.grid(axis="x", alpha=0.3)
     return ax.figure

@@ -190,7 +190,7 @@ class Ladder:
                     "trained parameters": "-" if skipped else f"{result.parameters:,}",
                     "seconds": f"{result.seconds:.0f}",
                     "time of a prediction": "-" if skipped else f"x {result.inference:.2f}",
-                    "base untouched": "yes" if result.base_untouched else "no",
+                    "base untouched": "-" if skipped else "yes" if result.base_untouched else "no",
                     "how": result.choice,
                 }
             )
