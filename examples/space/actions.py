@@ -272,13 +272,9 @@ class App:
             button = gr.DownloadButton(value=archive, interactive=True)
             yield report.text, report.table, button, choices(session, TRAINED)
 
-    def stop(self, request: gr.Request) -> str:
-        """Stop a training or a search after this step."""
-        session = session_of(request)
-        if not session.training:
-            return "nothing runs"
-        session.stop.set()
-        return "stopping after this step"
+    def stop(self, request: gr.Request) -> None:
+        """Stop a training or a search after this step. What runs reports it, so that no later text hides it."""
+        session_of(request).stop.set()
 
     def push(self, repo_id: str, token: str, request: gr.Request) -> str:
         """Publish the adapter that was trained here."""

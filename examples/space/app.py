@@ -179,7 +179,7 @@ def build(app: App) -> gr.Blocks:
             concurrency_id="computing",
         )
         trained.then(with_messages(app.describe), adapter, about)
-        stop.click(app.stop, None, status, queue=False)
+        stop.click(app.stop, None, None, queue=False)
         push.click(with_messages(app.push), [repo_id, token], published, api_visibility="private")
         one.click(with_messages(app.sample_digit), None, given)
         send.click(
@@ -192,7 +192,7 @@ def build(app: App) -> gr.Blocks:
             concurrency_limit=1,
             concurrency_id="computing",
         )
-        end.click(app.stop, None, found, queue=False)
+        end.click(app.stop, None, None, queue=False)
         page.unload(leave)
     return page
 
