@@ -33,7 +33,7 @@ from pgn_peft.tuner.config import own_fields
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted(str(path.relative_to(ROOT)) for path in ROOT.joinpath("docs").glob("*.md"))
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *GUIDES]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/README.md", *GUIDES]
 
 
 # checkpoint -> the folder with a tiny model in its place
@@ -288,7 +288,10 @@ def figures_of(name):
     return {f"{number:.3f}" for number in found}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/deploy.md", "docs/evidence.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "benchmarks/results/README.md", "docs/deploy.md", "docs/results.md", "docs/what-failed.md"],
+)
 def test_every_figure_of_a_table_is_in_the_rows_that_its_section_names(page):
     missing, checked = [], 0
     for title, names, tables in sections(page):
@@ -304,8 +307,8 @@ def test_every_figure_of_a_table_is_in_the_rows_that_its_section_names(page):
     ("page", "name"),
     [
         ("README.md", "adaptation.jsonl"),
-        ("docs/evidence.md", "adaptation.jsonl"),
-        ("docs/evidence.md", "few_images.jsonl"),
+        ("docs/results.md", "adaptation.jsonl"),
+        ("docs/results.md", "few_images.jsonl"),
     ],
 )
 def test_the_tables_of_methods_say_what_the_report_says(page, name):
