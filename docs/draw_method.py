@@ -1,4 +1,4 @@
-"""Draw images/method.svg, the figure of the method in the README and in how-it-works.md.
+"""Draw images/method.svg, the figure of the method, and images/client.svg: what stays on the client of a server.
 
     python docs/draw_method.py
 
@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Patch, Polygon, Rectangle
 
-FILE = Path(__file__).parent / "images" / "method.svg"
+FOLDER = Path(__file__).parent / "images"
 FROZEN, TRAINED, TOKEN, INK = "#cfe6f5", "#f2b23e", "#0072b2", "#202020"
 SHADES = ["#7a3b00", "#d55e00", "#f0a070", "#ffe0c8"]  # of the library's tokens
 MIXTURES = np.array([[0.7, 0.2, 0.1, 0.0], [0.1, 0.0, 0.2, 0.7], [0.0, 0.6, 0.4, 0.0]])  # coefficients (P, L)
@@ -45,6 +45,14 @@ def label(ax: Axes, x: float, y: float, text: str) -> None:
     ax.text(x, y, text, ha="center", va="center", fontsize=10.5)
 
 
+def draw_image(ax: Axes, x: float, y: float, sky: str = "#9ecae1", hill: str = "#5a7d4a") -> None:
+    """Draw a picture of sky, sun and a hill, 1.8 wide and high."""
+    ax.add_patch(Rectangle((x, y), 1.8, 1.8, fc=sky, ec="none"))
+    ridge = [(0, 0), (0, 0.5), (0.7, 1.1), (1.3, 0.6), (1.8, 0.8), (1.8, 0)]
+    ax.add_patch(Polygon([(x + right, y + up) for right, up in ridge], fc=hill))
+    ax.add_patch(plt.Circle((x + 1.35, y + 1.4), 0.22, fc="#f0e442", ec=INK, lw=0.6))
+
+
 def mixture(weights: np.ndarray) -> np.ndarray:
     """Return the colour that the library's colours mix to: that of a prompt."""
     return weights @ np.array([mpl.colors.to_rgb(shade) for shade in SHADES])
@@ -57,11 +65,8 @@ def draw() -> plt.Figure:
     ax.set(xlim=(0, 14.4), ylim=(-0.2, 5.95), aspect="equal")
     ax.set_axis_off()
 
-    # The image: sky, sun and a hill, cut into 3 x 3 patches.
-    ax.add_patch(Rectangle((0.3, 2.2), 1.8, 1.8, fc="#9ecae1", ec="none"))
-    ax.add_patch(Polygon([(0.3, 2.2), (0.3, 2.7), (1.0, 3.3), (1.6, 2.8), (2.1, 3.0), (2.1, 2.2)], fc="#5a7d4a"))
-    ax.add_patch(plt.Circle((1.65, 3.6), 0.22, fc="#f0e442", ec=INK, lw=0.6))
-    for step in range(4):
+    draw_image(ax, 0.3, 2.2)
+    for step in range(4):  # 3 x 3 patches
         ax.plot([0.3 + 0.6 * step] * 2, [2.2, 4.0], color="white", lw=1.2)
         ax.plot([0.3, 2.1], [2.2 + 0.6 * step] * 2, color="white", lw=1.2)
     label(ax, 1.2, 1.9, "image")
@@ -101,16 +106,51 @@ def draw() -> plt.Figure:
     arrow(ax, (7.55, 1.9), (7.55, 4.7))
     ax.text(7.75, 3.2, "mixed for each image,\nthen appended", ha="left", va="center", fontsize=10.5)
 
-    keys = [
-        Patch(fc=FROZEN, ec=INK, label="frozen: never changes"),
-        Patch(fc=TRAINED, ec=INK, label="trained: the adapter"),
-    ]
-    ax.legend(handles=keys, loc="lower right", bbox_to_anchor=(0.995, 0.03), fontsize=11, frameon=False)
+    key(ax, "trained: the adapter")
+    return figure
+
+
+def key(ax: Axes, trained: str) -> None:
+    """Say what the colours mean."""
+    parts = [Patch(fc=FROZEN, ec=INK, label="frozen: never changes"), Patch(fc=TRAINED, ec=INK, label=trained)]
+    ax.legend(handles=parts, loc="lower right", bbox_to_anchor=(0.995, 0.03), fontsize=11, frameon=False)
+
+
+def draw_client() -> plt.Figure:
+    """Draw what the client does, and what it sends to the server and gets from it."""
+    figure, ax = plt.subplots(figsize=(9.6, 4.15))
+    figure.subplots_adjust(0, 0, 1, 1)
+    ax.set(xlim=(0, 14.4), ylim=(-0.4, 5.82), aspect="equal")
+    ax.set_axis_off()
+    for x, width, name in ((0.15, 9.35, "client: yours"), (11.1, 3.15, "server: as it is")):
+        frame = FancyBboxPatch(
+            (x, 1.0), width, 4.65, boxstyle="round,pad=0,rounding_size=0.2", fc="none", ec=INK, ls="--"
+        )
+        ax.add_patch(frame)
+        ax.text(x + 0.25, 5.3, name, ha="left", va="center", fontsize=11.5, weight="bold")
+
+    draw_image(ax, 0.4, 3.1)
+    label(ax, 1.3, 2.8, "image")
+    arrow(ax, (2.3, 4.0), (2.95, 4.0))
+    box(ax, 3.0, 3.1, 3.1, 1.8, "prompts as pixels:\na colour, a tile,\nor for each patch", TRAINED)
+    arrow(ax, (6.15, 4.0), (6.8, 4.0))
+    draw_image(ax, 6.85, 3.1, sky="#d9a8c8", hill="#8f6a58")
+    label(ax, 7.75, 2.8, "what is sent")
+    arrow(ax, (8.75, 4.0), (11.35, 4.0))
+    ax.text(10.3, 4.3, "PNG", ha="center", va="center", fontsize=10.5)
+    box(ax, 11.4, 3.1, 2.55, 1.8, "Vision\nTransformer", FROZEN)
+    ax.plot([12.68, 12.68], [3.1, 1.8], color=INK, lw=1.4)
+    arrow(ax, (12.68, 1.8), (9.05, 1.8))
+    ax.text(10.3, 2.1, "scores", ha="center", va="center", fontsize=10.5)
+    box(ax, 6.5, 1.3, 2.5, 1.0, "head on scores", TRAINED)
+    arrow(ax, (6.45, 1.8), (5.6, 1.8))
+    ax.text(5.5, 1.8, "your class", ha="right", va="center", fontsize=11)
+    key(ax, "chosen or trained for your images")
     return figure
 
 
 if __name__ == "__main__":
     mpl.rcParams["svg.hashsalt"] = "pgn"  # the same file each time
-    figure = draw()
-    figure.savefig(FILE, facecolor="white", metadata={"Date": None})
-    print(FILE)
+    for name, picture in {"method": draw(), "client": draw_client()}.items():
+        picture.savefig(FOLDER / f"{name}.svg", facecolor="white", metadata={"Date": None})
+        print(FOLDER / f"{name}.svg")

@@ -208,15 +208,16 @@ def test_the_floor_of_peft_is_the_same_everywhere():
     assert (ROOT / "pgn_peft/py.typed").exists()
 
 
-def test_the_picture_of_the_method_has_no_small_text(monkeypatch):
+@pytest.mark.parametrize(("name", "draw"), [("method", "draw"), ("client", "draw_client")])
+def test_drawn_pictures_have_no_small_text(name, draw, monkeypatch):
     import matplotlib.text
 
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import draw_method
 
-    texts = [text for text in draw_method.draw().findobj(matplotlib.text.Text) if text.get_text()]
+    texts = [text for text in getattr(draw_method, draw)().findobj(matplotlib.text.Text) if text.get_text()]
     assert min(text.get_fontsize() for text in texts) >= 10  # points, at the SVG's own width of 9.6 inches
-    assert draw_method.FILE.stat().st_size < 150_000
+    assert (draw_method.FOLDER / f"{name}.svg").stat().st_size < 150_000
 
 
 def test_the_table_of_fields_is_up_to_date():
