@@ -30,11 +30,6 @@ STYLE = {
 }
 
 
-def on_grey(changes: Tensor) -> Tensor:
-    """Scale signed changes of pixels to [0, 1]: grey is no change, black and white are the largest."""
-    return 0.5 + changes / (2 * changes.abs().max().clamp(min=1e-6))
-
-
 def plot_coefficients(coefficients: Tensor, ax: Axes | None = None) -> Axes:
     """Draw the mixing coefficients of one image.
 

@@ -37,7 +37,7 @@ FIGURES = {
     "import_official": (f"largest difference between the adapter's prompts and the network's: {NUMBER}", 0, 0),
     "predict": (f"80 images, mean score of the best label {NUMBER}", 0.51, 0.99),
     "share_on_hub": (f"largest difference of a logit after loading {NUMBER}", 0, 0),
-    "show_prompts": (f"mean spread of a library entry's share from image to image: {NUMBER}", 0.01, 1),
+    "show_prompts": (f"blue: .* -> blue, score {NUMBER}", 0.5, 1),
     "train_image_classifier": (f"test accuracy {NUMBER}", 1, 1),
     "adaptation": (rf"\| full fine-tuning \| 23,970 \| {NUMBER} \(", 1, 1),
     "input_only": (rf"\| border \(VP\) \| 1,410 \| {NUMBER} \(", 1, 1),  # as PNG
