@@ -29,6 +29,9 @@ RESULTS = Path(__file__).with_name("results") / "adaptation.jsonl"
 # In the order of the tables; with how they are called there. Some runs are of methods that were removed since.
 LATENT = {
     "linear": "linear probe",
+    "ridge": "ridge regression",
+    "untrained": "untrained prompts, first layer",
+    "untrained-deep": "untrained prompts, every layer",
     "k-nn": "nearest neighbours",
     "head": "linear head",
     "generator alone": "CNN alone (the generator's)",
@@ -38,8 +41,9 @@ LATENT = {
     "pgn": "**PGN**",
     "pgn-lean": "**PGN, lean**",
     "vpt-deep": "VPT-deep",
-    "pgn-deep": "**PGN, every layer**",
-    "pgn-sum": "**PGN, every layer, added**",
+    "static-sum": "static prompts, every layer",
+    "pgn-deep": "**PGN, every layer, former start**",
+    "pgn-sum": "**PGN, every layer**",
     "lora": "LoRA, r = 8",
     "layer-norm": "LayerNorm tuning",
     "full": "full fine-tuning",
@@ -59,7 +63,7 @@ INPUT_ONLY = {
     "latent-pgn": "latent: PGN",
 }
 # What the other methods are compared with, where it is there.
-REFERENCES = ("linear", "none", "static")
+REFERENCES = ("linear", "untrained-deep", "none", "static")
 # Settings of `input_only.py` that name a run; the others are its protocol.
 OF_A_RUN = ("method", "head", "learning_rate", "seed", "split", "data")
 

@@ -3,8 +3,9 @@
     python examples/show_prompts.py --model_name_or_path facebook/deit-tiny-patch16-224 \
         --prompter outputs/my-adapter/prompter --dataset path/to/images --output_dir outputs/pictures
 
-writes prompted.png: test images with the label that the unmodified model gives them, and below them what is sent, with
-the class that is read from the model's scores. `--smoke` trains a tiny model first, offline, in seconds.
+writes prompted.png: test images with the label that the unmodified model gives them; below them what is sent, with the
+class that is read from the model's scores, and the right one in brackets if it is another. `--smoke` trains a tiny
+model first, offline, in seconds.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def main(command_line: list[str] | None = None) -> None:
         answers = [prompter.read_answer(model(image, top_k=len(prompter.server_labels)))[0] for image in prompted]
         output = Path(options.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        draw(images, prompted, before, [answer["label"] for answer in answers], output / "prompted.png")
+        found = [answer["label"] for answer in answers]
+        after = [name if name == right else f"{name} ({right})" for name, right in zip(found, classes, strict=True)]
+        draw(images, prompted, before, after, output / "prompted.png")
         print(f"saved {output / 'prompted.png'}")
         for name, own, answer in zip(classes, before, answers, strict=True):
             print(f"{name}: {own} -> {answer['label']}, score {answer['score']:.3f}")

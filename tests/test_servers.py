@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -70,7 +71,9 @@ def running(command, log):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
-        process = subprocess.Popen([*map(str, command), str(port)], env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [*map(str, command), str(port)], env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     try:
         end = time.monotonic() + HANG
         while True:
@@ -84,7 +87,7 @@ def running(command, log):
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # LitServe has workers of its own, which would outlive it
         process.wait()
 
 
