@@ -44,6 +44,7 @@ FIGURES = {
     "black_box": (rf"\| embedding \| PNG \| 1 \| 1.000 \| {NUMBER} \|", 1, 1),
     "inversion": (rf"\| 8-bit \| 1.000 \| {NUMBER} \|", 1, 1),
     "memory": (r"\| method \| tiny, batch (\d+), float32 \|", 8, 8),  # peaks need processes of their own
+    "pictures": (f"two pictures, {NUMBER} kB", 20, 200),
     "report": (rf"\| \*\*PGN\*\* \| 456,698 to 474,068 \| {NUMBER} ", 0.871, 0.871),  # of recorded results
     "step_time": (f"training step, PGN / static prompts: {NUMBER}", *ANY),
 }

@@ -1,4 +1,4 @@
-"""What a head alone reaches: the value by hand, and a model that is left as it was."""
+"""Heads in closed form: what one reaches on the frozen model, and one that is fitted again after training."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from conftest import answer, assert_same, move_adapter, tiny_config, tiny_vit
 from peft import get_peft_model
 from train_image_classifier import compare
 
-from pgn_peft.training import LinearProbe, linear_probe
+from pgn_peft.training import LinearProbe, linear_probe, refit_head
 
 SCALE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_virtual_tokens": None}
 
@@ -47,6 +47,28 @@ def test_the_models_own_head_through_the_mapping():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="The model has no classification head"):
         linear_probe(get_peft_model(tiny_vit("ViTModel"), tiny_config()), batches(4, 0), batches(4, 0))
+
+
+def test_a_head_that_is_fitted_again_is_kept_where_it_is_better():
+    model = move_adapter(get_peft_model(tiny_vit(), tiny_config(num_labels=2))).train()
+    pixels, labels = (torch.cat([batch[name] for batch in batches(20, 1)]) for name in ("pixel_values", "labels"))
+    expected = (answer(model.eval(), pixels).argmax(1) == labels).double().mean().item()
+    before = {name: tensor.clone() for name, tensor in model.train().state_dict().items()}
+    assert_same(refit_head(model, batches(40, 0), batches(20, 1)), (expected, 1.0))
+    assert model.training
+    assert (answer(model.eval(), pixels).argmax(1) == labels).all()
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)]
+    assert [name.rpartition("pgn_head.")[2] for name in changed] == ["default.weight", "default.bias"]
+    # Now it is right on all images: a head that is fitted to wrong labels is not kept.
+    wrong = [batch | {"labels": 1 - batch["labels"]} for batch in batches(40, 0)]
+    assert refit_head(model, wrong, batches(20, 1)) == (1.0, 0.0)
+    assert (answer(model, pixels).argmax(1) == labels).all()
+
+
+def test_a_head_of_the_model_cannot_be_fitted_again():
+    model = get_peft_model(tiny_vit(), tiny_config(head="frozen", label_mapping=[3, 1]))
+    with pytest.raises(ValueError, match="no linear head of its own"):
+        refit_head(model, batches(4, 0), batches(4, 0))
 
 
 def test_the_script_says_what_prompts_add():

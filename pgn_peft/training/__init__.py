@@ -2,7 +2,7 @@
 
 from pgn_peft.training.collator import ImageCollator
 from pgn_peft.training.ladder import Ladder, RungResult
-from pgn_peft.training.linear_probe import LinearProbe, linear_probe
+from pgn_peft.training.linear_probe import LinearProbe, linear_probe, refit_head
 from pgn_peft.training.parameter_groups import parameter_groups
 from pgn_peft.training.trainer import AdapterTrainer, SyncBatchNormCallback, last_complete_checkpoint
 
@@ -16,4 +16,5 @@ __all__ = [
     "last_complete_checkpoint",
     "linear_probe",
     "parameter_groups",
+    "refit_head",
 ]

@@ -1,4 +1,4 @@
-"""Linear probe: the accuracy of a head on the frozen model without prompts, the baseline of every adapter."""
+"""Linear heads in closed form: on the frozen model, the baseline of every adapter, and on a trained adapter."""
 
 from __future__ import annotations
 
@@ -68,6 +68,47 @@ def linear_probe(
             own = _accuracy(head.classify(adapter_name, on_device).float().cpu(), expected)
     weight, bias, _ = fit_ridge(features, labels, config.num_labels)
     return LinearProbe(_accuracy(others.double() @ weight.mT + bias, expected), own)
+
+
+@torch.no_grad()
+def refit_head(
+    model: nn.Module,
+    train_batches: Iterable[Mapping[str, Any]],
+    eval_batches: Iterable[Mapping[str, Any]],
+    adapter_name: str = "default",
+) -> tuple[float, float]:
+    """Fit a trained adapter's head once more, by ridge regression on its final features, and keep the better head.
+
+    The head that is trained beside prompts is often not finished when they are. Costs a forward pass for each image.
+
+    Args:
+        model: a model with a trained adapter, for one class for each image.
+        train_batches: the model's inputs, with `labels` (B,) of class indices, without augmentation.
+        eval_batches: the same for the images that decide which head is kept; prompts fit the training images too well.
+        adapter_name: the adapter, which is active.
+
+    Returns:
+        The accuracies on `eval_batches` of the trained head and of the fitted one.
+
+    Raises:
+        ValueError: the adapter has no linear head of its own.
+    """
+    head = find_head(model)
+    linear = None if head is None else head.head(adapter_name)
+    if head is None or not isinstance(linear, nn.Linear):
+        raise ValueError(f"The adapter {adapter_name!r} has no linear head of its own to fit again.")
+    was_training = model.training
+    model.eval()
+    features, labels = extract_features(model, head, train_batches)
+    others, expected = extract_features(model, head, eval_batches)
+    model.train(was_training)
+    weight, bias, _ = fit_ridge(features, labels, linear.out_features)
+    trained = _accuracy(linear(others.to(linear.weight)).cpu(), expected)
+    fitted = _accuracy(others.double() @ weight.mT + bias, expected)
+    if fitted > trained:
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
+    return trained, fitted
 
 
 @torch.no_grad()
