@@ -3,7 +3,7 @@
 Train the client's half first, on an open copy of the model; it is the folder `prompter` in the output folder:
 
     python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
-        --dataset path/to/images --prompt_space pixel --mixing_init_std 4 --output_dir outputs/my-adapter
+        --dataset path/to/images --prompt_space pixel --output_dir outputs/my-adapter
     python examples/deploy_input_only.py --model_name_or_path facebook/deit-tiny-patch16-224 \
         --dataset path/to/images --prompter outputs/my-adapter/prompter
 

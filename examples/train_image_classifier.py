@@ -10,7 +10,7 @@ For a hosted model: prompts that are valid pixels, and the model's own classes m
 `deploy_input_only.py` shows how the result, outputs/my-adapter/prompter, is used:
 
     python examples/train_image_classifier.py --model_name_or_path facebook/deit-tiny-patch16-224 \
-        --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true --mixing_init_std 4 \
+        --dataset path/to/images --prompt_space pixel --head frozen --label_mapping true \
         --output_dir outputs/my-adapter
 
 Not sure which method? Let your images decide, from a linear head to generated prompts (docs/train.md):

@@ -81,45 +81,43 @@ class PGNConfig(PeftConfig):
 
     num_virtual_tokens: int | None = _field(
         None,
-        "Prompts per image, P. None: 16; all patches of the image in pixel space; one row of patches with "
+        "Prompts per image, P. None: 16; one for each patch in pixel space; one row of patches with "
         "prompt_layout='append', where other numbers must fill whole rows and columns. 0, with generator='static': "
-        "a linear head on the frozen model, without prompts.",
+        "a linear head without prompts.",
         minimum=0,
     )
     library_size: int = _field(
         64,
-        "Learned vectors that prompts are mixed from, L. The official checkpoints have 128 or 256. Unused by the "
-        "'static' generator.",
+        "Learned vectors that prompts are mixed from, L. Unused by the 'static' generator.",
         minimum=1,
     )
     prompt_depth: int | str | None = _field(
         None,
-        "Number of encoder layers, from the first on, with prompts of their own. 1, the paper's form: prompts are "
-        "appended once and stay. 'all': every layer. Each layer has a library of its own; all share an image's "
-        "coefficients. None: 'all'; 1 in pixel space, with a `prompt_layout` and with texts as classes.",
+        "Number of encoder layers, from the first on, with prompts of their own. 1: the paper's form. 'all': every "
+        "layer. Each layer has its own library. None: 'all'; 1 in pixel space, with a `prompt_layout` and with texts "
+        "as classes.",
         minimum=1,
     )
     accumulate_prompts: bool | None = _field(
         None,
-        "With prompts in several layers: each layer adds its own to what the layer before made of the prompts. Those "
-        "of later layers start from zero, so that training starts with prompts of the first layer. False: they "
-        "replace them, and start at random; with generator='static' this is VPT-deep. None: where several layers "
-        "have prompts.",
+        "With prompts in several layers: each later layer adds its own, which start at zero, to what the layer before "
+        "made of the prompts. False: they replace these, and start at random; with generator='static' this is "
+        "VPT-deep. None: True where several layers have prompts.",
     )
     generator: str = _field(
         "resnet10",
-        "'resnet10', the CNN of the official code, or 'static': P learned prompts, the same for every image (the "
-        "input-independent control, VPT-shallow); in pixel space one for all patches of all images.",
+        "'resnet10', the CNN of the official code, or 'static': P learned prompts, the same for every image (with "
+        "prompt_depth=1 VPT-shallow); in pixel space one for all patches.",
         choices=(*TRUNKS, "static"),
     )
     generator_image_size: int | None = _field(
         64,
         "The generator sees the image with its shorter side resized to this many pixels. None: not resized, as in the "
-        "official code. 64 costs a twelfth of 224, and was as accurate as 112.",
+        "official code. 64 costs a twelfth of 224.",
         minimum=8,
     )
     generator_width: int = _field(
-        16, "Channels of the generator's stem. Parameters and cost of the CNN grow with its square.", minimum=1
+        16, "Channels of the generator's stem. Size and cost grow with its square.", minimum=1
     )
     generator_norm: str = _field(
         "batch",
@@ -128,44 +126,42 @@ class PGNConfig(PeftConfig):
     )
     generator_rank: int | None = _field(
         None,
-        "Length of the queries (one for each prompt of an image) and keys (one for each library entry) whose products "
-        "are the mixing logits; 8 needs a twentieth of the parameters. None: one linear layer, the official form.",
+        "Length of the queries (one for each prompt) and keys (one for each library entry) whose products are the "
+        "mixing logits; 8 needs a twentieth of the parameters. None: one linear layer, the official form.",
         minimum=1,
     )
     static_prompts: bool | None = _field(
         None,
-        "Also learn a static prompt for each of the P slots, to which the generated part is added. None: in latent "
-        "space, where it was more accurate. False: the paper's form.",
+        "Also learn a static prompt for each of the P slots, to which the generated part is added. None: True in "
+        "latent space with a CNN. False: the paper's form.",
     )
     prompt_dropout: float | None = _field(
         None,
-        "In training, the share of images whose prompts are mixed by the mean coefficients of their batch, instead of "
-        "their own. None: 0.5 where several layers have prompts, which otherwise overfit a few images; else 0.",
+        "In training, the share of images whose prompts are mixed by the mean coefficients of their batch. None: 0.5 "
+        "where several layers have generated prompts, else 0.",
         minimum=0,
     )
     initializer_range: float = _field(
         0.02,
-        "Standard deviation of the initial library, or of the static prompts. Changes of pixels, and prompts of later "
-        "layers that are added, start at zero.",
+        "Standard deviation of the initial library, or of the static prompts. Changes of pixels, and prompts that "
+        "later layers add, start at zero.",
         minimum=0,
     )
     mixing_init_std: float | None = _field(
         None,
-        "Standard deviation of the offsets that the mixing logits start from. 0, as in the official code: all prompts "
-        "start as nearly the same mixture. None: 4, with which each prompt starts near a library entry of its own.",
+        "Standard deviation of the initial offsets of the mixing logits. 0, the official form: all prompts start as "
+        "nearly the same mixture. None: 4, each starts near a library entry of its own.",
         minimum=0,
     )
     prompt_space: str = _field(
         "latent",
-        "'latent': prompts are tokens, as in the paper. 'pixel': prompts become part of the image as valid pixels, so "
-        "that the unmodified model is adapted through its input alone.",
+        "'latent': prompts are tokens. 'pixel': prompts are valid pixels of the image, for an unmodified model.",
         choices=("latent", "pixel"),
     )
     prompt_layout: str | None = _field(
         None,
-        "'additive', in pixel space: a prompt for each patch of the image is added to its pixels. 'append', in latent "
-        "space: prompts fill rows of patches below the image, ready for prompt inversion. None: 'additive' in pixel "
-        "space, none in latent space.",
+        "'additive', in pixel space: a prompt for each patch is added to its pixels. 'append', in latent space: "
+        "prompts fill rows of patches below the image, for prompt inversion. None: 'additive' in pixel space.",
     )
     image_size: int | None = _field(
         None, "Side of the square images with a `prompt_layout`, in pixels. None: the model's own.", minimum=8
@@ -177,14 +173,14 @@ class PGNConfig(PeftConfig):
     jpeg_quality: int | None = _field(
         None,
         "In pixel space, send half of the prompted images through JPEG of this quality in training, for a server that "
-        "gets JPEG of this quality or better, or PNG. None: 8-bit pixels, as in PNG.",
+        "gets JPEG of this quality or better. None: for PNG.",
         minimum=1,
     )
     head: str = _field(
         "trained",
-        "'trained': the adapter owns a classification head for its own labels. 'frozen': the model's head and labels "
-        "are used, and only the prompts are trained. 'text': images are compared with a text for each class, as CLIP "
-        "does, and only the prompts are trained; give the texts by `use_texts`.",
+        "'trained': the adapter has a head for its own labels. 'frozen': the model's head and labels; only prompts are "
+        "trained. 'text': images are compared with a text for each class, as in CLIP; only prompts are trained. Give "
+        "the texts by `use_texts`.",
         choices=("trained", "frozen", "text"),
     )
     label_mapping: list[int] | None = _field(
@@ -206,17 +202,15 @@ class PGNConfig(PeftConfig):
     )
     target_modules: str | list[str] | None = _field(
         None,
-        "Name of the module that makes the tokens. None: found from the architecture. Name it for a look-alike of a "
-        "supported ViT.",
+        "Name of the module that makes the tokens, for a look-alike of a supported ViT. None: found from the "
+        "architecture.",
     )
     modules_to_save: list[str] | None = _field(
         None,
-        "Further modules to train and save in full. The classification head is left out: the adapter owns one.",
+        "Further modules to train and save in full, but not the head: the adapter has one.",
     )
     hidden_size: int | None = _field(None, "Recorded: the backbone's width D.", minimum=1)
-    head_features: int | None = _field(
-        None, "Recorded where they are not D: the features that a head takes.", minimum=1
-    )
+    head_features: int | None = _field(None, "Recorded where it is not D: the head's number of features.", minimum=1)
     num_channels: int | None = _field(None, "Recorded: the channels of the backbone's images.", minimum=1)
     patch_size: int | None = _field(
         None, "Recorded with a `prompt_layout`: the side of the backbone's patches, in pixels.", minimum=1
