@@ -65,7 +65,7 @@ def build(app: App) -> gr.Blocks:
             upload = gr.UploadButton("Upload an adapter (zip)", file_types=[".zip"], scale=1)
         about = gr.Markdown(elem_id="about")
         with gr.Tab("Classify"):
-            gr.Markdown("Names what images show, without and with prompts. Take six flowers, then press *Classify*.")
+            gr.Markdown("Names images without and with prompts. Press *Classify*, or clear these and add your own.")
             images = gr.Gallery(
                 label="Images", type="filepath", interactive=True, height=230, object_fit="contain", elem_id="images"
             )
@@ -95,8 +95,8 @@ def build(app: App) -> gr.Blocks:
                 sent = gr.Image(label="After, as it is sent", **PICTURE)
                 change = gr.Image(label="Change, amplified, on grey", **PICTURE)
         with gr.Tab("Train"), gr.Row():
-            gr.Markdown("Teaches the frozen model new images: these flowers, or yours in a zip. Press *Train*.")
             with gr.Column(scale=1):
+                gr.Markdown("Teaches the frozen model other images: these flowers, or yours in a zip. Press *Train*.")
                 source = gr.Radio(SOURCES, value=SOURCES[0], label="Images")
                 archive = gr.File(
                     label="Zip with a subfolder for each class",
@@ -154,6 +154,7 @@ def build(app: App) -> gr.Blocks:
             trials = gr.Markdown(elem_id="trials")
 
         page.load(with_messages(app.describe), adapter, about)
+        page.load(with_messages(app.sample_flowers), None, images)
         adapter.change(with_messages(app.describe), adapter, about)
         # A list of adapters whose choice has the same name as before does not change.
         uploaded = upload.upload(with_messages(app.upload_adapter), upload, adapter)
