@@ -2,13 +2,13 @@
 
     python examples/demo.py
 
-A tiny ViT is trained on scikit-learn's digits and frozen. It fails on the same digits inverted, turned by 90 degrees
-and on a noisy background; PGN adapts it to them without changing its weights. The script compares PGN with a linear
+A tiny ViT is trained on pictures of flowers by day and frozen. It fails on the same flowers at night; PGN adapts it to
+them without changing its weights. The script compares PGN with a linear
 probe, static prompts (the same for every image) and full fine-tuning; each learning rate is chosen on validation. It
 saves the adapter, loads it in a new process, compares the logits, and draws which library tokens a few images use.
 
 It prints a table and ends with PGN's accuracy on the test images. `--smoke` does the same in a few seconds, with too
-little training for a good accuracy. It needs space/digits.py beside it.
+little training for a good accuracy. It needs space/flowers.py beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,9 +23,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from plotting import OURS, STYLE, THEIRS
 from safetensors.torch import load_file, save_file
-from space.digits import SEED, Digits, make_base, train
+from space.flowers import NAMES, SEED, SIDE, Flowers, make_base, normalise, train
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import ViTForImageClassification, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -46,8 +44,8 @@ METHODS = {
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Compute the logits of many images, in batches."""
-    return torch.cat([model(batch).logits for batch in images.split(256)])
+    """Compute the logits of many 8-bit images, in batches."""
+    return torch.cat([model(normalise(batch)).logits for batch in images.split(256)])
 
 
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
@@ -55,14 +53,8 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     return (logits_of(model, data[0]).argmax(dim=-1) == data[1]).float().mean().item()
 
 
-def fit(model: nn.Module, parameters: Iterable, data: tuple[Tensor, Tensor], rate: float, epochs: int, name: str):
-    """Train with a progress bar."""
-    with tqdm(total=epochs, desc=name, leave=False, disable=None) as progress:
-        train(model, parameters, data, rate, epochs, progress.update)
-
-
-def adapt(method: str, base: Path, digits: Digits, rate: float, epochs: int) -> tuple[nn.Module, int]:
-    """Adapt the base to the turned digits; return the model and the number of trained parameters."""
+def adapt(method: str, base: Path, flowers: Flowers, rate: float, epochs: int) -> tuple[nn.Module, int]:
+    """Adapt the base to the flowers at night; return the model and the number of trained parameters."""
     set_seed(SEED)
     model = ViTForImageClassification.from_pretrained(base)
     if method == "linear probe":
@@ -76,13 +68,13 @@ def adapt(method: str, base: Path, digits: Digits, rate: float, epochs: int) -> 
                 num_virtual_tokens=8,
                 library_size=32,
                 generator=generator,
-                generator_image_size=None,
+                generator_image_size=SIDE // 2,
                 generator_width=8,
                 initializer_range=0.5,
             ),
         )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    fit(model, parameter_groups(model, rate), digits.turned["train"], rate, epochs, f"{method}, rate {rate:g}")
+    train(model, parameter_groups(model, rate), flowers.night["train"], rate, epochs, f"{method}, rate {rate:g}")
     return model, trained
 
 
@@ -114,24 +106,24 @@ with torch.no_grad():
 
 
 @torch.no_grad()
-def draw(model: PeftModel, digits: Digits, file: Path) -> None:
+def draw(model: PeftModel, flowers: Flowers, file: Path) -> None:
     """Draw one test image per class, with the share of each library token in its prompts."""
-    images, labels = digits.turned["test"]
-    chosen = torch.stack([(labels == label).nonzero()[0, 0] for label in range(10)])
+    images, labels = flowers.night["test"]
+    chosen = torch.stack([(labels == label).nonzero()[0, 0] for label in range(len(NAMES))])
     layer = model.get_base_model().vit.embeddings
-    shares = layer.pgn_generator["default"](images[chosen]).mean(dim=1)  # (10, L), summing to 1
+    shares = layer.pgn_generator["default"](normalise(images[chosen])).mean(dim=1)  # (classes, L), summing to 1
     answers = logits_of(model, images[chosen]).argmax(dim=-1)
     plt.rcParams.update(STYLE)
-    figure, rows = plt.subplots(10, 2, figsize=(8, 8), width_ratios=[1, 9], layout="constrained", sharex="col")
+    figure, rows = plt.subplots(len(NAMES), 2, figsize=(8, 7), width_ratios=[1, 6], layout="constrained", sharex="col")
     top = shares.max().item() * 1.3
     for (left, right), index, share, answer in zip(rows, chosen, shares, answers, strict=True):
-        left.imshow(images[index, 0], cmap="gray")
+        left.imshow(images[index].permute(1, 2, 0))
         left.set_axis_off()
         right.bar(range(len(share)), share, color=THEIRS, alpha=0.3)
         for token in share.topk(3).indices.tolist():
             right.bar(token, share[token], color=OURS)
             right.text(token, share[token], f" {token}", ha="center", va="bottom", fontsize=7)
-        right.set(ylim=(0, top), yticks=[], ylabel=f"“{answer}”")
+        right.set(ylim=(0, top), yticks=[], ylabel=NAMES[answer])
         right.yaxis.label.set(rotation=0, ha="right", va="center")
         right.spines["left"].set_visible(False)
     rows[0, 1].set_title(
@@ -147,30 +139,29 @@ def main(command_line: list[str] | None = None) -> float:
     parser.add_argument("--output_dir", type=Path, default=Path("demo-output"))
     parser.add_argument("--smoke", action="store_true", help="train for a moment only")
     options = parser.parse_args(command_line)
-    epochs = 4 if options.smoke else 25
+    epochs = 4 if options.smoke else 20
     folder = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
 
     disable_progress_bar()
-    digits = Digits()
+    flowers = Flowers()
     base = folder / "base"
-    with tqdm(total=epochs, desc="the base, on digits as they are", leave=False, disable=None) as progress:
-        make_base(digits, base, epochs, progress.update)
+    make_base(flowers, base, epochs)
     frozen = ViTForImageClassification.from_pretrained(base).eval()
-    print(f"the base on digits as they are: {accuracy(frozen, digits.plain['test']):.3f}; inverted, turned and noisy:")
+    print(f"the base on flowers by day: {accuracy(frozen, flowers.day['test']):.3f}; at night:")
     rows = [
-        ("frozen model", 0, "", accuracy(frozen, digits.turned["validation"]), accuracy(frozen, digits.turned["test"]))
+        ("frozen model", 0, "", accuracy(frozen, flowers.night["validation"]), accuracy(frozen, flowers.night["test"]))
     ]
     for method, rates in METHODS.items():
         runs = []
         for rate in rates[-1:] if options.smoke else rates:
-            model, trained = adapt(method, base, digits, rate, epochs)
-            runs.append((accuracy(model, digits.turned["validation"]), rate, model))
+            model, trained = adapt(method, base, flowers, rate, epochs)
+            runs.append((accuracy(model, flowers.night["validation"]), rate, model))
         validation, rate, model = max(runs, key=lambda run: run[0])
-        rows.append((method, trained, f"{rate:g}", validation, accuracy(model, digits.turned["test"])))
+        rows.append((method, trained, f"{rate:g}", validation, accuracy(model, flowers.night["test"])))
         if method == "PGN":
-            check_in_new_process(model, base, folder, digits.turned["test"][0])
-            draw(model, digits, folder / "library-tokens.png")
+            check_in_new_process(model, base, folder, normalise(flowers.night["test"][0]))
+            draw(model, flowers, folder / "library-tokens.png")
 
     print(f"\n{'method':<18}{'trained parameters':>20}{'learning rate':>15}{'validation':>12}{'test':>8}")
     for method, trained, rate, validation, test in rows:

@@ -32,7 +32,7 @@ ANY = (1e-9, 1e9)  # what depends on the machine: a time, or a ratio of times
 # script -> what its smoke mode prints in the end, and the bounds of the figure in it
 FIGURES = {
     "adapt_black_box": (f"test accuracy {NUMBER}", 1, 1),
-    "demo": (f"test accuracy of PGN {NUMBER}", 0.2, 1),  # guessing gives 0.1
+    "demo": (f"test accuracy of PGN {NUMBER}", 0.25, 1),  # guessing gives 0.17
     "deploy_input_only": (f"accuracy prompted {NUMBER}", 1, 1),
     "import_official": (f"largest difference between the adapter's prompts and the network's: {NUMBER}", 0, 0),
     "predict": (f"80 images, mean score of the best label {NUMBER}", 0.51, 0.99),

@@ -76,7 +76,8 @@ def visit(browser):
             page.on("console", lambda message: message.type == "error" and errors.append(message.text))
             page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(f"{ADDRESS}/?__theme={theme}")
-        page.locator("#about", has_text="prompts are tokens").wait_for()
+        page.locator("#about", has_text="part of the image").wait_for()
+        page.locator(".thumbnail-item").nth(5).wait_for()  # it opens with six flowers
         return page
 
     yield open_page
@@ -138,30 +139,30 @@ def test_every_tab_at_desktop_and_phone_width_in_light_and_dark(visit, theme, wi
     page = visit(theme, width, height)
     name = f"{theme}-{width}"
     assert page.locator("body.dark").count() == (theme == "dark")
-    press(page, "Take ten digits")
-    page.locator(".thumbnail-item").nth(9).wait_for()
     press(page, "Classify")
-    page.locator("#answers tr").nth(10).wait_for()
-    assert re.match(r"\d \(0\.\d\d\)", page.locator("#answers td").nth(2).inner_text())
+    page.locator("#answers tr").nth(6).wait_for()
+    assert re.match(r"[a-z]+ \(\d\.\d\d\)", page.locator("#answers td").nth(2).inner_text())
     picture(page, f"classify-{name}")
 
     tab(page, "Look inside")
-    press(page, "Take a digit")
+    press(page, "Take a flower")
     page.locator(".image-frame img").first.wait_for()
-    press(page, "Look inside")
-    page.locator("#inside", has_text="Most used of 32 library entries").wait_for()
-    picture(page, f"inside-tokens-{name}")
-    choose(page, "demo: prompts as pixels")
     press(page, "Look inside")
     page.locator("#inside", has_text="The largest change of a pixel").wait_for()
     picture(page, f"inside-pixels-{name}")
 
     tab(page, "Input only")
-    press(page, "Take a digit")
+    press(page, "Take a flower")
     page.locator(".image-frame img").locator("visible=true").first.wait_for()
     press(page, "Send")
-    page.locator("#sent", has_text="16 x 16 pixels").wait_for()
+    page.locator("#sent", has_text="64 x 64 pixels").wait_for()
     picture(page, f"input-only-{name}")
+
+    choose(page, "demo: prompts as tokens")
+    tab(page, "Look inside")
+    press(page, "Look inside")
+    page.locator("#inside", has_text="The prompts are tokens").wait_for()
+    picture(page, f"inside-tokens-{name}")
     # Nothing is wider than the screen.
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
@@ -205,7 +206,7 @@ def test_training_can_be_stopped_and_keeps_the_methods_until_then(visit):
     page.locator("#methods tr").nth(3).wait_for()
     progress(page, "static prompts, every layer: step")
     press(page, "Stop")
-    assert "on 359 held-out images" in progress(page, "Chosen: ")
+    assert "on 240 held-out images" in progress(page, "Chosen: ")
     assert page.locator("#methods tr").count() == 4
     picture(page, "train-light-1280")
 
@@ -233,7 +234,7 @@ def test_bad_uploads_get_a_message_and_the_page_goes_on(visit, server, tmp_path)
     text = tmp_path / "image.png"
     text.write_text("text", encoding="utf-8")
     page.locator("input[type=file][multiple]").first.set_input_files(text)
-    page.locator(".thumbnail-item").first.wait_for()
+    page.locator(".thumbnail-item").nth(6).wait_for()
     press(page, "Classify")
     page.get_by_text("cannot be read").wait_for()
     picture(page, "message-light-1280")
@@ -272,12 +273,12 @@ def test_the_keyboard_is_enough(visit):
                 return
         raise AssertionError(f"the keyboard does not reach {name!r}")
 
-    go_to("Take ten digits")
+    go_to("Take six flowers")
     page.keyboard.press("Enter")
-    page.locator(".thumbnail-item").nth(9).wait_for()
+    page.locator(".thumbnail-item").nth(5).wait_for()
     go_to("Classify")
     page.keyboard.press("Enter")
-    page.locator("#answers tr").nth(10).wait_for()
+    page.locator("#answers tr").nth(6).wait_for()
     go_to("Look inside")
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Look inside", exact=True).wait_for()

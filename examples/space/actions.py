@@ -22,13 +22,13 @@ from background import watch
 from datasets import DatasetDict
 from demo_models import PIXELS, TOKENS, DemoModels
 from deploy_input_only import as_png
-from digits import NAMES
+from flowers import NAMES
 from huggingface_hub import InferenceClient
 from image_data import DataArguments, load_splits
 from input_search import search
 from limits import ON_A_SPACE, TOKEN
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageChops
 from plotting import plot_attention, plot_coefficients
 from sessions import Session, Sessions
 from train_image_classifier import square_side
@@ -39,11 +39,10 @@ from pgn_peft.inspection import attention_to_prompts, base_predictions, mixing_c
 
 TRAINED, UPLOADED = "trained here", "uploaded"
 DEMO_BASE = "the demo's tiny ViT"
-SOURCES = ["digits, turned and inverted", "a zip of images", *([] if ON_A_SPACE else ["a folder on this machine"])]
+SOURCES = ["flowers at night", "a zip of images", *([] if ON_A_SPACE else ["a folder on this machine"])]
 ADAPTER = "default"  # PEFT's name for a model's only adapter
 MOST_IMAGES = 50
 SHOWN_CLASSES = 20
-SHOWN_SIDE = 256  # of small images, in pixels
 ALL_SCORES = 10_000  # to ask a server for
 WORKERS = 8  # calls of a server at the same time
 USUAL_SIDE = 224  # of a server's images, where the adapter's are not square
@@ -174,25 +173,25 @@ class App:
         with session.lock:
             with_prompts = classifier.pipeline()(images, top_k=5, batch_size=8)
             alone = own_answers(classifier, images)
-        lines = ["| # | the frozen model alone | with prompts |", "|---|---|---|"]
+        lines = ["| image | the frozen model alone | with prompts |", "|---|---|---|"]
         for number, (own, ours) in enumerate(zip(alone, with_prompts, strict=True), start=1):
-            lines.append(f"| {number} | {best(own)} | {best(ours)} |")
+            caption = files[number - 1][1] or number
+            lines.append(f"| {caption} | {best(own)} | {best(ours)} |")
         return "\n".join(lines), for_label(alone[0]), for_label(with_prompts[0])
 
-    def sample_digits(self, request: gr.Request) -> list[str]:
-        """Return files of test digits, one of each class."""
-        folder = session_of(request).folder / "digits"
+    def sample_flowers(self, request: gr.Request) -> list[tuple[str, str]]:
+        """Return files of test flowers, one of each class, and what they show."""
+        folder = session_of(request).folder / "flowers"
         folder.mkdir(exist_ok=True)
-        found: dict[int, str] = {}
-        for image, label in self.demo.digits.files("test"):
-            if label not in found:
-                found[label] = str(folder / f"{NAMES[label]}.png")
-                image.save(found[label])
-        return [found[label] for label in sorted(found)]
+        files = []
+        for (image, _), name in zip(self.demo.flowers.files("test"), NAMES, strict=False):  # the first ones of all
+            files.append((str(folder / f"{name}.png"), name))
+            image.save(files[-1][0])
+        return files
 
-    def sample_digit(self, request: gr.Request) -> str:
-        """Return the file of one test digit."""
-        return self.sample_digits(request)[7]
+    def sample_flower(self, request: gr.Request) -> str:
+        """Return the file of one test flower."""
+        return self.sample_flowers(request)[0][0]
 
     # Tab "look inside".
 
@@ -217,7 +216,7 @@ class App:
             if in_pixels:
                 prompter = make_prompter(model, classifier.image_processor)
                 plain, prompted = prompter.unprompted(image), prompter(image)
-                before, sent = enlarged(plain), enlarged(prompted)
+                before, sent = plain, prompted
                 change, largest = amplified(plain, prompted)
                 texts.append(f"The largest change of a pixel is {largest} of 255 levels.")
             else:
@@ -235,7 +234,7 @@ class App:
     def read_images(self, source: str, file: str | None, folder: str, unpacked: Path) -> DatasetDict:
         """Return training and validation images."""
         if source == SOURCES[0]:
-            return self.demo.digits.rows()
+            return self.demo.flowers.rows()
         if source == SOURCES[1]:
             if file is None:
                 raise ValueError("Upload a zip of images first, with a folder for each class.")
@@ -313,7 +312,7 @@ class App:
         read = prompter.read_answer(answers[1])
         pixels = f"{prompted.width} x {prompted.height} pixels"
         text = f"Sent: a PNG of {pixels}, {len(as_png(prompted)):,} bytes. The server's model is unchanged."
-        return text, enlarged(plain), for_label(answers[0]), enlarged(prompted), answers[1][:5], for_label(read)
+        return text, plain, for_label(answers[0]), prompted, answers[1][:5], for_label(read)
 
     def search(
         self, source: str, file: str | None, folder: str, name: str, url: str, request: gr.Request
@@ -343,13 +342,13 @@ class App:
 
 def choices(session: Session, chosen: str) -> gr.Dropdown:
     """Return the list of adapters with one of them chosen."""
-    return gr.Dropdown(choices=[TOKENS, PIXELS, *session.own], value=chosen)
+    return gr.Dropdown(choices=[PIXELS, TOKENS, *session.own], value=chosen)
 
 
 def open_all(files: list | None) -> list[Image.Image]:
     """Open uploaded images; a gallery gives pairs of file and caption."""
     if not files or len(files) > MOST_IMAGES:
-        raise ValueError(f"Upload 1 to {MOST_IMAGES} images first, or take a digit; there are {len(files or [])}.")
+        raise ValueError(f"Upload 1 to {MOST_IMAGES} images first, or take a flower; there are {len(files or [])}.")
     paths = [Path(file if isinstance(file, str) else file[0]) for file in files]
     return [read_image(path, path.name) for path in paths]
 
@@ -395,19 +394,10 @@ def for_label(answer: list[dict[str, Any]]) -> dict[str, float] | None:
     return {entry["label"]: entry["score"] for entry in reversed(answer[:5])} or None
 
 
-def enlarged(image: Image.Image) -> Image.Image:
-    """Show a small image larger, its pixels as squares."""
-    factor = max(1, SHOWN_SIDE // max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
 def amplified(before: Image.Image, after: Image.Image) -> tuple[Image.Image, int]:
     """Draw the change on grey, the largest as black or white, and return that change in levels."""
-    pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() for image in (before, after)]
-    change = pixels[1] - pixels[0]
-    largest = int(change.abs().max())
-    grey = (127.5 + change * (127.5 / max(largest, 1))).round().to(torch.uint8)
-    return enlarged(Image.frombytes(before.mode, before.size, grey.numpy().tobytes())), largest
+    largest = max(high for _, high in ImageChops.difference(before, after).getextrema())
+    return ImageChops.subtract(after, before, max(largest, 1) / 127.5, 128), largest
 
 
 def draw(plot: Callable, values: torch.Tensor, title: str) -> Figure:

@@ -22,17 +22,16 @@ import gradio as gr
 from actions import DEMO_BASE, SOURCES, App, sessions, with_messages
 from adapter_training import MINUTES, MOST_MINUTES
 from demo_models import PIXELS, TOKENS, DemoModels
-from input_search import BUDGET, IMAGES, MOST_VIEWS
 from limits import ON_A_SPACE
 from uploads import MOST_UPLOADED
 
 FOLDER = Path(__file__).parent
-# Images of few pixels are shown as large as others, and their pixels as squares.
+# Small images are shown as large as others. A phone has room for three images side by side.
 CSS = """
-.image-frame img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
-.grid-wrap img {image-rendering: pixelated}
-#methods, #trials {overflow-x: auto}
-#methods table, #trials table {overflow-wrap: normal; word-break: normal}
+.image-frame img {width: 100%; height: 100%; object-fit: contain}
+#images .grid-container {grid-template-columns: repeat(auto-fill, minmax(min(30%, 180px), 1fr))}
+#answers, #methods, #trials {overflow-x: auto}
+#answers table, #methods table, #trials table {overflow-wrap: normal; word-break: normal}
 #methods td:nth-child(2), #trials td:nth-child(2) {white-space: nowrap}
 #methods td:last-child {min-width: 160px}
 """
@@ -50,15 +49,14 @@ def build(app: App) -> gr.Blocks:
     """Build the page."""
     with gr.Blocks(title="Prompt Generation Networks", delete_cache=(600, 3600)) as page:
         gr.Markdown(
-            "# Prompt Generation Networks\nA small CNN looks at each image and mixes prompts for it out of a learned "
-            "library. With them a **frozen** Vision Transformer does a task that it was not trained for. The demo's "
-            "model knows digits; its adapters, the same digits turned, inverted and on noise."
+            "# Prompt Generation Networks\nThis model knows flowers by day. It is **frozen**, and fails on flowers at "
+            "night. A small network looks at each image and adds prompts that help the model with it."
         )
         with gr.Row(equal_height=True):
             where = "the id of one on the Hub" + ("" if ON_A_SPACE else ", or a folder")
             adapter = gr.Dropdown(
-                [TOKENS, PIXELS],
-                value=TOKENS,
+                [PIXELS, TOKENS],
+                value=PIXELS,
                 allow_custom_value=True,
                 label="Adapter",
                 info=f"From the list, or {where}",
@@ -67,22 +65,26 @@ def build(app: App) -> gr.Blocks:
             upload = gr.UploadButton("Upload an adapter (zip)", file_types=[".zip"], scale=1)
         about = gr.Markdown(elem_id="about")
         with gr.Tab("Classify"):
+            gr.Markdown("Names images without and with prompts. Press *Classify*, or clear these and add your own.")
             images = gr.Gallery(
-                label="Images", type="filepath", interactive=True, columns=10, height=160, object_fit="contain"
+                label="Images", type="filepath", interactive=True, height=230, object_fit="contain", elem_id="images"
             )
             with gr.Row():
-                digits = gr.Button("Take ten digits")
+                flowers = gr.Button("Take six flowers")
                 classify = gr.Button("Classify", variant="primary")
             with gr.Row():
                 alone = gr.Label(label="First image: the frozen model alone", num_top_classes=3)
                 ours = gr.Label(label="First image: with prompts", num_top_classes=3)
             table = gr.Markdown(elem_id="answers")
         with gr.Tab("Look inside"):
+            gr.Markdown(
+                "Shows which prompts an image gets and what they change. Take a flower, then press *Look inside*."
+            )
             with gr.Row():
                 with gr.Column(scale=1):
                     inside = gr.Image(label="Image", **GIVEN)
                     with gr.Row():
-                        digit = gr.Button("Take a digit")
+                        flower = gr.Button("Take a flower")
                         look = gr.Button("Look inside", variant="primary")
                     text = gr.Markdown(elem_id="inside")
                 with gr.Column(scale=2):
@@ -94,6 +96,7 @@ def build(app: App) -> gr.Blocks:
                 change = gr.Image(label="Change, amplified, on grey", **PICTURE)
         with gr.Tab("Train"), gr.Row():
             with gr.Column(scale=1):
+                gr.Markdown("Teaches the frozen model other images: these flowers, or yours in a zip. Press *Train*.")
                 source = gr.Radio(SOURCES, value=SOURCES[0], label="Images")
                 archive = gr.File(
                     label="Zip with a subfolder for each class",
@@ -122,10 +125,7 @@ def build(app: App) -> gr.Blocks:
                     push = gr.Button("Publish")
                     published = gr.Markdown()
         with gr.Tab("Input only"):
-            gr.Markdown(
-                "The model is out of reach, behind an interface that takes images and returns scores. Prompts that "
-                f"are part of the image adapt it all the same: choose the adapter *{PIXELS}*."
-            )
+            gr.Markdown("The model stays as it is, on a server; the image changes. Take a flower, then press *Send*.")
             with gr.Row():
                 with gr.Column():
                     given = gr.Image(label="Image", **GIVEN)
@@ -133,7 +133,7 @@ def build(app: App) -> gr.Blocks:
                         label="Server", placeholder="empty: the frozen model in this process", visible=not ON_A_SPACE
                     )
                     with gr.Row():
-                        one = gr.Button("Take a digit")
+                        one = gr.Button("Take a flower")
                         send = gr.Button("Send", variant="primary")
                     sent_text = gr.Markdown(elem_id="sent")
                 with gr.Column():
@@ -144,10 +144,8 @@ def build(app: App) -> gr.Blocks:
                     raw = gr.JSON(label="The server's raw answer", height=180)
                     read = gr.Label(label="What we read in it", num_top_classes=3)
             gr.Markdown(
-                "## Adapt it by calls alone\nThe images of the tab *Train* are sent with different changes: colours, "
-                "contrasts, random tiles. The changes that help most are kept, and a head reads the model's answers. "
-                f"At most {BUDGET} calls for each of {IMAGES} training images (more with many classes), then "
-                f"{MOST_VIEWS + 1} for each of {IMAGES} held-out images."
+                "## Adapt it by calls alone\nTries changes of the image (colours, contrast, tiles) and keeps those "
+                "that help most. Press *Search*; the images are those of the tab *Train*."
             )
             with gr.Row():
                 find = gr.Button("Search", variant="primary")
@@ -156,13 +154,14 @@ def build(app: App) -> gr.Blocks:
             trials = gr.Markdown(elem_id="trials")
 
         page.load(with_messages(app.describe), adapter, about)
+        page.load(with_messages(app.sample_flowers), None, images)
         adapter.change(with_messages(app.describe), adapter, about)
         # A list of adapters whose choice has the same name as before does not change.
         uploaded = upload.upload(with_messages(app.upload_adapter), upload, adapter)
         uploaded.then(with_messages(app.describe), adapter, about)
-        digits.click(with_messages(app.sample_digits), None, images)
+        flowers.click(with_messages(app.sample_flowers), None, images)
         classify.click(with_messages(app.classify), [images, adapter], [table, alone, ours])
-        digit.click(with_messages(app.sample_digit), None, inside)
+        flower.click(with_messages(app.sample_flower), None, inside)
         look.click(
             with_messages(app.look), [inside, adapter], [text, coefficients, attention, pictures, before, sent, change]
         )
@@ -181,7 +180,7 @@ def build(app: App) -> gr.Blocks:
         trained.then(with_messages(app.describe), adapter, about)
         stop.click(app.stop, None, None, queue=False)
         push.click(with_messages(app.push), [repo_id, token], published, api_visibility="private")
-        one.click(with_messages(app.sample_digit), None, given)
+        one.click(with_messages(app.sample_flower), None, given)
         send.click(
             with_messages(app.send), [given, adapter, url], [sent_text, plain, plain_answer, prompted, raw, read]
         )

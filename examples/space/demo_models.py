@@ -1,22 +1,22 @@
-"""The demo's models, made on the first start: a tiny ViT for digits, and two adapters for digits in a new domain."""
+"""The demo's models, made on the first start: a tiny ViT for flowers by day, and two adapters for them at night."""
 
 from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
-from digits import NAMES, Digits, image_processor, make_base, train
+from flowers import NAMES, SIDE, Flowers, image_processor, make_base, train
 from peft import get_peft_model
 from transformers import ViTForImageClassification, set_seed
 
 from pgn_peft import Classifier, PGNConfig
 from pgn_peft.training import parameter_groups
 
-BASE = "tiny-vit-digits"
+BASE = "tiny-vit-flowers"
 TOKENS, PIXELS = "demo: prompts as tokens", "demo: prompts as pixels"
-EPOCHS = 12
+EPOCHS = 6
 
 
 class DemoModels:
@@ -24,7 +24,7 @@ class DemoModels:
 
     Args:
         folder: where they are saved; None: a temporary folder.
-        epochs: epochs of each training.
+        epochs: epochs for each adapter; the base has twice as many.
     """
 
     def __init__(self, folder: Path | None = None, epochs: int = EPOCHS) -> None:
@@ -32,7 +32,11 @@ class DemoModels:
         self._temporary = tempfile.TemporaryDirectory(prefix="pgn-demo-") if folder is None else None
         self.folder = Path(self._temporary.name) if self._temporary is not None else folder
         self._lock = threading.Lock()
-        self.digits = Digits()
+
+    @cached_property
+    def flowers(self) -> Flowers:
+        """The demo's images. Drawing them takes seconds: the page need not wait."""
+        return Flowers()
 
     @property
     def base(self) -> Path:
@@ -43,31 +47,30 @@ class DemoModels:
         """Return the folder of an adapter."""
         return self.folder / {TOKENS: "tokens", PIXELS: "pixels"}[name]
 
-    def make(self, say: Callable[[str], None] = print) -> None:
+    def make(self) -> None:
         """Train the models that do not exist yet. Takes half a minute on two cores; concurrent calls wait."""
         with self._lock:
             if not self.base.joinpath("preprocessor_config.json").is_file():
-                say("making the demo's models, once: a tiny Vision Transformer")
-                make_base(self.digits, self.base, self.epochs)
+                print("making the demo's models, once: half a minute")
+                make_base(self.flowers, self.base, 2 * self.epochs)
             for name in (TOKENS, PIXELS):
                 if not self.adapter(name).joinpath("adapter_config.json").is_file():
-                    say(f"making the demo's models, once: {name.removeprefix('demo: ')}")
                     self._make_adapter(name)
 
     def _make_adapter(self, name: str) -> None:
         set_seed(0)
-        fields = {"id2label": dict(enumerate(NAMES)), "library_size": 32, "generator_width": 8}
-        rates = {"learning_rate": 1e-2}
+        fields = {"id2label": dict(enumerate(NAMES)), "library_size": 32, "generator_image_size": SIDE // 2}
         if name == TOKENS:
-            fields |= {"num_virtual_tokens": 8, "initializer_range": 0.5}
+            fields |= {"num_virtual_tokens": 8, "initializer_range": 0.5, "generator_width": 8}
+            rates = {"learning_rate": 4e-3}
         else:
-            fields |= {"prompt_space": "pixel", "image_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-            fields |= {"head": "frozen", "label_mapping": list(range(len(NAMES)))}
-            rates = {"learning_rate": 3e-3, "library_learning_rate": 0.1}
+            fields |= {"prompt_space": "pixel", "image_size": SIDE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+            fields |= {"head": "frozen", "label_mapping": list(range(len(NAMES))), "generator_width": 4}
+            rates = {"learning_rate": 5e-3, "library_learning_rate": 0.1}
         base = ViTForImageClassification.from_pretrained(self.base)
-        model = get_peft_model(base, PGNConfig(**fields, generator_image_size=None))
+        model = get_peft_model(base, PGNConfig(**fields))
         groups = parameter_groups(model, **rates)
-        train(model, groups, self.digits.turned["train"], rates["learning_rate"], self.epochs)
+        train(model, groups, self.flowers.night["train"], rates["learning_rate"], self.epochs, name)
         Classifier(model, image_processor()).save_pretrained(self.adapter(name))
 
     @staticmethod
