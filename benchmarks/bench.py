@@ -41,6 +41,8 @@ from pgn_peft.nn.preprocessing import Preprocessing, normalize
 from pgn_peft.version import __version__
 
 SHUFFLED = "+shuffled"
+# End of a data set's name -> what is done to its images (N, C, H, W) of 8 bits.
+CHANGES = {SHUFFLED: far_domains.shuffle_blocks, "+mixed": far_domains.mix_kinds}
 # Digits are not the same mirrored, nor are blocks in a fixed order.
 NOT_FLIPPED = ("digits", SHUFFLED)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +83,7 @@ def load_material(
 
     Args:
         source: "digits" (of scikit-learn), "counting" (made here), a folder, or the id of a data set; each also with
-            "+shuffled" at its end, which shuffles blocks of pixels.
+            one of `CHANGES` at its end.
         model: id or path of the backbone, whose image processor is used.
         side: of the images, in pixels; None: the processor's own.
         max_train: training images, the same share of each class; None: all. The choice does not depend on the seed.
@@ -89,7 +91,7 @@ def load_material(
     """
     processor = image_data.load_processor(model, side)
     preprocessing = Preprocessing.from_processor(processor)
-    plain = source.removesuffix(SHUFFLED)
+    plain, plus, change = source.partition("+")
     if made := {"digits": digits, "counting": far_domains.counting}.get(plain):
         rows = made()
     else:
@@ -100,8 +102,8 @@ def load_material(
         if limit is not None and limit < len(split):
             split = split.train_test_split(train_size=limit, stratify_by_column="label", seed=0)["train"]
         pixels = torch.stack([preprocessing.apply(to_pixels(image, 3)) for image in split["image"]])
-        if plain != source:
-            pixels = far_domains.shuffle_blocks(pixels)
+        if plus:
+            pixels = CHANGES[plus + change](pixels)
         splits[name] = Split(pixels.to(DEVICE), torch.tensor(split["label"], device=DEVICE))
     return Material(splits, rows["train"].features["label"].names, preprocessing, processor)
 

@@ -1,4 +1,4 @@
-"""Two domains far from photographs, made by a known rule: shapes to count, and images with shuffled blocks."""
+"""Images made by a known rule: shapes to count, shuffled blocks, and four kinds of images mixed in one set."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import datasets
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.nn import functional as F
 
 SIDE = 64
 LARGEST_NUMBER = 8
@@ -66,3 +67,22 @@ def shuffle_blocks(pixels: Tensor, blocks: int = 8) -> Tensor:
     cut = pixels.view(count, channels, blocks, height // blocks, blocks, width // blocks)
     listed = cut.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)[order]  # (blocks * blocks, N, C, h, w)
     return listed.unflatten(0, (blocks, blocks)).permute(2, 3, 0, 4, 1, 5).reshape(pixels.shape)
+
+
+def mix_kinds(pixels: Tensor) -> Tensor:
+    """Change three of every four images, each in another way, as if they came from four cameras.
+
+    Args:
+        pixels: (N, C, H, W) of 8 bits; H and W must be multiples of 8.
+
+    Returns:
+        (N, C, H, W) of 8 bits: in turn as they are, at an eighth of the resolution, with noise of 40 levels, and as
+        dark negatives.
+    """
+    mixed = pixels.clone()
+    coarse = F.avg_pool2d(pixels[1::4].float(), 8)
+    mixed[1::4] = F.interpolate(coarse, scale_factor=8, mode="nearest").round().to(pixels.dtype)
+    noise = torch.randn(pixels[2::4].shape, generator=torch.Generator().manual_seed(0)).to(pixels.device)
+    mixed[2::4] = (pixels[2::4] + 40 * noise).round().clamp(0, 255).to(pixels.dtype)
+    mixed[3::4] = (255 - pixels[3::4]) // 2
+    return mixed

@@ -158,10 +158,15 @@ def pgn(backbone: PreTrainedModel, material: Material, options: Options, **confi
     return Adapted(model, material), groups
 
 
-def static(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
+def static(backbone: PreTrainedModel, material: Material, options: Options, **config: Any) -> Built:
     """Learn the same prompts for all images: VPT-shallow."""
     alike = replace(options, library_rate=1.0)
-    return pgn(backbone, material, alike, generator="static", static_prompts=False)
+    return pgn(backbone, material, alike, generator="static", static_prompts=False, **config)
+
+
+def static_sum(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
+    """Learn the same prompts for all images and every layer, each added to those of the layer before."""
+    return static(backbone, material, options, prompt_depth="all")
 
 
 def pgn_lean(backbone: PreTrainedModel, material: Material, options: Options) -> Built:
@@ -191,6 +196,7 @@ def pgn_pixel(backbone: PreTrainedModel, material: Material, options: Options) -
 METHODS: dict[str, tuple[Callable[..., Built], tuple[float, ...]]] = {
     "head": (linear, (HEAD_RATE,)),
     "static": (static, (3e-3, 1e-2)),
+    "static-sum": (static_sum, (3e-3, 1e-2)),
     "pgn": (pgn, (1e-3, 3e-3)),
     "pgn-lean": (pgn_lean, (1e-3, 3e-3)),
     "vpt-deep": (vpt_deep, (3e-4, 1e-3)),
