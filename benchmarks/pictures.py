@@ -23,6 +23,7 @@ from matplotlib import pyplot as plt
 
 ROWS = Path(__file__).parent / "results"
 UNTRAINED = ("ridge", "untrained", "untrained-deep")
+SHIFTS = {"ridge": 4, "untrained": -4, "untrained-deep": 7}  # in points, of names that would cover each other
 DOMAINS = {  # results file, data set -> name
     ("few_images.jsonl", "counting, 8"): "counting shapes, 8 of each class",
     ("adaptation.jsonl", "digits"): "digits, 1,000",
@@ -49,12 +50,13 @@ def draw_parameters(file: Path) -> None:
         fill = "white" if method in UNTRAINED else colour
         parameters = cell.runs[0].parameters
         ax.errorbar(parameters, cell.mean, spread, fmt="o", color=colour, mfc=fill, ms=6, capsize=3)
-        ax.annotate(
-            name.strip("*"), (parameters, cell.mean), (8, 0), textcoords="offset points", va="center", fontsize=9
-        )
+        side = -1 if parameters < 3000 else 1
+        place = {"xytext": (8 * side, SHIFTS.get(method, 0)), "textcoords": "offset points"}
+        aligned = {"ha": "right" if side < 0 else "left", "va": "center", "fontsize": 9}
+        ax.annotate(name.strip("*"), (parameters, cell.mean), **place, **aligned)
     best = max(cells["eurosat", method].mean for method in UNTRAINED)
     ax.axhline(best, color=THEIRS, lw=0.8, ls="--")
-    ax.set(xscale="log", xlim=(1e3, 5e7), xlabel="trained parameters", ylabel="test accuracy")
+    ax.set(xscale="log", xlim=(3, 5e8), xlabel="trained parameters", ylabel="test accuracy")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

@@ -242,8 +242,6 @@ DATA = {
     "Flowers-17": "flowers17",
     "EuroSAT shuffled": "eurosat+shuffled",
 }
-# Methods that a document names otherwise than the report.
-ALIASES = {"the generator's CNN alone": "CNN alone (the generator's)", 'PGN, `prompt_depth="all"`': "PGN, every layer"}
 FIGURE = r"\b[01]\.\d{3}\b"
 
 
@@ -300,19 +298,20 @@ def test_every_figure_of_a_table_is_in_the_rows_that_its_section_names(page):
         for cell in (cell for table in tables for row in table for cell in row if names):
             checked += len(re.findall(FIGURE, cell))
             missing += [f"{title}: {figure}" for figure in re.findall(FIGURE, cell) if figure not in known]
-    assert checked >= 19
+    assert checked >= 6
     assert not missing, f"figures without a row: {missing}"
 
 
 @pytest.mark.parametrize(
-    ("page", "name"),
+    ("page", "name", "fewest"),
     [
-        ("README.md", "adaptation.jsonl"),
-        ("docs/results.md", "adaptation.jsonl"),
-        ("docs/results.md", "few_images.jsonl"),
+        ("README.md", "own_size.jsonl", 6),
+        ("docs/results.md", "own_size.jsonl", 9),
+        ("docs/results.md", "adaptation.jsonl", 25),
+        ("docs/results.md", "few_images.jsonl", 60),
     ],
 )
-def test_the_tables_of_methods_say_what_the_report_says(page, name):
+def test_the_tables_of_methods_say_what_the_report_says(page, name, fewest):
     cells = report.chosen(report.read(Results(RESULTS / name)))
     methods = {text.strip("*"): method for method, text in report.LATENT.items()}
     checked = 0
@@ -320,7 +319,7 @@ def test_the_tables_of_methods_say_what_the_report_says(page, name):
         for table in tables[:1] if name in names else ():  # the others are of other models and questions
             columns = [re.sub("^[^,]*", lambda match: DATA.get(match[0], match[0]), column) for column in table[0]]
             for row in table[2:]:
-                method = methods.get(ALIASES.get(row[0].replace("**", ""), row[0].replace("**", "")))
+                method = methods.get(row[0].replace("**", ""))
                 for column, text in zip(columns, row, strict=True):
                     if (column, method) in cells and table[0][0] == "method":
                         mean, *spread = re.findall(FIGURE, text)
@@ -328,4 +327,4 @@ def test_the_tables_of_methods_say_what_the_report_says(page, name):
                         assert expected.startswith(mean), (row[0], column, expected)
                         assert not spread or f"± {spread[0]} " in expected, (row[0], column, expected)
                         checked += 1
-    assert checked >= 25
+    assert checked >= fewest

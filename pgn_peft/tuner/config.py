@@ -178,9 +178,9 @@ class PGNConfig(PeftConfig):
     )
     head: str = _field(
         "trained",
-        "'trained': the adapter has a head for its own labels. 'frozen': the model's head and labels; only prompts are "
-        "trained. 'text': images are compared with a text for each class, as in CLIP; only prompts are trained. Give "
-        "the texts by `use_texts`.",
+        "'trained': the adapter has a head for its own labels. 'frozen': the model's head and labels; only prompts "
+        "are trained. 'text': images are compared with a text for each class, as in CLIP; only prompts are trained. "
+        "Give the texts by `use_texts`.",
         choices=("trained", "frozen", "text"),
     )
     label_mapping: list[int] | None = _field(
