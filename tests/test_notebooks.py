@@ -1,6 +1,7 @@
-"""The notebooks run from top to bottom on their stand-ins, and keep the outputs of a run on real images."""
+"""The notebooks run from top to bottom on stand-ins, and keep the outputs of a run on real images."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,6 +10,7 @@ import pytest
 mpl.use("Agg")
 
 NOTEBOOKS = Path(__file__).parents[1] / "examples/notebooks"
+STAND_INS = dict.fromkeys(("CHECKPOINT", "FOLDER", "TEXTS"))
 
 
 def read_cells(name):
@@ -23,7 +25,10 @@ def run(tmp_path, monkeypatch):
         names = {}
         for cell in read_cells(name):
             if cell["cell_type"] == "code":
-                exec("".join(cell["source"]), names)
+                code = "".join(cell["source"])
+                exec(code, names)
+                if code.startswith("CHECKPOINT = "):  # the cell that the reader changes
+                    names |= STAND_INS
         mpl.pyplot.close("all")
         return names
 
@@ -34,13 +39,13 @@ def run(tmp_path, monkeypatch):
 def test_a_folder(run):
     names = run("fine_tune_on_a_folder.ipynb")
     assert names["test_accuracy"] == 1
-    assert names["answer"][0]["label"] == names["names"][names["test"][0]["label"]]
+    assert names["answer"][0]["label"] == names["label"]
 
 
 @pytest.mark.slow
 def test_a_black_box(run):
     names = run("black_box_by_calls_alone.ipynb")
-    assert names["accuracy"] == {"a head alone": 1, "by calls alone": 1}
+    assert names["accuracy"] == {"a head alone": 1, "by calls alone": 1, "with an open copy": 1}
     assert names["best"]["label"] == names["names"][names["test"][0]["label"]]
 
 
@@ -55,8 +60,9 @@ def test_clip(run):
 def test_outputs_are_of_one_run_of_the_whole(file):
     cells = [cell for cell in read_cells(file.name) if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    kinds = {output["output_type"] for cell in cells for output in cell["outputs"]}
-    assert "stream" in kinds
-    assert "error" not in kinds
-    assert file.stat().st_size < 400_000
-    assert "/home/" not in file.read_text(encoding="utf-8")
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {"stream", "display_data"} <= {output["output_type"] for output in outputs}
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    text = file.read_text(encoding="utf-8")
+    assert len(text) < 400_000
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users)/", text)
