@@ -40,8 +40,8 @@ from transformers import AutoModelForImageClassification
 from pgn_peft import ImagePrompter, PGNConfig, make_prompter
 from pgn_peft.nn.images import to_pixels
 from pgn_peft.nn.preprocessing import normalize
-from pgn_peft.prompter import Calls, Views, adapt_black_box
-from pgn_peft.prompter.black_box import NOTHING, Adaptation, make_candidates, plan_rungs
+from pgn_peft.prompter import NOTHING, Calls, Views, adapt_black_box, make_candidates
+from pgn_peft.prompter.black_box import Adaptation, plan_rungs
 from pgn_peft.training import parameter_groups
 from pgn_peft.tuner.layer import PGNLayer
 
@@ -173,7 +173,8 @@ def run(call: Callable[[bytes], Any], options: argparse.Namespace) -> dict[str, 
         later += len(FORMS) * (number + len(splits["validation"])) + options.max_views * len(splits["validation"])
     cost = f", which cost {options.price * (planned + later):,.2f} at most" if options.price else ""
     print(f"at most {planned:,} calls for {number} training images, then {later:,} to evaluate{cost}", flush=True)
-    calls = Calls(call, folder / "answers.sqlite", options.jpeg_quality, options.workers)
+    asked = f"{options.server} {options.embeddings} {options.top_k}"
+    calls = Calls(call, folder / "answers.sqlite", options.jpeg_quality, options.workers, server=asked)
     size, views_at_most = options.image_size, options.max_views
     found = adapt_black_box(
         rows["image"], rows["label"], calls, names, size, candidates, views_at_most, options.budget

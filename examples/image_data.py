@@ -500,7 +500,7 @@ def smoke_arguments(folder: Path) -> list[str]:
     """Make a tiny ViT and a folder of images, red and blue, and return the command line that trains on them."""
     random = np.random.default_rng(0)
     for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
-        folder.joinpath("images", name).mkdir(parents=True)
+        folder.joinpath("images", name).mkdir(parents=True, exist_ok=True)
         for index in range(40):
             noise = random.integers(-40, 40, size=(40, 36, 3))
             pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)

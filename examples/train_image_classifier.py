@@ -508,7 +508,7 @@ def climb(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
         seed=arguments.seed,
     )
     transformers.utils.logging.disable_progress_bar()  # each training loads the model again
-    with tqdm(ladder.climb(), total=len(ladder.rungs), initial=len(ladder.results), unit="method") as bar:
+    with tqdm(ladder.climb(), total=len(ladder.rungs), unit="method") as bar:
         for result in bar:
             found = (
                 result.choice if result.accuracy is None else f"{result.accuracy:.3f} ± {result.standard_error:.3f}"
@@ -631,7 +631,11 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
         if "--smoke" in command_line:
             command_line = smoke_arguments(Path(folder)) + [word for word in command_line if word != "--smoke"]
         parser = HfArgumentParser((AdapterArguments, DataArguments, Arguments))
-        adapter, data, arguments = parser.parse_args_into_dataclasses(command_line)
+        adapter, data, arguments, unknown = parser.parse_args_into_dataclasses(
+            command_line, return_remaining_strings=True
+        )
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return (climb if adapter.method == "auto" else train)(adapter, data, arguments)
 
 

@@ -60,6 +60,8 @@ def test_each_file_is_sent_once_also_by_a_later_run(tmp_path):
     again = Calls(call, tmp_path / "cache")
     assert again.answers(some) == first[:4]
     assert again.made == 0
+    other = Calls(call, tmp_path / "cache", server="another")
+    assert (other.answers(some), other.made) == (first[:4], 4)
 
 
 def png(image):
@@ -212,6 +214,12 @@ def test_a_colour_that_helps_is_found_and_calls_are_counted():
     share = whole[found.names].accuracy
     assert whole[found.names].standard_error == pytest.approx((share * (1 - share) / 40) ** 0.5)
     assert 0 < found.calls <= plan_rungs(22, 40, 2).calls
+
+
+def test_candidates_beyond_the_budget_are_named(caplog):
+    found = adapt_black_box(images(6), [0, 0, 1, 1, 2, 2], lambda file: [1.0, 2.0], ["a", "b", "c"], SIDE)
+    assert "the budget is too small for tile 3, tile 4, tile 5" in caplog.text
+    assert ("tile 2",) in {trial.names for trial in found.trials}
 
 
 def test_nothing_is_chosen_where_nothing_helps():

@@ -54,8 +54,10 @@ def test_a_head_that_is_fitted_again_is_kept_where_it_is_better():
     pixels, labels = (torch.cat([batch[name] for batch in batches(20, 1)]) for name in ("pixel_values", "labels"))
     expected = (answer(model.eval(), pixels).argmax(1) == labels).double().mean().item()
     before = {name: tensor.clone() for name, tensor in model.train().state_dict().items()}
+    frozen = model.get_base_model().vit.eval()
     assert_same(refit_head(model, batches(40, 0), batches(20, 1)), (expected, 1.0))
     assert model.training
+    assert not frozen.training
     assert (answer(model.eval(), pixels).argmax(1) == labels).all()
     changed = [name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)]
     assert [name.rpartition("pgn_head.")[2] for name in changed] == ["default.weight", "default.bias"]

@@ -138,8 +138,14 @@ def test_texts_are_there_however_they_were_loaded(pixel_values, tmp_path):
 
 
 def test_an_adapter_without_its_texts_is_saved_with_a_warning(tmp_path, caplog):
-    adapted(two_towers(), texts=False).save_pretrained(tmp_path)
+    model = adapted(two_towers(), texts=False)
+    model.save_pretrained(tmp_path / "unset")
     assert "texts" in caplog.text
+    caplog.clear()
+    use_texts(model, torch.randn(3, 16), logit_scale=10)
+    model.save_pretrained(tmp_path / "set")
+    PeftModel.from_pretrained(two_towers(), tmp_path / "set")
+    assert not caplog.text
 
 
 def test_siglips_image_tower_needs_scale_and_bias(pixel_values):

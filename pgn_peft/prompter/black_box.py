@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from pgn_peft.prompter.files import ADDITIVE
 from pgn_peft.prompter.image_prompter import ImagePrompter
 from pgn_peft.prompter.score_head import check_classes, read_table
 from pgn_peft.prompter.views import Table, Views, predict_held_out
+
+logger = logging.getLogger(__name__)
 
 NOTHING = "nothing"
 BUDGET = 20  # calls for each training image
@@ -172,7 +175,8 @@ def adapt_black_box(
             server's model sees, so that the server changes no pixel; if it is not known, 224 is most common.
         candidates: ways of sending an image by name, `NOTHING` first; None: those of `make_candidates`.
         max_views: most views of an image; each costs one call for every image that is classified later.
-        budget: most calls for each training image.
+        budget: most calls for each training image. Where it is too small for all candidates, the last ones
+            are left out, with a warning.
         on_trial: is called with each trial as soon as it was measured, for example to show it.
 
     Raises:
@@ -182,7 +186,9 @@ def adapt_black_box(
     classes = check_classes(labels, len(images), len(label_names))
     pool = dict(make_candidates(image_size) if candidates is None else candidates)
     plan = plan_rungs(len(pool), len(images), len(label_names), budget)
-    pool = dict(list(pool.items())[: plan.candidates])
+    if plan.candidates < len(pool):
+        logger.warning("the budget is too small for %s", ", ".join(list(pool)[plan.candidates :]))
+        pool = dict(list(pool.items())[: plan.candidates])
     search = _Search(images, classes, calls, pool, len(label_names), on_trial)
     kept = list(pool)
     for rung, size in enumerate(plan.sizes):

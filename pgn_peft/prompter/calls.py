@@ -33,12 +33,13 @@ class Calls:
 
     Args:
         call: answers an encoded image. An answer is a list of entries with `label` and `score`, or an embedding.
-        cache: file (SQLite) that keeps the answers, one for each server: an interrupted run continues where it ended.
-            None: they are kept in memory.
+        cache: file (SQLite) that keeps the answers: an interrupted run continues where it ended. None: they are
+            kept in memory.
         jpeg_quality: send JPEG files of this quality; None: PNG.
         workers: calls at the same time.
         attempts: calls for one image before its error is raised.
         seconds: pause before the second attempt; each further one takes twice as long.
+        server: name of the server and of what it is asked for. Answers of others in the same file are not used.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Calls:
         workers: int = 8,
         attempts: int = 5,
         seconds: float = 1.0,
+        server: str = "",
     ) -> None:
         self.call = call
+        self.server = server
         self.jpeg_quality = jpeg_quality
         self.workers = workers
         self.attempts = attempts
@@ -72,7 +75,7 @@ class Calls:
         from tqdm import tqdm
 
         files = [encode(image, self.jpeg_quality) for image in images]
-        keys = [hashlib.sha256(file).hexdigest() for file in files]
+        keys = [hashlib.sha256(self.server.encode() + file).hexdigest() for file in files]
         missing = {key: file for key, file in zip(keys, files, strict=True) if self._find(key) is None}
         with ThreadPoolExecutor(self.workers) as pool:
             asked = {pool.submit(self._ask, file): key for key, file in missing.items()}

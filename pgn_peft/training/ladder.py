@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ class Ladder:
         seed: of initial values and the order of images.
 
     Raises:
-        ValueError: `output_dir` has the results of other images or settings.
+        ValueError: `output_dir` has the results of another model, other images or other settings.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Ladder:
         self._labels = torch.empty(0, dtype=torch.long)  # (N,) of the training images
         self._step_seconds = self._prediction_seconds = math.nan  # for an image
         self._settings = {
+            "model": _fingerprint(make_model()),
             "classes": list(id2label.values()),
             "training images": len(cast(Any, train)),
             "validation images": None if validation is None else len(cast(Any, validation)),
@@ -138,14 +140,15 @@ class Ladder:
         self.results = self._read()
 
     def climb(self, callbacks: Sequence[TrainerCallback] = ()) -> Iterator[RungResult]:
-        """Try all rungs that have no result yet.
+        """Try all rungs.
 
         Args:
             callbacks: of `Trainer`, for every training.
 
         Yields:
-            The result of each rung as soon as it is there.
+            The result of each rung as soon as it is there; first those that an interrupted ladder left.
         """
+        yield from list(self.results)
         for rung in self.rungs[len(self.results) :]:
             begin = time.perf_counter()
             result = self._train(rung, callbacks) if rung.rates else self._fit(rung)
@@ -362,6 +365,14 @@ class Ladder:
         partial = self.folder / f"{RESULTS}.partial"
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(self.folder / RESULTS)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Return a model's class and a checksum of its weights, whatever folder they were loaded from."""
+    checksum = 0
+    for tensor in model.state_dict().values():
+        checksum = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), checksum)
+    return f"{type(model).__name__} {checksum:08x}"
 
 
 def _accuracy(result: RungResult) -> float:

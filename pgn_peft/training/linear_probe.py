@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgn_peft.nn.functional import evaluating
 from pgn_peft.nn.heads import TextHead, fit_ridge
 from pgn_peft.tuner.adapters import find_layer, without_adapters
 from pgn_peft.tuner.head import find_head
@@ -97,11 +98,9 @@ def refit_head(
     linear = None if head is None else head.head(adapter_name)
     if head is None or not isinstance(linear, nn.Linear):
         raise ValueError(f"The adapter {adapter_name!r} has no linear head of its own to fit again.")
-    was_training = model.training
-    model.eval()
-    features, labels = extract_features(model, head, train_batches)
-    others, expected = extract_features(model, head, eval_batches)
-    model.train(was_training)
+    with evaluating(model):
+        features, labels = extract_features(model, head, train_batches)
+        others, expected = extract_features(model, head, eval_batches)
     weight, bias, _ = fit_ridge(features, labels, linear.out_features)
     trained = _accuracy(linear(others.to(linear.weight)).cpu(), expected)
     fitted = _accuracy(others.double() @ weight.mT + bias, expected)

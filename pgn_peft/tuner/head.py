@@ -186,7 +186,8 @@ class PGNHead(PGNTunerLayer):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for name, head in self.pgn_head.items():
-            if isinstance(head, TextHead) and not head.is_set:
+            # PEFT also reads the state dict of an adapter that it is about to fill from a file.
+            if isinstance(head, TextHead) and not (head.is_set or self.configs[name].inference_mode):
                 logger.warning("saving %r without its texts: give it `text_embeds` first, by use_texts(...)", name)
         # Whatever saves an adapter reads the state dict first, and writes the config afterwards.
         self.record_labels()
