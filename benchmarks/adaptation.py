@@ -222,23 +222,31 @@ def untrained(cell: Cell, split: str) -> dict[str, Any]:
     The draw is chosen by cross-validation on the training images.
     """
     common, material, depth = cell.common, material_of(cell), UNTRAINED[cell.method]
-    names = dict.fromkeys(("train", "validation", split))
-    draws = []
+    labels = {name: images.labels.cpu() for name, images in material.splits.items()}
+
+    def predicted(model: nn.Module, name: str) -> Tensor:
+        return predict_features(model, material.splits[name].pixels, common.precision)[1]
+
+    fitted = []  # of each draw: cross-validated accuracy, model, weight and bias
     for draw in range(DRAWS * cell.seed, DRAWS * (cell.seed + 1)) if depth is not None else (0,):
         set_seed(draw)
         options = methods.Options(0.0, common.num_virtual_tokens, None, {"accumulate_prompts": False})
         fields = {"num_virtual_tokens": 0, "prompt_depth": 1} if depth is None else {"prompt_depth": depth}
         model, _ = methods.static(bench.load_backbone(cell.model, common.side), material, options, **fields)
-        features = {name: predict_features(model, material.splits[name].pixels, common.precision)[1] for name in names}
-        labels = {name: material.splits[name].labels.cpu() for name in names}
-        weight, bias, cross_validated = fit_ridge(features["train"], labels["train"], len(material.names))
+        weight, bias, cross_validated = fit_ridge(predicted(model, "train"), labels["train"], len(material.names))
+        fitted.append((cross_validated, model, weight, bias))
+    best = max(fitted, key=lambda draw: draw[0])
+    draws = []
+    # Few images are drawn with several seeds; else the other draws are evaluated too.
+    for cross_validated, model, weight, bias in fitted if common.shots is None else [best]:
         row = {"cross_validated_accuracy": cross_validated}
-        for name in names:
-            row[f"{name}_accuracy"] = bench.accuracy(features[name].double() @ weight.mT + bias, labels[name])
+        for name in dict.fromkeys(("validation", split if model is best[1] else "validation")):
+            row[f"{name}_accuracy"] = bench.accuracy(predicted(model, name).double() @ weight.mT + bias, labels[name])
         draws.append(row)
-    best = max(draws, key=lambda row: row["cross_validated_accuracy"])
-    parameters = sum(each.numel() for each in find_heads(model.model)[1].parameters())
-    return {"trainable_parameters": parameters, "train_images": len(labels["train"])} | best | {"draws": draws}
+    chosen = max(draws, key=lambda row: row["cross_validated_accuracy"])
+    parameters = sum(each.numel() for each in find_heads(best[1].model)[1].parameters())
+    counts = {"trainable_parameters": parameters, "train_images": len(labels["train"])}
+    return counts | chosen | {"draws": draws, "cross_validated": [draw[0] for draw in fitted]}
 
 
 def shuffled(model: nn.Module, images: bench.Split, precision: str) -> float:
