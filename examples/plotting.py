@@ -19,7 +19,7 @@ from pgn_peft.training import RungResult
 
 COLOURS = "magma"
 # For all figures of the project. From the palette of Okabe and Ito, which colour-blind people can tell apart.
-OURS, THEIRS, THIRD = "#d55e00", "#0072b2", "#009e73"
+OURS, THEIRS = "#d55e00", "#0072b2"
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,

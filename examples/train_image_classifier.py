@@ -110,6 +110,7 @@ FIELDS = (
     "generator_norm",
     "generator_rank",
     "static_prompts",
+    "accumulate_prompts",
     "initializer_range",
     "mixing_init_std",
     "prompt_space",

@@ -159,6 +159,7 @@ def test_an_interrupted_ladder_goes_on(tmp_path):
     assert everything[:3] == first
     assert [found.name for found in everything] == [rung.name for rung in RUNGS[:6]]
     assert make_ladder(tmp_path).results == everything
+    assert make_ladder(tmp_path, budget_minutes=90).results == first[:2]
     with pytest.raises(ValueError, match="results of a ladder with other seed"):
         make_ladder(tmp_path, seed=1)
     with pytest.raises(ValueError, match="results of a ladder with other model"):

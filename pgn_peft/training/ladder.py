@@ -43,6 +43,7 @@ SEARCHED = 300  # most images that candidates are compared on
 SHORTEST = 20  # steps; a rung that gets fewer is skipped
 STEP_PER_PREDICTION = 3.0  # time of a training step as a multiple of a prediction's, until one was timed
 RESULTS = "ladder.json"
+BUDGET = "budget in minutes"  # may differ from an earlier run's
 DEPTHS = {1: "the first layer", "all": "every layer"}
 
 
@@ -85,7 +86,8 @@ class Ladder:
         make_model: returns the frozen model, a new one in each call.
         train: rows of `pixel_values` (C, H, W) and `labels`, with augmentation if there is any.
         id2label: names of the classes by index.
-        output_dir: for the results and the trained models. An interrupted ladder goes on from them.
+        output_dir: for the results and the trained models. An interrupted ladder goes on from them; with another budget
+            it trains again.
         plain: the rows of `train` without augmentation; None: `train`.
         validation: rows to compare the rungs on; None: three-fold cross-validation on the training images.
         data_collator: makes batches of rows; None: `ImageCollator`.
@@ -134,7 +136,7 @@ class Ladder:
             "classes": list(id2label.values()),
             "training images": len(cast(Any, train)),
             "validation images": None if validation is None else len(cast(Any, validation)),
-            "budget in minutes": budget_minutes,
+            BUDGET: budget_minutes,
             "seed": seed,
         }
         self.results = self._read()
@@ -350,13 +352,17 @@ class Ladder:
         if not file.exists():
             return []
         found = json.loads(file.read_text(encoding="utf-8"))
-        different = [name for name, value in self._settings.items() if found["settings"].get(name) != value]
+        different = {name for name, value in self._settings.items() if found["settings"].get(name) != value}
+        results = [RungResult(**result) for result in found["results"]]
+        if BUDGET in different:  # trainings would be longer or shorter
+            different.remove(BUDGET)
+            results = [result for result, rung in zip(results, RUNGS, strict=False) if not rung.rates]
         if different:
             raise ValueError(
-                f"{file} has results of a ladder with other {' and '.join(different)}. Choose another folder, or "
+                f"{file} has results of a ladder with other {' and '.join(sorted(different))}. Choose another folder, or "
                 "delete it."
             )
-        return [RungResult(**result) for result in found["results"]][: len(self.rungs)]
+        return results[: len(self.rungs)]
 
     def _write(self) -> None:
         results = [dataclasses.asdict(result) for result in self.results]
