@@ -31,9 +31,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import List
 from deploy_input_only import hosted
 from huggingface_hub import InferenceClient
-from image_data import DataArguments, class_names, load_processor, load_splits, smoke_arguments
+from image_data import DataArguments, class_names, divide, load_processor, load_splits, smoke_arguments
 from peft import get_peft_model
 from transformers import AutoModelForImageClassification
 
@@ -162,6 +163,10 @@ def run(call: Callable[[bytes], Any], options: argparse.Namespace) -> dict[str, 
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     splits = load_splits(DataArguments(options.dataset, max_train_samples=options.max_train_samples))
+    if isinstance(splits["train"].features["label"], List) or len(class_names(splits["train"])) < 2:
+        raise SystemExit("Each image must have one class, of two or more.")  # before any call is paid for
+    if "test" not in splits:
+        splits["validation"], splits["test"] = divide(splits["validation"], 0.5, seed=0)
     for split in ("validation", "test"):
         limit = min(options.max_test_samples, len(splits[split]))
         splits[split] = splits[split].shuffle(seed=0).select(range(limit))
@@ -230,6 +235,8 @@ def main(command_line: list[str] | None = None) -> dict[str, float]:
         model = make_smoke(Path(folder), options) if options.smoke else None
         if not (options.dataset and options.output_dir and (options.server or model)):
             parser.error("--server, --dataset and --output_dir are required")
+        if not (model or options.server.startswith("http")):
+            parser.error(f"--server {options.server} is no address, such as http://localhost:8000")
         with hosted(model) if model else nullcontext(options.server) as url:
             if options.embeddings:
                 return run(embedding_of(url, options.embeddings), options)

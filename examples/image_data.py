@@ -233,8 +233,9 @@ def find_classes(paths: list[PurePath]) -> dict[str, dict[str, list[int]]]:
     """Find splits and classes in the paths of images.
 
     A folder that contains all others is skipped. A folder is a split if it is called train, validation (val, valid,
-    dev) or test, and has its images in subfolders; then all folders must be splits. Otherwise each folder is a class,
-    whatever its name, and images in its subfolders belong to it.
+    dev) or test, and has its images in subfolders; then all folders must be splits. Where all folders have such a word
+    in their names (training_set, test_set), or all classes have subfolders of such names, these are splits too.
+    Otherwise each folder is a class, whatever its name, and images in its subfolders belong to it.
 
     Args:
         paths: relative paths of images.
@@ -255,7 +256,14 @@ def find_classes(paths: list[PurePath]) -> dict[str, dict[str, list[int]]]:
     if loose:
         say(f"left out: images in no class's folder: {list_names(loose)}")
     split_of = {spelling: split for split, spellings in SPLIT_NAMES.items() for spelling in spellings}
+    if all(len(names) > 2 and names[1].lower() in split_of and names[0].lower() not in split_of for names in parts):
+        parts = [(names[1], names[0], *names[2:]) for names in parts]  # splits within classes
+    # Archives often have each folder within one of the same name.
+    parts = [names[1:] if len(names) > 3 and names[0] == names[1] else names for names in parts]
     folders = {names[0]: split_of.get(names[0].lower()) for names in parts if len(names) > 1}
+    words = {name: {split_of.get(word) for word in re.split("[^a-z]+", name.lower())} - {None} for name in folders}
+    if {"train"} in words.values() and all(len(splits) == 1 for splits in words.values()):
+        folders = {name: splits.pop() for name, splits in words.items()}
     deep = sorted({names[0] for names in parts if len(names) > 2 and folders[names[0]]})
     found: dict[str, dict[str, list[int]]] = {}
     if deep:
@@ -513,6 +521,6 @@ def smoke_arguments(folder: Path) -> list[str]:
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
     return [
         *("--model_name_or_path", str(folder / "vit"), "--dataset", str(folder / "images")),
-        *("--output_dir", str(folder / "adapter"), "--augmentation", "flip", "--library_size", "8"),
-        *("--num_virtual_tokens", "4", "--num_train_epochs", "3", "--per_device_train_batch_size", "8", "--use_cpu"),
+        *("--output_dir", str(folder / "adapter"), "--augmentation", "flip"),
+        *("--num_train_epochs", "3", "--per_device_train_batch_size", "8", "--use_cpu"),
     ]

@@ -19,25 +19,32 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import train_image_classifier
-from image_data import is_image_file, list_files, open_image, smoke_arguments
+from image_data import is_image_file, list_files, list_names, open_image, smoke_arguments
 from PIL import Image
 from tqdm import tqdm
+from transformers import Pipeline, pipeline
 
 from pgn_peft import load_classifier
 from pgn_peft.hub.image_processors import made_size
 
 
 def find_images(folder: Path) -> list[Path]:
-    """List the image files of a folder and its subfolders in order; symbolic links are followed."""
+    """List the image files of a folder and its subfolders in order, or a single file; symbolic links are followed."""
+    if folder.is_file():
+        return [folder]
     if not folder.is_dir():
         raise SystemExit(f"There is no folder {str(folder)!r}. Look for a misspelt path.")
-    files = [file for file in list_files(folder) if is_image_file(file)]
+    every = list(list_files(folder))
+    files = [file for file in every if is_image_file(file)]
+    if others := sorted({file.suffix or file.name for file in every if not is_image_file(file)}):
+        print(f"left out: files of other kinds: {list_names(others)}")
     if not files:
         raise SystemExit(f"There are no images in {str(folder)!r}.")
     return files
@@ -57,26 +64,35 @@ def read_images(files: list[Path], strict: bool, skipped: list[Path]) -> Iterato
             yield file, image
 
 
-def predict(options: argparse.Namespace) -> float:
-    """Classify, write the CSV, and return the mean score of the best labels."""
-    folder = Path(options.images).expanduser()
-    files = find_images(folder)
+def load_pipeline(options: argparse.Namespace) -> Pipeline:
+    """Load the adapter with its model; or a whole model, which `--method auto --allow_weights true` may choose."""
+    names = os.listdir(options.adapter) if os.path.isdir(options.adapter) else []
+    if "config.json" in names and "adapter_config.json" not in names:
+        return pipeline("image-classification", model=options.adapter, device=options.device)
     classifier = load_classifier(
         options.adapter,
         base_model_name_or_path=options.base_model,
         revision=options.revision,
         subfolder=options.subfolder,
     )
-    classify = classifier.pipeline(device=options.device)
+    return classifier.pipeline(device=options.device)
+
+
+def predict(options: argparse.Namespace) -> float:
+    """Classify, write the CSV, and return the mean score of the best labels."""
+    folder = Path(options.images).expanduser()
+    files = find_images(folder)
+    classify = load_pipeline(options)
     # A processor that resizes the shorter side and does not crop makes images of different shapes.
-    fixed = made_size(classifier.image_processor, (64, 96)) == made_size(classifier.image_processor, (96, 64))
-    top_k = min(options.top_k, classifier.model.config.num_labels)
+    fixed = made_size(classify.image_processor, (64, 96)) == made_size(classify.image_processor, (96, 64))
+    top_k = max(1, min(options.top_k, classify.model.config.num_labels))
     header = ["image", "label", "score"]
     header += [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "score")]
     skipped: list[Path] = []
     best: list[float] = []
     images = read_images(files, options.strict, skipped)
     target = Path(options.output).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", newline="", encoding="utf-8") as output, tqdm(total=len(files)) as progress:
         rows = csv.writer(output)
         rows.writerow(header)
@@ -84,7 +100,7 @@ def predict(options: argparse.Namespace) -> float:
             answers = classify([image for _, image in batch], top_k=top_k, batch_size=len(batch) if fixed else 1)
             for (file, _), answer in zip(batch, answers, strict=True):
                 cells = [cell for entry in answer for cell in (entry["label"], f"{entry['score']:.6f}")]
-                rows.writerow([file.relative_to(folder).as_posix(), *cells])
+                rows.writerow([file.relative_to(folder if folder.is_dir() else folder.parent).as_posix(), *cells])
                 best.append(answer[0]["score"])
             progress.update(len(best) + len(skipped) - progress.n)
     if skipped:
@@ -100,7 +116,7 @@ def predict(options: argparse.Namespace) -> float:
 def main(command_line: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", help="folder or id of an adapter")
-    parser.add_argument("--images", help="folder of images, with or without subfolders")
+    parser.add_argument("--images", help="folder of images, with or without subfolders, or one image")
     parser.add_argument("--output", default="predictions.csv", help="the CSV to write")
     parser.add_argument("--top_k", type=int, default=2, help="labels for each image")
     parser.add_argument("--batch_size", type=int, default=16)

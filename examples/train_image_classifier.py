@@ -50,7 +50,7 @@ import transformers
 from datasets import Dataset, DatasetDict, List, concatenate_datasets
 from image_data import DataArguments, add_transforms, class_names, load_processor, load_splits, say, smoke_arguments
 from peft import PeftModel, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
 from plotting import plot_ladder
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
@@ -119,6 +119,8 @@ FIELDS = (
     "prompt_dropout",
     "head",
 )
+UNUSED_BY_AUTO = (*FIELDS, "adapter", "prompt_depth", "label_mapping", "text_embeds", "push_to_hub")
+WHOLE_MODEL = ("config.json", "model.safetensors")
 
 
 @dataclass
@@ -366,13 +368,16 @@ def make_trainer(
 ) -> AdapterTrainer:
     """Put model, data, optimizer and callbacks together; `splits` have transforms."""
     several = isinstance(splits["train"].features["label"], List)
+    if not arguments.optim.startswith("adamw_torch"):
+        raise SystemExit(f"--optim {arguments.optim} is not used here. Choose --recipe adamw or --recipe sgd.")
     rates = (arguments.learning_rate, arguments.library_learning_rate, arguments.head_learning_rate)
     groups = parameter_groups(model, *rates, arguments.weight_decay)
     if arguments.recipe == "sgd":
         optimizer = torch.optim.SGD(groups, lr=arguments.learning_rate, momentum=0.9)
     else:
         # An adapter has many small tensors: fused, a step over them takes a tenth of the time.
-        optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=True)
+        options = {"betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon, "fused": True}
+        optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, **options)
 
     def measure(outcome: Any) -> dict[str, float]:
         if several:
@@ -482,10 +487,36 @@ def hold_out(splits: DatasetDict) -> None:
         )
 
 
+def check_options(adapter: AdapterArguments, arguments: Arguments) -> None:
+    """Stop if options are given that `--method auto` does not use."""
+    unused = [name for name in UNUSED_BY_AUTO for given in (adapter, arguments) if is_given(given, name)]
+    if unused:
+        raise SystemExit(f"--method auto does not use --{' and --'.join(unused)}. Leave that out.")
+
+
+def is_given(arguments: Any, name: str) -> bool:
+    """Whether an argument differs from its default."""
+    declared = type(arguments).__dataclass_fields__.get(name)
+    return declared is not None and getattr(arguments, name) != declared.default
+
+
+def save_chosen(model: Any, processor: Any, folder: Path, facts: ModelCardInfo, base_untouched: bool) -> None:
+    """Save an adapter, or a model whose weights changed as a whole, which Transformers loads; LoRA is merged."""
+    outdated = WHOLE_MODEL if base_untouched else (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md")
+    for name in outdated:  # of an earlier run that chose otherwise
+        folder.joinpath(name).unlink(missing_ok=True)
+    if base_untouched:
+        Classifier(model, processor).save_pretrained(folder, facts)
+    else:
+        (model.merge_and_unload() if isinstance(model, PeftModel) else model).save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
 def climb(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) -> dict[str, Any]:
     """Try methods in the order of their cost, and save the chosen one; return what results.json holds."""
     if arguments.world_size > 1:
         raise SystemExit("--method auto runs in one process. Start it without `accelerate launch`.")
+    check_options(adapter, arguments)
     folder = Path(arguments.output_dir)
     splits = load_splits(data)
     labels = class_names(splits["train"])
@@ -529,11 +560,7 @@ def climb(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
     source = Path(data.dataset).expanduser().resolve()
     name = {"dataset_name": source.name} if source.exists() else {"dataset_id": data.dataset}
     facts = ModelCardInfo(**name, metrics={} if tested is None else {"accuracy": tested}, training_log=ladder.rows())
-    if chosen.base_untouched:
-        Classifier(model, processor).save_pretrained(folder, facts)
-    else:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+    save_chosen(model, processor, folder, facts, chosen.base_untouched)
     plot_ladder(ladder.results, chosen.name).savefig(folder / "methods.png")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(markdown_table(ladder.rows()))
@@ -559,6 +586,11 @@ def train(adapter: AdapterArguments, data: DataArguments, arguments: Arguments) 
 
     backbone = load_backbone(adapter)
     mapping = find_label_mapping(backbone, without_augmentation, labels) if adapter.label_mapping else None
+    own = list((backbone.config.id2label or {}).values())
+    if adapter.head == "frozen" and mapping is None and adapter.adapter is None and own != labels:
+        raise SystemExit(
+            "With --head frozen the model's classes are not those of the images. Add --label_mapping true."
+        )
     config = make_config(adapter, labels, processor, mapping)
     several = isinstance(splits["train"].features["label"], List)
     config.problem_type = "multi_label_classification" if several else "single_label_classification"

@@ -19,12 +19,20 @@ import train_image_classifier
 from conftest import ENVIRONMENT, ROOT, answer, tiny_config, tiny_vit, with_output
 from huggingface_hub import ModelCard
 from image_data import DataArguments, load_splits, smoke_arguments
-from peft import AutoPeftModel, get_peft_model
+from peft import AutoPeftModel, LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, BitImageProcessor, CLIPImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BitImageProcessor,
+    CLIPImageProcessor,
+    ViTImageProcessor,
+)
 
 from pgn_peft import Classifier, load_classifier
+from pgn_peft.hub import ModelCardInfo
+from pgn_peft.training.rungs import replace_head
 
 NUMBER = r"(\d+\.\d+)"
 ANY = (1e-9, 1e9)  # what depends on the machine: a time, or a ratio of times
@@ -476,6 +484,39 @@ def test_the_images_decide_on_the_method(material, tmp_path, capsys):
     assert (tmp_path / "adapter/ladder/ladder.json").read_bytes() == before
     with pytest.raises(ValueError, match="other seed"):
         train(command, "--seed", "7")
+    with pytest.raises(ValueError, match="other training images"):
+        train(command, "--image_size", "64")
+    with pytest.raises(SystemExit, match="does not use --generator and --push_to_hub"):
+        train(command, "--generator", "static", "--push_to_hub", "true")
+
+
+def test_a_model_whose_weights_changed_is_saved_whole(tmp_path):
+    """Files of the adapter that an earlier run chose are gone, and the other way round."""
+    import predict
+
+    base, labels = tiny_vit(), {0: "blue", 1: "red"}
+    base.save_pretrained(tmp_path / "vit")
+    base.name_or_path = str(tmp_path / "vit")
+    processor, folder = ViTImageProcessor(size={"height": 32, "width": 32}), tmp_path / "chosen"
+    adapted = get_peft_model(base, tiny_config(id2label=labels))
+    train_image_classifier.save_chosen(adapted, processor, folder, ModelCardInfo(), True)
+    changed = tiny_vit()
+    replace_head(changed, labels)
+    lora = get_peft_model(changed, LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    torch.nn.init.normal_(lora.base_model.model.classifier.modules_to_save["default"].weight)
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = answer(lora.eval(), pixels)
+    train_image_classifier.save_chosen(lora, processor, folder, ModelCardInfo(), False)
+    loaded = AutoModelForImageClassification.from_pretrained(folder)
+    torch.testing.assert_close(answer(loaded, pixels), expected)
+    assert loaded.config.id2label == labels
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    command = ["--images", str(tmp_path / "red.png"), "--output", str(tmp_path / "new/out.csv")]
+    predict.main(["--adapter", str(folder), *command])
+    assert predictions(tmp_path / "new/out.csv")[0]["image"] == "red.png"
+    train_image_classifier.save_chosen(adapted, processor, folder, ModelCardInfo(), True)
+    assert set(load_classifier(folder).model.config.id2label.values()) == {"blue", "red"}
+    assert not (folder / "config.json").exists()
 
 
 @pytest.mark.slow

@@ -70,6 +70,18 @@ def test_folders_of_splits_are_recognised(names, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("training_set/cat", "training_set/dog", "test_set/cat"),
+        ("seg_train/seg_train/cat", "seg_train/seg_train/dog", "seg_test/seg_test/cat"),
+        ("cat/train", "dog/train", "cat/test"),
+    ],
+)
+def test_splits_of_other_names_and_places_are_recognised(names, tmp_path):
+    assert read(make(tmp_path, *names)) == {"train": {"cat": 2, "dog": 2}, "test": {"cat": 2, "dog": 0}}
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         (["train/cat", "train/dog", "unlabeled"], "'train' looks like a split, and 'unlabeled' beside it does not"),

@@ -237,6 +237,22 @@ def test_candidates_are_compared_on_images_of_all_classes():
     assert module._spread(1000, 4) == [0, 250, 500, 750]
 
 
+def test_results_are_of_the_same_images(tmp_path):
+    next(make_ladder(tmp_path).climb())
+    plain = Images(60)
+    with pytest.raises(ValueError, match="other training images and validation images"):
+        make_ladder(tmp_path, validation=Images(30, seed=2), plain=plain)
+    plain.labels = plain.labels.flip(0)
+    with pytest.raises(ValueError, match="other training images"):
+        Ladder(tiny_vit, plain, LABELS, tmp_path, validation=Images(30, seed=1), budget_minutes=60)
+
+
+def test_a_model_without_a_head_gets_one(tmp_path):
+    found = next(make_ladder(tmp_path, make_model=lambda: tiny_vit("ViTModel")).climb())
+    assert found.accuracy > 0
+    assert found.inference > 0
+
+
 def test_results_are_plain_numbers(tmp_path):
     found = next(make_ladder(tmp_path).climb())
     assert {type(value) for value in dataclasses.asdict(found).values()} <= {str, float, int, bool, dict}

@@ -294,7 +294,7 @@ def _read_config(folder: Path, name: str) -> PGNConfig:
                 "(adapter_model.bin) are not read, because they can run code."
             )
     config = PGNConfig.from_pretrained(str(folder))
-    if not isinstance(config, PGNConfig) or config.num_labels is None:
+    if not isinstance(config, PGNConfig) or (config.num_labels is None and config.id2label is None):
         raise ValueError(
             f"{name!r} is an adapter of another method, {config.peft_type}, or has no labels and answers with "
             "features. Load it with AutoPeftModel."

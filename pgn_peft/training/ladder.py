@@ -7,7 +7,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +39,7 @@ from pgn_peft.tuner.backbones import find_backbone
 FOLDS = 3  # of the cross-validation that replaces a validation split
 DRAWS = 3  # of untrained prompts, for the first layer and for every layer
 EPOCHS, FEWEST_STEPS = 12, 100  # of a whole training: so many epochs, and at least so many steps
+COMPARED = 100  # images that tell whether results are of the same images
 SEARCHED = 300  # most images that candidates are compared on
 SHORTEST = 20  # steps; a rung that gets fewer is skipped
 STEP_PER_PREDICTION = 3.0  # time of a training step as a multiple of a prediction's, until one was timed
@@ -86,8 +87,8 @@ class Ladder:
         make_model: returns the frozen model, a new one in each call.
         train: rows of `pixel_values` (C, H, W) and `labels`, with augmentation if there is any.
         id2label: names of the classes by index.
-        output_dir: for the results and the trained models. An interrupted ladder goes on from them; with another budget
-            it trains again.
+        output_dir: for the results and the trained models. An interrupted ladder goes on from them; with another
+            budget it trains again.
         plain: the rows of `train` without augmentation; None: `train`.
         validation: rows to compare the rungs on; None: three-fold cross-validation on the training images.
         data_collator: makes batches of rows; None: `ImageCollator`.
@@ -131,11 +132,12 @@ class Ladder:
         self.rungs = tuple(rung for rung in RUNGS if allow_weights or not rung.changes_weights)
         self._labels = torch.empty(0, dtype=torch.long)  # (N,) of the training images
         self._step_seconds = self._prediction_seconds = math.nan  # for an image
+        model = make_model()
         self._settings = {
-            "model": _fingerprint(make_model()),
+            "model": f"{type(model).__name__}, checksum {_checksum(model.state_dict().values())}",
             "classes": list(id2label.values()),
-            "training images": len(cast(Any, train)),
-            "validation images": None if validation is None else len(cast(Any, validation)),
+            "training images": self._describe(self.task.plain, plain is not None),
+            "validation images": None if validation is None else self._describe(validation),
             BUDGET: budget_minutes,
             "seed": seed,
         }
@@ -344,6 +346,14 @@ class Ladder:
 
     # Files.
 
+    def _describe(self, rows: Dataset[Any], exactly: bool = True) -> str:
+        """Return the number of rows, and a checksum of some: of labels and size only, if pixels may be augmented."""
+        number = len(cast(Any, rows))
+        batch = self.task.collator([rows[index] for index in _spread(number, COMPARED)])
+        pixels = batch["pixel_values"]
+        described = [batch["labels"], torch.tensor(pixels.shape)] + [pixels] * exactly
+        return f"{number}, checksum {_checksum(described)}"
+
     def _folder_of(self, name: str) -> Path:
         return self.folder / name.replace(",", "").replace(" ", "-")
 
@@ -359,8 +369,8 @@ class Ladder:
             results = [result for result, rung in zip(results, RUNGS, strict=False) if not rung.rates]
         if different:
             raise ValueError(
-                f"{file} has results of a ladder with other {' and '.join(sorted(different))}. Choose another folder, or "
-                "delete it."
+                f"{file} has results of a ladder with other {' and '.join(sorted(different))}. Choose another folder, "
+                "or delete it."
             )
         return results[: len(self.rungs)]
 
@@ -373,12 +383,12 @@ class Ladder:
         partial.replace(self.folder / RESULTS)
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """Return a model's class and a checksum of its weights, whatever folder they were loaded from."""
+def _checksum(tensors: Iterable[Tensor]) -> str:
     checksum = 0
-    for tensor in model.state_dict().values():
-        checksum = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), checksum)
-    return f"{type(model).__name__} {checksum:08x}"
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        checksum = zlib.crc32(plain.numpy().tobytes(), checksum)
+    return f"{checksum:08x}"
 
 
 def _accuracy(result: RungResult) -> float:

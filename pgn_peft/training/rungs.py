@@ -240,15 +240,18 @@ class Task:
         if not isinstance(model, PeftModel) or not isinstance(model.peft_config["default"], PGNConfig):
             return 1.0  # LoRA is merged into the weights before it is used
         number = min(TIMED_IMAGES, len(cast(Any, self.plain)))
-        some = Subset(self.plain, range(number))
-        rows = [some[index] for index in range(number)]
+        batch = self.collator([self.plain[index] for index in range(number)])
+        batch.pop("labels")  # the frozen model has other classes
+        device = self.arguments.device
+        model = model.eval().to(device)
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         ratios = []
         for _ in range(TIMES):
             seconds = []
             for turned_off in (False, True):
-                with model.disable_adapter() if turned_off else nullcontext():
+                with torch.no_grad(), model.disable_adapter() if turned_off else nullcontext():
                     begin = time.perf_counter()
-                    self.features(model, cast(Any, rows))
+                    model(**inputs)
                     seconds.append(time.perf_counter() - begin)
             ratios.append(seconds[0] / seconds[1])
         return median(ratios)
