@@ -60,6 +60,7 @@ def with_windows_line_ends(adapter):
 EDITS = {
     "a moved base": moved,
     "a renamed label": lambda adapter: edit(adapter, id2label={"0": "tiger", "1": "dog", "2": "owl"}),
+    "no number of labels": lambda adapter: edit(adapter, num_labels=None),
     "a revision": lambda adapter: edit(adapter, revision="main"),
     "an unknown key": lambda adapter: edit(adapter, written_by_another_tool={"a": 1}),
     "a checksum of an earlier version": lambda adapter: edit(adapter, checksums={"adapter_config.json": "0"}),

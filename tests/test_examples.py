@@ -321,6 +321,13 @@ def test_a_run_on_few_images_can_be_resumed(material, tmp_path, capsys):
     assert "resuming from" in capsys.readouterr().out
 
 
+def test_a_frozen_head_needs_the_models_own_classes(material, tmp_path):
+    with pytest.raises(SystemExit, match="Add --label_mapping true"):
+        train(with_output(material[1], tmp_path / "adapter", "--head", "frozen"))
+    with pytest.raises(SystemExit, match="--optim sgd is not used"):
+        train(with_output(material[1], tmp_path / "adapter", "--optim", "sgd"))
+
+
 @pytest.mark.slow
 def test_an_input_only_adapter_is_trained_and_deployed_on_your_own_images(
     material, server, tmp_path, monkeypatch, capsys
