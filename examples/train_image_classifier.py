@@ -369,7 +369,7 @@ def make_trainer(
     """Put model, data, optimizer and callbacks together; `splits` have transforms."""
     several = isinstance(splits["train"].features["label"], List)
     if not arguments.optim.startswith("adamw_torch"):
-        raise SystemExit(f"--optim {arguments.optim} is not used here. Choose --recipe adamw or --recipe sgd.")
+        raise SystemExit(f"--optim {arguments.optim.value} is not used here. Choose --recipe adamw or --recipe sgd.")
     rates = (arguments.learning_rate, arguments.library_learning_rate, arguments.head_learning_rate)
     groups = parameter_groups(model, *rates, arguments.weight_decay)
     if arguments.recipe == "sgd":
