@@ -208,6 +208,14 @@ def test_a_pickle_is_refused_when_it_is_saved(form, tmp_path):
         model.save_pretrained(tmp_path, safe_serialization=False)
 
 
+def test_a_state_dict_of_other_names_is_refused_when_it_is_saved(tmp_path):
+    """As `accelerator.get_state_dict` returns it for a compiled model."""
+    model = get_peft_model(tiny_vit(), tiny_config(num_labels=3))
+    weights = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="No tensor was written"):
+        model.save_pretrained(tmp_path, state_dict=weights)
+
+
 # Manners towards PEFT's users.
 
 

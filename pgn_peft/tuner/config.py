@@ -16,6 +16,7 @@ from typing import Any
 
 from peft import PeftConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import safe_open
 
 from pgn_peft.nn.generator import NORMS, TRUNKS
 from pgn_peft.utils.labels import PROBLEM_TYPES, normalize_id2label
@@ -247,17 +248,29 @@ class PGNConfig(PeftConfig):
         """Write adapter_config.json; see `PeftConfig.save_pretrained`.
 
         Raises:
-            ValueError: a `PeftModel` has just written the weights as a pickle.
+            ValueError: a `PeftModel` has just written the weights as a pickle, or none.
         """
         pickle, weights = Path(save_directory, WEIGHTS_NAME), Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
-        # PEFT's models pass this argument, after they have written the weights.
-        written = "auto_mapping_dict" in kwargs and pickle.is_file()
-        if written and (not weights.is_file() or weights.stat().st_mtime < pickle.stat().st_mtime):
-            raise ValueError(
-                f"safe_serialization=False has written {pickle}, a pickle, which `load_classifier` never opens. "
-                "Delete that file, and save without this option."
-            )
+        problem = None
+        if "auto_mapping_dict" in kwargs:  # PEFT's models pass it, after they have written the weights
+            if pickle.is_file() and (not weights.is_file() or weights.stat().st_mtime < pickle.stat().st_mtime):
+                problem = (
+                    f"safe_serialization=False has written {pickle}, a pickle, which `load_classifier` never opens. "
+                    "Delete that file, and save without this option."
+                )
+            elif weights.is_file() and not _has_tensors(weights):
+                problem = (
+                    f"No tensor was written to {weights}: the given `state_dict` has none of the adapter's names, as "
+                    "after torch.compile. Save without `state_dict`."
+                )
+        if problem is not None:
+            raise ValueError(problem)
         super().save_pretrained(save_directory, **kwargs)
+
+
+def _has_tensors(file: Path) -> bool:
+    with safe_open(file, "pt") as archive:
+        return len(archive.keys()) > 0
 
 
 def own_fields() -> list[dataclasses.Field[Any]]:
