@@ -206,11 +206,16 @@ def read_folder(folder: Path) -> dict[str, Dataset]:
     files = list_files(folder)
     if any(file.name in METADATA for file in files):
         return load_dataset("imagefolder", data_files=f"{glob.escape(str(folder))}/**")
-    images = [file for file in files if is_image_file(file)]
-    if others := sorted({file.suffix or file.name for file in files if not is_image_file(file)}):
-        say(f"left out: files of other kinds: {list_names(others)}")
+    images = keep_images(files)
     found = find_classes([file.relative_to(folder) for file in images])
     return make_rows([str(file.absolute()) for file in images], found)
+
+
+def keep_images(files: list[Path]) -> list[Path]:
+    """Return the image files among some files, and print the kinds of the others."""
+    if others := sorted({file.suffix or file.name for file in files if not is_image_file(file)}):
+        say(f"left out: files of other kinds: {list_names(others)}")
+    return [file for file in files if is_image_file(file)]
 
 
 def make_rows(images: list[Any], found: dict[str, dict[str, list[int]]]) -> dict[str, Dataset]:
